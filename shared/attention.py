@@ -1,0 +1,111 @@
+"""Exact attention over packed rows in which K completions share one stored prompt.
+
+A packed row (1, T) is a chain of groups, each laid out [prompt, completion 1, ..., completion K] without padding.
+A token sees the prompt of its own group and the earlier tokens of its own completion, and nothing else. As segments,
+each with a query range and a key range, causal from the bottom-right corner:
+
+    prompt + completion 1    queries P + C_1    keys P + C_1
+    completion k > 1         queries C_k        keys P + C_k  (the prompt's keys once more, then its own)
+
+In half precision on a GPU the whole list is one variable-length flash call; elsewhere it is one SDPA call per segment.
+"""
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAME = "spans"
+
+
+@dataclass
+class Spans:
+    """Who sees whom in a packed row: for each group, the prompt's length P >= 1 and the completions' lengths C_k."""
+
+    groups: list[tuple[int, tuple[int, ...]]]
+    mask: Tensor  # (C, P + C) for the largest C and P, additive; every later completion's mask is a slice of it
+    key_index: Tensor  # (sum of key lengths,) positions in the row, the prompt's once per completion
+    cu_queries: Tensor  # (segments + 1,) int32, cumulative query lengths
+    cu_keys: Tensor  # (segments + 1,) int32
+    max_queries: int
+    max_keys: int
+
+    @classmethod
+    def of(cls, groups: list[tuple[int, tuple[int, ...]]], device: torch.device | str, dtype: torch.dtype) -> "Spans":
+        """Build what the kernel of this device and dtype needs, once per batch, for all layers."""
+        starts = accumulate((p + sum(cs) for p, cs in groups), initial=0)
+        queries, keys, index = [], [], []
+        for start, (p, cs) in zip(starts, groups, strict=False):
+            for k, c in enumerate(cs or (0,)):
+                queries.append(c if k else p + c)
+                keys.append(p + c)
+                own = start + p + sum(cs[:k])
+                index += [torch.arange(start, start + p), torch.arange(own, own + c)]
+        later = [(p, max(cs[1:])) for p, cs in groups if len(cs) > 1]
+        p, c = (max(column) for column in zip(*later, strict=True)) if later else (0, 0)
+        return cls(
+            groups=groups,
+            mask=torch.full((c, p + c), float("-inf"), dtype=dtype).triu(p + 1).to(device),
+            key_index=torch.cat(index).to(device),
+            cu_queries=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
+            cu_keys=torch.tensor([0, *accumulate(keys)], dtype=torch.int32, device=device),
+            max_queries=max(queries),
+            max_keys=max(keys),
+        )
+
+
+def span_attention(module, query, key, value, attention_mask, spans: Spans, scaling=None, **_) -> tuple[Tensor, None]:
+    """Attention in the form that transformers' `AttentionInterface` calls.
+
+    query (1, H, T, D), key and value (1, H_kv, T, D) → (1, T, H, D).
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, spans, scaling), None
+    return _per_segment(query, key, value, spans, scaling), None
+
+
+def _per_segment(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+    def attend(q, k, v, **visible):
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **visible)
+
+    grouped = query.shape[1] != key.shape[1]
+    widest = spans.mask.shape[1] - spans.mask.shape[0]
+    # split() rather than slices: the backward of a slice fills a zero tensor of the whole row's size
+    lengths = [n for p, cs in spans.groups for n in (p + sum(cs[:1]), *cs[1:])]
+    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outputs = []
+    for p, cs in spans.groups:
+        q, k, v = next(pieces)
+        outputs.append(attend(q, k, v, is_causal=True))
+        prompt_k, prompt_v = k[:, :, :p], v[:, :, :p]
+        for c in cs[1:]:
+            q, k, v = next(pieces)
+            mask = spans.mask[:c, widest - p : widest + c]
+            outputs.append(attend(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), attn_mask=mask))
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+@cache
+def _varlen_arguments() -> dict:
+    """`torch.nn.attention.varlen` renamed its causal flag after torch 2.10 and learned grouped heads in 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    arguments = _varlen_arguments()
+    if q.shape[1] != k.shape[1] and "enable_gqa" not in arguments:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    k, v = k[spans.key_index], v[spans.key_index]
+    lengths = (spans.cu_queries, spans.cu_keys, spans.max_queries, spans.max_keys)
+    return varlen_attn(q.contiguous(), k, v, *lengths, scale=scale, **arguments)[None]

@@ -1,0 +1,137 @@
+"""Checkpoints: every process writes its own shards, nothing is gathered; safetensors and JSON only.
+
+    OUT/checkpoints/step-000100/rank-00000-of-00002.safetensors    parameters and Adam's moments, rows of dimension 0
+                                state.json                         step, arguments, what the log has summed up
+                                manifest.json                      size and sha256 of each file, written last
+
+A directory is written under another name and renamed when it is complete. Any number of processes can read it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shared import StorageError
+from shared.distributed import Place, all_sum, from_main
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict, keep: int, place: Place) -> None:
+    """Write `step`, then delete all but the newest `keep`. Raises StorageError; older checkpoints stay as they were."""
+    from safetensors.torch import save_file
+
+    final = out / "checkpoints" / f"step-{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    if place.main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[name] = _local(p.detach())
+        tensors |= {f"{name}|{moment}": _local(optimizer.state[p][moment]) for moment in MOMENTS}
+    try:
+        shard = temporary / f"rank-{place.rank:05d}-of-{place.world:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard)
+        if place.main:
+            (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+        entries = [None] * place.world
+        dist.all_gather_object(entries, _entries(shard, *[temporary / "state.json"] * place.main))
+        if place.main:
+            (temporary / "manifest.json").write_text(json.dumps({k: v for e in entries for k, v in e.items()}))
+            _sync(temporary / "manifest.json", temporary)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            _sync(final.parent)
+            for old in sorted(final.parent.glob("step-??????"))[:-keep]:
+                shutil.rmtree(old)
+    except OSError as error:
+        raise StorageError(f"{final}: cannot be written ({error})") from None
+
+
+def newest(out: Path, place: Place) -> Path | None:
+    """The newest checkpoint whose files are all as its manifest says; the damaged ones before it are named."""
+    for path in from_main(sorted((out / "checkpoints").glob("step-??????"), reverse=True)):
+        problem = _problem(path, place)
+        if not all_sum(torch.tensor(float(bool(problem)), device=place.device)):
+            return path
+        if problem:
+            print(f"skipped {path}: {problem}")
+    return None
+
+
+def load(path: Path, model: nn.Module, optimizer: Optimizer, place: Place) -> dict:
+    """Read this process's rows of every tensor, whatever number of processes wrote them; returns the saved state."""
+    from safetensors import safe_open
+
+    state = json.loads((path / "state.json").read_text())
+    files = [safe_open(f, "pt") for f in sorted(path.glob("rank-*.safetensors"))]
+    for name, p in model.named_parameters():
+        moments = {moment: torch.zeros_like(p, requires_grad=False) for moment in MOMENTS}
+        steps = torch.tensor(float(state["step"]), device=place.device)
+        optimizer.state[p] = {"step": steps, **moments}
+        targets = {name: p.detach()} | {f"{name}|{moment}": tensor for moment, tensor in moments.items()}
+        first = place.rank * -(-p.shape[0] // place.world)  # rows are dealt as torch.chunk deals them
+        for key, target in targets.items():
+            local = _local(target)
+            local.copy_(_rows(files, key, first, first + len(local)))
+    return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _rows(files: list, key: str, start: int, end: int) -> Tensor:
+    """Rows start:end of a tensor whose rows lie in `files`, one part after another."""
+    parts, at = [], 0
+    for file in files:
+        part = file.get_slice(key)
+        n = part.get_shape()[0]
+        parts.append(part[max(0, start - at) : max(0, min(n, end - at))])
+        at += n
+    return torch.cat(parts)
+
+
+def _entries(*files: Path) -> dict[str, dict]:
+    for file in files:
+        _sync(file)
+    return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _problem(path: Path, place: Place) -> str | None:
+    """What is wrong with a checkpoint; each process reads its share of the files."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return "no readable manifest.json"
+    for name, entry in sorted(manifest.items())[place.rank :: place.world]:
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            return f"{name} is missing or of another size"
+        if _sha256(file) != entry["sha256"]:
+            return f"{name} has another sha256 than its manifest says"
+    return None

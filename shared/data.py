@@ -1,0 +1,418 @@
+"""Examples to token ids, once per content, and token ids to packed micro-batches.
+
+load()     a source → Groups: each group one contiguous slice [prompt, completion 1, ..., completion K]
+Batches    the groups of every step, in an order fixed by the seed, cut to a token budget and over processes
+"""
+
+import hashlib
+import heapq
+import json
+import math
+import os
+import re
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shared import UserError
+from shared.attention import Spans
+from shared.distributed import Place
+from shared.rows import Dropped, Example, Text, Turn, files_of, first_line, parse
+
+MARK = "\U000f0000"  # stands in for special-token text while templates and tokenizers work around it
+
+
+@dataclass
+class Groups:
+    """n tokenised groups of one prompt and K completions, kept as one flat tensor of ids.
+
+    Group i is tokens[offsets[i, 0] : offsets[i, -1]], laid out [prompt, completion 1, ..., completion K];
+    offsets[i, 1 + k] is where completion k starts.
+    """
+
+    tokens: Tensor  # (total,) int32
+    offsets: Tensor  # (n, K + 2) int64
+    rows: Tensor  # (n,) int64, the number of the group's row in its source, from 1
+    report: dict  # what was read, kept, dropped and cut
+    ref_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, K), filled before training
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    @property
+    def completions(self) -> int:
+        return self.offsets.shape[1] - 2
+
+
+# ---------------------------------------------------------------- tokens
+
+
+class Encoder:
+    """Texts and messages to ids. A special token's string inside a text comes out as plain-text tokens."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+        specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        self.specials = [MARK, *sorted(specials, key=len, reverse=True)]
+        self.pattern = re.compile("|".join(map(re.escape, self.specials)))
+
+    def protect(self, text: str) -> str:
+        """The text with each special token's string replaced by a mark that no template or tokenizer interprets."""
+        return self.pattern.sub(lambda found: f"{MARK}{self.specials.index(found[0])};", text)
+
+    def is_chat(self, prompt: Text | None) -> bool:
+        """Whether the prompt goes through the chat template, which writes its own special tokens."""
+        return isinstance(prompt, list) or (isinstance(prompt, Turn) and bool(self.tokenizer.chat_template))
+
+    def render(self, prompt: Text | None, completions: list[Text]) -> tuple[str, list[str]]:
+        """Protected texts of the prompt and the completions, the latter without the EOS that ends them."""
+        if not self.is_chat(prompt):
+            end = "\n\n" if isinstance(prompt, Turn) else ""
+            return self.protect(prompt or "") + end, [self.protect(c) for c in completions]
+        if isinstance(prompt, Turn):
+            prompt = [{"role": "user", "content": str(prompt)}]
+            completions = [[{"role": "assistant", "content": c}] for c in completions]
+        if not self.tokenizer.chat_template:
+            raise UserError("the rows are chat messages, but the tokenizer has no chat template; use one that has")
+        before = self._template(prompt, add_generation_prompt=True)
+        full = [self._template(prompt + completion) for completion in completions]
+        if not all(text.startswith(before) for text in full):
+            raise UserError("the chat template renders a prompt differently once an answer follows; use another one")
+        # cut at the last EOS: what a template adds behind it is never generated
+        answers = [text[len(before) :].rpartition(self.tokenizer.eos_token) for text in full]
+        return before, [answer if eos else rest for answer, eos, rest in answers]
+
+    def _template(self, messages: list[dict], **options) -> str:
+        messages = [{**m, "content": self.protect(m["content"])} for m in messages]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # templates raise what their authors chose (jinja2's TemplateError)
+            raise Dropped(f"refused by the chat template ({first_line(error)})") from None
+
+    def encode(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of protected texts, each with or without the special tokens that the tokenizer adds."""
+        ids: list[list[int]] = [[] for _ in texts]
+        for special in (False, True):  # each in one batch, parallel inside `tokenizers`
+            where = [i for i, (_, with_special) in enumerate(texts) if with_special == special]
+            for i, found in zip(
+                where, self._ids([texts[i][0].partition(MARK)[0] for i in where], special), strict=True
+            ):
+                ids[i] = found
+        for i, (text, _) in enumerate(texts):
+            for piece in text.split(MARK)[1:]:
+                number, _, rest = piece.partition(";")
+                ids[i] += self._ids([self.specials[int(number)]], False, split_special_tokens=True)[0]
+                ids[i] += self._ids([rest], False)[0]
+        return ids
+
+    def _ids(self, texts: list[str], add_special_tokens: bool, **options) -> list[list[int]]:
+        options |= {
+            "add_special_tokens": add_special_tokens,
+            "return_attention_mask": False,
+            "verbose": False,
+        }
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+class _Builder:
+    """Collects groups into flat arrays, and counts what happens to the rows."""
+
+    def __init__(self, encoder: Encoder, task: str, max_length: int, max_prompt_length: int | None):
+        self.encoder, self.task = encoder, task
+        self.max_length, self.max_prompt_length = max_length, max_prompt_length
+        self.tokens, self.offsets, self.rows = array("i"), array("q"), array("q")
+        self.dropped, self.counts, self.seen = Counter(), Counter(), {}
+        self.k = 0
+
+    def select(self, example: Example) -> list[Text]:
+        """The completions that the task trains on, preferred first."""
+        completions, scores = example.completions, example.scores
+        if len(completions) < (1 if self.task == "completion" else 2):
+            need = "a completion" if self.task == "completion" else "chosen and rejected (or ranked) completions"
+            raise UserError(f"{example.where}: this algorithm needs {need}; the row has {len(completions)}")
+        self.k = self.k or len(completions)
+        if len(completions) != self.k:
+            raise UserError(f"{example.where}: {len(completions)} completions where earlier rows have {self.k}")
+        if scores:
+            completions = [completions[i] for i in sorted(range(self.k), key=lambda i: -scores[i])]
+        if self.task == "completion":
+            completions = completions[:1]
+        elif scores and len(set(scores)) < self.k:
+            raise Dropped("tied scores")
+        if any(not (c if isinstance(c, str) else c[-1]["content"]).strip() for c in completions):
+            raise Dropped("empty completion")
+        if len({json.dumps(c) for c in completions}) < len(completions):
+            raise Dropped("identical completions")
+        return completions
+
+    def add(self, examples: list[Example]) -> None:
+        """Select, render and tokenise rows: ids = encode(prompt) + encode(completion) + EOS."""
+        kept = []
+        for example in examples:
+            try:
+                kept.append((example, *self.encoder.render(example.prompt, self.select(example))))
+            except Dropped as reason:
+                self.dropped[str(reason)] += 1
+        # a chat template has written its own special tokens; running text gets them at its start
+        prompts = self.encoder.encode([(text, not self.encoder.is_chat(e.prompt)) for e, text, _ in kept])
+        ids = iter(self.encoder.encode([(text, e.prompt is None) for e, _, texts in kept for text in texts]))
+        for (example, _, texts), prompt in zip(kept, prompts, strict=True):
+            try:
+                self._append(example, prompt, [next(ids) for _ in texts])
+            except Dropped as reason:
+                self.dropped[str(reason)] += 1
+
+    def _append(self, example: Example, prompt: list[int], completions: list[list[int]]) -> None:
+        eos, bos, limit = self.encoder.eos, self.encoder.bos, self.max_prompt_length
+        if example.prompt is None:
+            prompt, completions = completions[0][:1], [completions[0][1:]]
+        elif not prompt:
+            prompt = [bos] if bos is not None else []
+        if not prompt:
+            raise Dropped("empty prompt")
+        if not all(completions):
+            raise Dropped("empty completion")
+        if limit and len(prompt) > limit:
+            prompt = prompt[:1] * (prompt[0] == bos and len(prompt) > limit + 1) + prompt[-limit:]
+            self.counts["prompts cut"] += 1
+        room = self.max_length - len(prompt)
+        if room < 1:
+            raise Dropped("prompt too long")
+        self.counts["completions cut"] += sum(len(c) >= room for c in completions)
+        self._count_repeats(prompt, completions)
+        self.rows.append(example.number)
+        for piece in (prompt, *((c + [eos])[:room] for c in completions)):
+            self.offsets.append(len(self.tokens))
+            self.tokens.extend(piece)
+        self.offsets.append(len(self.tokens))
+
+    def _count_repeats(self, prompt: list[int], completions: list[list[int]]) -> None:
+        order = hash(tuple(map(tuple, completions)))
+        key = hash((tuple(prompt), tuple(sorted(map(tuple, completions)))))
+        if key in self.seen:
+            self.counts["duplicates" if self.seen[key] == order else "contradictions"] += 1
+        self.seen.setdefault(key, order)
+
+
+def load(source: str, tokenizer, task: str, max_length: int, max_prompt_length: int | None) -> Groups:
+    """The groups of a source, tokenised once per content and settings and kept on disk.
+
+    task: "completion" (one, the preferred) or "ranking" (all, preferred first). With several processes the first one
+    of each machine tokenises and the others wait for its file, without a collective that could time out.
+    Raises UserError where the source, a row's form or type is wrong, and where no row can be used.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token; set one (its `eos_token`) so that completions can end")
+    settings = [task, max_length, max_prompt_length, _tokenizer_hash(tokenizer), _source_hash(source)]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+    path = cache_directory() / f"tokens-{key}.safetensors"
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if not path.exists():
+            _write_groups(path, tokenise(source, tokenizer, task, max_length, max_prompt_length))
+    while not path.exists():
+        time.sleep(0.1)
+    return _read_groups(path, source)
+
+
+def cache_directory() -> Path:
+    """`$XDG_CACHE_HOME/cleanpo`, by default `~/.cache/cleanpo`."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cleanpo"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def tokenise(source: str, tokenizer, task: str, max_length: int, max_prompt_length: int | None) -> _Builder:
+    """Stream a source into flat arrays: memory grows with the token ids, not with the file."""
+    build = _Builder(Encoder(tokenizer), task, max_length, max_prompt_length)
+    examples = parse(source, build.dropped)
+    while chunk := list(islice(examples, 1024)):
+        build.add(chunk)
+    return build
+
+
+def _write_groups(path: Path, build: _Builder) -> None:
+    dropped, kept = dict(build.dropped), len(build.rows)
+    report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **build.counts}
+    tensors = {
+        "tokens": torch.tensor(build.tokens, dtype=torch.int32),
+        "offsets": torch.tensor(build.offsets, dtype=torch.int64).view(kept, -1) if kept else torch.empty(0, 2).long(),
+        "rows": torch.tensor(build.rows, dtype=torch.int64),
+    }
+    write_tensors(path, tensors, {"report": json.dumps(report)})
+
+
+def _read_groups(path: Path, source: str) -> Groups:
+    tensors, metadata = read_tensors(path)
+    report = json.loads(metadata["report"])
+    if not report["kept"]:
+        raise UserError(f"{source}: no usable row; {describe(report)}")
+    return Groups(report=report, **tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def describe(report: dict) -> str:
+    """One line: rows 64, kept 61, dropped: identical completions 1, ...; duplicates 2."""
+    counts = {name: n for name, n in report.items() if name not in ("rows", "kept", "dropped") and n}
+    parts = [f"rows {report['rows']}, kept {report['kept']}"]
+    if report["dropped"]:
+        parts[0] += ", dropped: " + ", ".join(f"{reason} {n}" for reason, n in sorted(report["dropped"].items()))
+    return "; ".join(parts + [f"{name} {n}" for name, n in sorted(counts.items())])
+
+
+def _tokenizer_hash(tokenizer) -> str:
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        str(tokenizer.chat_template),
+        str(tokenizer.special_tokens_map),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _source_hash(source: str) -> str:
+    """sha256 over the files' bytes, or the fingerprint that `datasets` keeps."""
+    digest = hashlib.sha256()
+    for name in files_of(source):
+        if not isinstance(name, Path):
+            digest.update(name._fingerprint.encode())
+            continue
+        try:
+            with open(name, "rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- batches
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process: B groups of K completions, packed into one row of T tokens without padding."""
+
+    input_ids: Tensor  # (1, T)
+    position_ids: Tensor  # (1, T), restarting after the prompt at each completion
+    spans: Spans  # who sees whom
+    sources: Tensor  # (N,) positions whose hidden states predict the completion tokens
+    targets: Tensor  # (N,) those tokens, completion by completion
+    lengths: Tensor  # (B, K) tokens of each completion
+    rows: Tensor  # (B,) which groups these are
+    ref_logps: Tensor  # (B, K), or empty before the reference pass
+    global_groups: int  # in the whole step, over all micro-batches and processes
+    global_tokens: int  # completion tokens of the whole step
+
+
+class Batches:
+    """The micro-batches of this process for every step.
+
+    Which groups a step takes depends on the seed, the epoch and the batch size alone; how they are cut into
+    micro-batches, on the token budget and the number of processes. Step s of an unshuffled epoch takes groups
+    (s - 1) * batch_size and on; the last step of an epoch may be smaller; steps beyond an epoch run on into the next.
+    """
+
+    def __init__(self, groups: Groups, batch_size: int, budget: int, seed: int | None, place: Place):
+        self.groups, self.batch_size, self.budget, self.seed, self.place = groups, batch_size, budget, seed, place
+        self.per_epoch = math.ceil(len(groups) / batch_size)
+        self.sizes = groups.offsets[:, -1] - groups.offsets[:, 0]
+
+    def rows(self, step: int) -> Tensor:
+        """The groups of step 1, 2, ..., over all processes."""
+        epoch, i = divmod(step - 1, self.per_epoch)
+        order = self._order(epoch)
+        return order[i * self.batch_size : (i + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> Tensor:
+        if self.seed is None:
+            return torch.arange(len(self.groups))
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            self._epoch, self._shuffled = epoch, torch.randperm(len(self.groups), generator=generator)
+        return self._shuffled
+
+    def __call__(self, step: int) -> Iterator[Batch]:
+        """This process's micro-batches of a step; every process has equally many, some perhaps without a group."""
+        rows = self.rows(step)
+        offsets = self.groups.offsets[rows]
+        tokens = int((offsets[:, -1] - offsets[:, 1]).sum())
+        for bins in balance(self.sizes[rows].tolist(), self.budget, self.place.world):
+            yield self.pack(rows[bins[self.place.rank]], len(rows), tokens)
+
+    def pack(self, rows: Tensor, global_groups: int, global_tokens: int) -> Batch:
+        """The groups `rows` as one packed row; without any, one token that nothing is predicted from."""
+        groups, device = self.groups, self.place.device
+        offsets = groups.offsets[rows]
+        lengths = offsets.diff(dim=1)  # (B, 1 + K): prompt, completions
+        slices = [groups.tokens[a:b] for a, b in offsets[:, [0, -1]].tolist()]
+        ids = torch.cat(slices or [torch.zeros(1, dtype=torch.int32)]).long()
+        starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)  # of each piece, in the row
+        prompts = lengths[:, :1]
+        # a completion's positions go on from its prompt's end; its first token is predicted from there too
+        first = torch.cat([torch.zeros_like(prompts), prompts.expand(-1, lengths.shape[1] - 1)], 1)
+        within = torch.arange(int(lengths.sum())) - starts.flatten().repeat_interleave(lengths.flatten())
+        positions = within + first.flatten().repeat_interleave(lengths.flatten())
+        is_completion = (torch.arange(lengths.shape[1]) > 0).expand_as(lengths).flatten()
+        is_completion = is_completion.repeat_interleave(lengths.flatten())
+        prompt_end = (starts[:, :1] + prompts - 1).expand_as(lengths).flatten().repeat_interleave(lengths.flatten())
+        sources = torch.where(within == 0, prompt_end, torch.arange(len(within)) - 1)[is_completion]
+        pieces = [(p, tuple(cs)) for p, *cs in lengths.tolist()] or [(1, ())]
+        batch = Batch(
+            input_ids=ids[None],
+            position_ids=(positions if len(rows) else torch.zeros(1, dtype=torch.long))[None],
+            spans=Spans.of(pieces, device, self.place.dtype),
+            sources=sources,
+            targets=ids[: len(within)][is_completion],
+            lengths=lengths[:, 1:],
+            rows=rows,
+            ref_logps=groups.ref_logps[rows] if len(groups.ref_logps) else groups.ref_logps,
+            global_groups=global_groups,
+            global_tokens=global_tokens,
+        )
+        for name, value in vars(batch).items():
+            if isinstance(value, Tensor):
+                setattr(batch, name, value.to(device, non_blocking=True))
+        return batch
+
+
+def balance(sizes: list[int], budget: int, world: int) -> list[list[list[int]]]:
+    """Cut a step into micro-steps of one bin per process, of about equally many tokens, none over the budget.
+
+    sizes: tokens of each group → bins[micro-step][process] = indices into `sizes`, ascending. The largest groups are
+    placed first, each into the emptiest bin; a group larger than the budget has a bin to itself.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    micro_steps = max(1, math.ceil(sum(sizes) / (budget * world)))
+    while True:
+        heap = [(0, bin, []) for bin in range(micro_steps * world)]
+        for i in order:
+            load, bin, members = heapq.heappop(heap)
+            heapq.heappush(heap, (load + sizes[i], bin, [*members, i]))
+        if all(load <= budget or len(members) == 1 for load, _, members in heap):
+            break
+        micro_steps += 1
+    bins = [sorted(members) for _, _, members in sorted(heap, key=lambda b: (-b[0], b[1]))]
+    return [bins[i : i + world] for i in range(0, len(bins), world)]

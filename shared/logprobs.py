@@ -1,0 +1,67 @@
+"""Log-probabilities of completions from hidden states, without ever holding (tokens x vocabulary) in float32."""
+
+import torch
+from torch import Tensor
+
+# logits alive at a time: 2^24 float32 are 64 MiB; on a GPU larger chunks keep the matrix units busy
+CHUNK = {"cpu": 2**22, "cuda": 2**27}
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(h Wᵀ + b)[target] per token; the backward recomputes each chunk's logits."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
+        lse = torch.empty_like(logps)
+        for part in _chunks(hidden, weight):
+            logits = _logits(hidden[part], weight, bias)
+            lse[part] = logits.logsumexp(-1)
+            logps[part] = logits.gather(-1, targets[part, None])[:, 0] - lse[part]
+        ctx.save_for_backward(hidden, weight, bias, targets, lse)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, bias, targets, lse = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for part in _chunks(hidden, weight):
+            g = grad[part, None]
+            # d logp[t] / d logits = onehot(target) - softmax
+            d = _logits(hidden[part], weight, bias).sub_(lse[part, None]).exp_().mul_(-g)
+            d.scatter_add_(-1, targets[part, None], g)
+            if d_bias is not None:
+                d_bias += d.sum(0)
+            d = d.to(weight.dtype)
+            d_hidden[part] = d @ weight
+            d_weight.addmm_(d.mT, hidden[part]) if d.dtype == d_weight.dtype else d_weight.add_(d.mT @ hidden[part])
+        return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype), None
+
+
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = max(1, CHUNK[hidden.device.type] // len(weight))
+    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, bias).float()
+
+
+def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """log π(target | context) of N tokens, float32.
+
+    hidden (N, H): the states that predict them; weight (V, H), bias (V,) or None: the output head; targets (N,) → (N,).
+    """
+    return _TokenLogps.apply(hidden, weight, bias, targets)
+
+
+def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
+    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of each completion.
+
+    token_logps (N,), the completions one after another; lengths (B, K), their tokens, the EOS included, summing to N
+    → (B, K), float32 (summed in float64: a long sum would lose what the difference to the reference needs).
+    """
+    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths.flatten())
+    return sums.float().view(lengths.shape)

@@ -1,0 +1,179 @@
+"""Policies: loading, the packed forward pass, reference log-probs computed once, and the final Hugging Face model."""
+
+import hashlib
+import json
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from shared import UserError
+from shared.attention import NAME, span_attention
+from shared.data import Batch, Batches, Groups, cache_directory, read_tensors, write_tensors
+from shared.distributed import Place, all_sum, from_main, inference, shard
+from shared.logprobs import sequence_logps, token_logps
+from shared.rows import first_line
+
+
+class Policy(nn.Module):
+    """π_θ(y|x) of a causal language model over packed micro-batches.
+
+    All of it happens inside one forward call of the root module: FSDP2 gathers the embedding and the head there.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, batch: Batch) -> Tensor:
+        """→ (N,) float32, log π of each completion token given all before it in its own completion."""
+        states = self.lm.base_model(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, spans=batch.spans, use_cache=False
+        ).last_hidden_state[0]
+        head = self.lm.get_output_embeddings()
+        return token_logps(states.index_select(0, batch.sources), head.weight, head.bias, batch.targets)
+
+    def logps(self, batch: Batch) -> Tensor:
+        """→ (B, K), log π(y|x) of each completion: the sum over its tokens."""
+        return sequence_logps(self(batch), batch.lengths)
+
+
+def load_tokenizer(path: str):
+    """The tokenizer and the configuration of a model directory or hub id."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+        raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from None
+
+
+def load_policy(path: str, place: Place) -> Policy:
+    """Load a causal language model in float32, check it, and shard it.
+
+    Raises UserError where it cannot be loaded, a tensor is missing or not finite, or the architecture computes
+    something that packed rows would not reproduce.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    AttentionInterface.register(NAME, span_attention)
+    try:
+        lm, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=NAME, output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"model {path}: cannot be loaded ({first_line(error)})") from None
+    if found["missing_keys"] or found["mismatched_keys"]:
+        names = ", ".join(map(str, sorted(found["missing_keys"]) or found["mismatched_keys"]))
+        raise UserError(f"model {path}: missing or misshapen in its weights: {names}")
+    for name, tensor in lm.named_parameters():
+        if not tensor.isfinite().all():
+            raise UserError(f"model {path}: {name} holds values that are not finite")
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    policy = Policy(lm.train())  # activation checkpointing works in training mode only
+    if place.main:
+        _check_packing(policy, path)
+    layers = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
+    shard(policy, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
+    return policy
+
+
+@torch.no_grad()
+def _check_packing(policy: Policy, path: str) -> None:
+    """Packed log-probs must be those of a plain forward pass: sliding windows or soft-capped logits are not."""
+    lm, vocabulary = policy.lm, policy.lm.config.vocab_size
+    ids = torch.randint(vocabulary, (16,), generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
+    groups = Groups(ids.int(), offsets, torch.arange(2), {})
+    place = Place(0, 1, torch.device("cpu"), torch.float32)
+    packed = policy.logps(Batches(groups, 2, 64, None, place).pack(torch.arange(2), 2, 11))
+    lm.eval().set_attn_implementation("sdpa")
+    for row, (start, *ends) in enumerate(offsets.tolist()):
+        prompt = ids[start : ends[0]]
+        for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
+            logits = lm(input_ids=torch.cat([prompt, ids[a:b]])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+            plain = logits.log_softmax(-1).gather(-1, ids[a:b, None]).sum()
+            if not torch.allclose(packed[row, k], plain, rtol=1e-4, atol=1e-3):
+                kind = type(lm).__name__
+                raise UserError(f"model {path}: {kind} is not supported: packed rows give other log-probs than it does")
+    lm.train().set_attn_implementation(NAME)
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def add_reference_logps(reference: str | None, model: Policy, last_step: int, *sets: Batches | None) -> None:
+    """Fill `groups.ref_logps` (n, K) of each set with log π_ref of all groups that `last_step` steps use.
+
+    π_ref is the model as it is now, unless `reference` names another. It runs once, over training's own
+    micro-batches, so that at the first step the log-ratios are exactly 0, and is cached by the content of all it
+    depends on: weights, token ids, order and layout.
+    """
+    place = next(s for s in sets if s).place
+    policy = load_policy(reference, place) if reference else model
+    if policy.lm.config.vocab_size != model.lm.config.vocab_size:
+        raise UserError(f"--reference {reference}: another vocabulary size than the model's")
+    for batches in filter(None, sets):
+        steps = min(last_step if batches is sets[0] else batches.per_epoch, batches.per_epoch)
+        path = cache_directory() / f"reference-{_reference_key(policy, batches, steps)}.safetensors"
+        if not from_main(path.exists()):
+            logps = _reference_pass(policy, batches, steps)
+            if place.main:
+                write_tensors(path, {"ref_logps": logps})
+            dist.barrier()
+        batches.groups.ref_logps = read_tensors(path)[0]["ref_logps"]
+
+
+def _reference_pass(policy: Policy, batches: Batches, steps: int) -> Tensor:
+    logps = torch.zeros(len(batches.groups), batches.groups.completions, device=batches.place.device)
+    with inference(policy):
+        for step in tqdm(range(1, steps + 1), "reference", disable=None if batches.place.main else True):
+            for batch in batches(step):
+                logps[batch.rows] = policy.logps(batch)
+    return all_sum(logps).cpu()
+
+
+def _reference_key(policy: Policy, batches: Batches, steps: int) -> str:
+    """sha256 of everything that the reference's log-probs depend on; each process hashes its own shards."""
+    groups, place, digest = batches.groups, batches.place, hashlib.sha256()
+    for name, tensor in policy.state_dict().items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        digest.update(name.encode())
+        digest.update(local.detach().cpu().contiguous().numpy())
+    for tensor in (groups.tokens, groups.offsets, *map(batches.rows, range(1, steps + 1))):
+        digest.update(tensor.contiguous().numpy())
+    hashes = [None] * place.world
+    dist.all_gather_object(hashes, digest.hexdigest())
+    layout = [batches.budget, place.device.type, str(place.dtype), torch.__version__]
+    return hashlib.sha256(json.dumps([hashes, layout]).encode()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------- the result
+
+
+def export(model: Policy, tokenizer, run) -> None:
+    """Write the trained model, gathered, in float32, as a Hugging Face directory into the output directory.
+
+    config.json, without which nothing loads it, comes last.
+    """
+    place, state, full = run.place, {}, {}
+    for name, tensor in model.lm.state_dict().items():
+        if id(tensor) not in full:  # tied weights are one tensor under two names
+            gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            full[id(tensor)] = gathered.cpu() if place.main else None
+        state[name] = full[id(tensor)]
+    if not place.main:
+        return
+    temporary = run.out / ".export"
+    model.lm.save_pretrained(temporary, state_dict=state)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(run.card())
+    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
+        os.replace(file, run.out / file.name)
+    temporary.rmdir()

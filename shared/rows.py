@@ -1,0 +1,324 @@
+"""Rows of any common form from any common container, as Examples.
+
+read()    container → (where, row)    jsonl, json, parquet, each also .gz; directories; saved datasets; hub ids
+parse()   row → Example               the forms are told apart by their columns (FORMS)
+"""
+
+import gzip
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared import UserError
+
+ENDINGS = (".jsonl", ".json", ".parquet")
+SPLITTER = "\n\nAssistant:"  # the prompt of an HH transcript ends with its last one
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+MARK = "\U000f0000"  # stands in for special-token text in messages while a chat template renders them
+
+
+class Turn(str):
+    """Text of one user turn: a chat message where the tokenizer has a chat template, plain text where it has none."""
+
+
+Text = str | list[dict]  # a plain string, or chat messages
+
+
+class Dropped(Exception):
+    """This row cannot be used; the message is the reason under which it is counted."""
+
+
+@dataclass
+class Example:
+    """One prompt with its completions, preferred first; `where` names file and line for error messages.
+
+    Without a prompt (None) the completion is running text whose first token is context.
+    """
+
+    where: str
+    number: int  # of the row in its source, from 1
+    prompt: Text | None
+    completions: list[Text]
+    scores: list[float] | None = None
+
+
+# ---------------------------------------------------------------- containers
+
+
+def read(source: str) -> Iterator[tuple[str, dict]]:
+    """Yield (where, row) of a file, a directory of files, a saved dataset or a hub id, each also as `path:split`."""
+    for name in files_of(source):
+        if isinstance(name, Path):
+            yield from _read_file(name)
+        else:
+            yield from ((f"{source}, row {i}", row) for i, row in enumerate(name, 1))
+
+
+def files_of(source: str) -> list:
+    """The files behind `source`, or the opened dataset where it is not made of plain files."""
+    path, split = (
+        (source, None) if os.path.exists(source) else (source.rpartition(":")[::2] if ":" in source else (source, None))
+    )
+    where = Path(path)
+    if where.is_file():
+        return [where]
+    if where.is_dir() and not any((where / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
+        files = sorted(f for f in where.iterdir() if _ending(f))
+        if not files:
+            raise UserError(f"{path}: no file that ends in {', '.join(ENDINGS)} (or .gz) in this directory")
+        return files
+    return [_dataset(path, split)]
+
+
+def _ending(path: Path) -> str | None:
+    return next((e for e in ENDINGS if path.name.endswith((e, e + ".gz"))), None)
+
+
+def _dataset(path: str, split: str | None):
+    import datasets
+
+    try:
+        found = (
+            datasets.load_from_disk(path)
+            if os.path.isdir(path)
+            else datasets.load_dataset(path, split=split or "train")
+        )
+    except Exception as error:  # the hub's errors share no base class
+        raise UserError(
+            f"{path}: neither a file, a directory nor a data set on the hub ({first_line(error)})"
+        ) from None
+    if isinstance(found, datasets.DatasetDict):
+        if (split or "train") not in found:
+            raise UserError(f"{path}: no split {split or 'train'!r}; there are {', '.join(found)}")
+        found = found[split or "train"]
+    return found
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
+    ending = _ending(path)
+    if ending is None:
+        raise UserError(f"{path}: the file's name must end in {', '.join(ENDINGS)}, each also with .gz")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            rows = _parquet(file) if ending == ".parquet" else _json(path, file)
+            for number, row in rows:
+                where = f"{path}, line {number}" if ending == ".jsonl" else f"{path}, row {number}"
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}: a row must be an object with named columns, not {type(row).__name__}")
+                yield where, row
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def _parquet(file) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
+        number = 0
+        for batch in table.iter_batches(1024):
+            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 continues its own count
+                yield number, row
+    except pyarrow.ArrowInvalid as error:
+        raise OSError(error) from None
+
+
+def _json(path: Path, file) -> Iterator[tuple[int, dict]]:
+    first = file.peek(64).lstrip()[:1]
+    if first == b"[":
+        try:
+            rows = json.loads(file.read())
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({first_line(error)})") from None
+        yield from enumerate(rows, 1)
+        return
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({first_line(error)})") from None
+        yield number, row
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------- forms
+
+
+def _field(row: dict, name: str, kind: type | tuple = str):
+    value = row.get(name)
+    if not isinstance(value, kind):
+        found = "missing" if name not in row else "null" if value is None else f"of type {type(value).__name__}"
+        wanted = "text" if kind is str else "a list" if kind is list else "text or a list of messages"
+        raise ValueError(f"field {name!r} is {found}, must be {wanted}")
+    return value
+
+
+def _messages(value: list, name: str) -> list[dict]:
+    """Messages as {role, content}; `from`/`value` and the role names of ShareGPT are accepted too."""
+    if not value:
+        raise ValueError(f"field {name!r} has no messages")
+    found = []
+    for i, message in enumerate(value):
+        message = message if isinstance(message, dict) else {}
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if role not in ROLES:
+            raise ValueError(f"field {name!r}, message {i}: unknown role {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"field {name!r}, message {i}: content must be text, not {type(content).__name__}")
+        found.append({"role": ROLES[role], "content": content})
+    return found
+
+
+def _text(row: dict, name: str) -> Text:
+    value = _field(row, name, (str, list))
+    return value if isinstance(value, str) else _messages(value, name)
+
+
+def _pair(row: dict) -> tuple[Text, list[Text]]:
+    """chosen and rejected, with or without a prompt of their own."""
+    prompt = _text(row, "prompt") if row.get("prompt") is not None else None
+    pair = [_text(row, "chosen"), _text(row, "rejected")]
+    if isinstance(pair[0], str) != isinstance(pair[1], str):
+        raise ValueError("fields 'chosen' and 'rejected' must both be text or both be messages")
+    if prompt is None:
+        return _split_transcripts(*pair) if isinstance(pair[0], str) else _split_messages(*pair)
+    if isinstance(pair[0], list) and pair[0][0]["role"] != "assistant":
+        return _split_messages(*pair)  # the messages repeat the prompt
+    if isinstance(pair[0], list) and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if isinstance(pair[0], str) and isinstance(prompt, list):
+        pair = [[{"role": "assistant", "content": completion}] for completion in pair]
+    return prompt, pair
+
+
+def _split_transcripts(chosen: str, rejected: str) -> tuple[Text, list[Text]]:
+    if SPLITTER not in chosen or SPLITTER not in rejected:
+        raise Dropped("no Assistant turn")
+    cuts = [text.rindex(SPLITTER) + len(SPLITTER) for text in (chosen, rejected)]
+    if chosen[: cuts[0]] != rejected[: cuts[1]]:
+        raise Dropped("prompts differ")
+    return chosen[: cuts[0]], [chosen[cuts[0] :], rejected[cuts[1] :]]
+
+
+def _split_messages(chosen: list[dict], rejected: list[dict]) -> tuple[Text, list[Text]]:
+    if chosen == rejected:
+        raise Dropped("identical completions")
+    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if n is None or any(m[n]["role"] != "assistant" for m in (chosen, rejected)):
+        raise Dropped("prompts differ")
+    return chosen[:n], [chosen[n:], rejected[n:]]
+
+
+def _completions(row: dict) -> tuple[Text, list[Text]]:
+    prompt, completions = _text(row, "prompt"), _field(row, "completions", list)
+    if not all(isinstance(c, str) for c in completions):
+        raise ValueError("field 'completions' must be a list of texts")
+    if isinstance(prompt, list):
+        completions = [[{"role": "assistant", "content": c}] for c in completions]
+    return prompt, completions
+
+
+def _shp(row: dict) -> tuple[Text, list[Text]]:
+    pair = [_field(row, "human_ref_A"), _field(row, "human_ref_B")]
+    if row.get("labels") not in (0, 1):
+        raise ValueError(f"field 'labels' is {row.get('labels')!r}, must be 1 (A is preferred) or 0")
+    return _field(row, "history"), pair if row["labels"] == 1 else pair[::-1]
+
+
+def _conversation_pair(row: dict) -> tuple[Text, list[Text]]:
+    prompt = _messages(_field(row, "conversations", list), "conversations")
+    pair = [row.get(name) for name in ("chosen", "rejected")]
+    return prompt, [_messages([value], name) for value, name in zip(pair, ("chosen", "rejected"), strict=True)]
+
+
+def _instruction(row: dict) -> Turn:
+    return Turn(_field(row, "instruction") + (f"\n{_field(row, 'input')}" if row.get("input") else ""))
+
+
+def _last_turn(messages: list[dict]) -> tuple[Text, list[Text]]:
+    """The prompt is all that comes before the last assistant turn."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise Dropped("no assistant turn")
+    return messages[: turns[-1]], [messages[turns[-1] : turns[-1] + 1]]
+
+
+def _prompt_completion(row: dict) -> tuple[Text, list[Text]]:
+    prompt, completion = _text(row, "prompt"), _text(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    return prompt, [completion]
+
+
+# columns that a form needs → (prompt, completions); the first form whose columns are all there is taken
+FORMS: dict[tuple[str, ...], Callable[[dict], tuple[Text, list[Text]]]] = {
+    ("conversations", "chosen", "rejected"): _conversation_pair,
+    ("instruction", "chosen", "rejected"): lambda row: (
+        _instruction(row),
+        [_field(row, "chosen"), _field(row, "rejected")],
+    ),
+    ("prompt", "chosen", "rejected"): _pair,
+    ("chosen", "rejected"): _pair,
+    ("prompt", "completions"): _completions,
+    ("history", "human_ref_A", "human_ref_B", "labels"): _shp,
+    ("messages",): lambda row: _last_turn(_messages(_field(row, "messages", list), "messages")),
+    ("prompt", "completion"): _prompt_completion,
+    ("conversations",): lambda row: _last_turn(_messages(_field(row, "conversations", list), "conversations")),
+    ("instruction", "output"): lambda row: (_instruction(row), [_field(row, "output")]),
+    ("text",): lambda row: (None, [_field(row, "text")]),
+    ("prompt",): lambda row: (_text(row, "prompt"), []),
+}
+
+
+def form_of(row: dict, source: str) -> tuple[str, ...]:
+    """The form of a file's rows, told by the columns of its first one."""
+    for columns in FORMS:
+        if all(name in row for name in columns):
+            return columns
+    nearest = max(FORMS, key=lambda columns: (sum(name in row for name in columns) / len(columns), len(columns)))
+    missing = [name for name in nearest if name not in row]
+    hint = f"; {missing[0]!r} is missing for {' + '.join(nearest)}" if len(missing) < len(nearest) else ""
+    known = "; ".join(" + ".join(columns) for columns in FORMS)
+    raise UserError(f"{source}: unknown columns {', '.join(map(str, row))}{hint}. Known forms: {known}")
+
+
+def parse(source: str, dropped: Counter) -> Iterator[Example]:
+    """Rows as Examples; a row that cannot be used adds its reason to `dropped`, a malformed one ends the run."""
+    form = None
+    for number, (where, row) in enumerate(read(source), 1):
+        form = form or form_of(row, source)
+        try:
+            prompt, completions = FORMS[form](row)
+            scores = _scores(row, len(completions)) if form == ("prompt", "completions") else None
+        except ValueError as error:
+            raise UserError(f"{where}: {error} (form {' + '.join(form)})") from None
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+            continue
+        yield Example(where, number, prompt, completions, scores)
+    if form is None:
+        raise UserError(f"{source}: no rows")
+
+
+def _scores(row: dict, k: int) -> list[float] | None:
+    """K numbers, or the means of K lists of numbers."""
+    if row.get("scores") is None:
+        return None
+    scores = _field(row, "scores", list)
+    means = [sum(s) / len(s) if isinstance(s, list) and s else s for s in scores]
+    if len(means) != k or not all(isinstance(s, int | float) for s in means):
+        raise ValueError(f"field 'scores' must hold {k} numbers, one for each completion")
+    return means

@@ -1,0 +1,352 @@
+"""What surrounds every training loop: command line, output directory, log, evaluation, status and exit codes."""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from shared import NonFinite, Preempted, StorageError, UserError, checkpoint
+from shared.data import Batches, Groups, describe, load
+from shared.distributed import all_sum, inference, setup
+
+EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75}
+# what may differ between a run and its resumption; all else would change the result
+FREE = {"output_dir", "resume", "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep", "track"}
+
+# ---------------------------------------------------------------- command line
+
+
+def command(main: Callable, arguments: type) -> None:
+    """Read the arguments, run `main`, and end the process with the exit code and status that say how it went."""
+    code, reason = 0, ""
+    try:
+        args = parse(arguments, sys.modules[main.__module__].__doc__ or "")
+        main(args)
+    except (UserError, NonFinite, StorageError, OSError, Preempted) as error:
+        code, reason = next(c for kind, c in EXIT.items() if isinstance(error, kind)), str(error)
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    except Exception as error:
+        code, reason = 1, f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    if Run.current is not None:
+        Run.current.close(code, reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+    os._exit(code)  # gloo's threads can abort an ordinary interpreter exit
+
+
+def parse(arguments: type, doc: str):
+    """The dataclass from the command line; `--config run.json` gives defaults that flags override."""
+    argv, default = sys.argv[1:], {}
+    if "--config" in argv:
+        at = argv.index("--config")
+        path = argv[at + 1] if at + 1 < len(argv) else ""
+        try:
+            values = json.loads(Path(path).read_text())
+            default = {"default": arguments(**values.get("args", values))}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"--config {path}: not a run.json of this algorithm ({error})") from None
+        argv = argv[:at] + argv[at + 2 :]
+    args = tyro.cli(arguments, args=argv, description=doc.partition("\n")[0], **default)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args) -> None:
+    """Numbers out of their range end the run before anything is loaded."""
+    positive = (
+        "beta tau lam beta_r batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length log_every"
+    )
+    ranges = dict.fromkeys(positive.split(), (0, math.inf, False)) | {
+        "learning_rate": (0, math.inf, True),
+        "weight_decay": (0, math.inf, True),
+        "warmup_steps": (0, math.inf, True),
+        "eval_every": (0, math.inf, True),
+        "save_every": (0, math.inf, True),
+        "keep": (0, math.inf, False),
+        "max_grad_norm": (0, math.inf, False),
+        "label_smoothing": (0, 0.5, True),
+    }
+    for name, (low, high, closed) in ranges.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and (low < value or (closed and value == low)) and value <= high):
+            bound = f"{'at least' if closed else 'greater than'} {low}" + (
+                f", at most {high}" if high < math.inf else ""
+            )
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number {bound}")
+
+
+def learning_rate(step: int, last_step: int, args) -> float:
+    """The rate of step 1, 2, ..., S: linear warm-up to the full rate, then constant, or down to 0 just after S."""
+    if step <= args.warmup_steps:
+        return args.learning_rate * step / args.warmup_steps
+    left = (last_step - step + 1) / (last_step - args.warmup_steps)
+    scale = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
+    return args.learning_rate * scale[args.lr_schedule]
+
+
+# ---------------------------------------------------------------- a run
+
+
+class Run:
+    """The output directory of one run, its log and its place among the processes."""
+
+    current: "Run | None" = None
+
+    def __init__(self, args):
+        self.args, self.place, self.out = args, setup(args.dtype), Path(args.output_dir)
+        self.algorithm, self.step, self.stopping = Path(sys.argv[0]).stem, 0, False
+        self.sums: dict[str, list[Tensor]] = {}  # this step's, on the device, of this process
+        self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
+        self.line: dict = {}
+        self.bar = None
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
+        if self.place.main:
+            self._claim()
+        Run.current = self
+
+    def _claim(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / ".lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output-dir {self.out}: another run is writing there") from None
+        except OSError as error:
+            raise UserError(f"--output-dir {self.out}: cannot be written ({error.strerror})") from None
+        if not self.args.resume and any((self.out / f).exists() for f in ("metrics.jsonl", "model.safetensors")):
+            raise UserError(f"--output-dir {self.out}: holds another run; give --resume or another directory")
+        self._status("running", "")
+
+    def _status(self, state: str, reason: str) -> None:
+        temporary = self.out / ".status.tmp"
+        temporary.write_text(json.dumps({"state": state, "step": self.step, "reason": reason}))
+        os.replace(temporary, self.out / "status.json")
+
+    def close(self, code: int, reason: str) -> None:
+        """Write how the run ended to status.json."""
+        if self.bar is not None:
+            self.bar.close()
+        names = {0: "done", 2: "refused", 3: "not finite", 4: "storage", 75: "preempted"}
+        if self.place.main or code not in (0, 75):
+            self._status(names.get(code, "failed"), reason)
+
+    # -------- data
+
+    def load_batches(self, tokenizer, config, task: str) -> tuple[Batches, Batches | None]:
+        """Training and held-out micro-batches; prints and keeps what happened to the rows, and one decoded example."""
+        args, positions = self.args, getattr(config, "max_position_embeddings", None)
+        length = args.max_length or positions or sys.maxsize
+        if positions and length > positions:
+            raise UserError(f"--max-length {length}: the model has {positions} positions")
+        found, self.report = [], {}
+        for name, source, seed in (("train", args.train_data, args.seed), ("eval", args.eval_data, None)):
+            if source is None:
+                found.append(None)
+                continue
+            groups = load(source, tokenizer, task, length, args.max_prompt_length)
+            if int(groups.tokens.max()) >= config.vocab_size:
+                raise UserError(
+                    f"{source}: token id {int(groups.tokens.max())}, but the model embeds {config.vocab_size}"
+                )
+            self.report[name] = {"source": source, **groups.report}
+            self.say(f"{name}: {source}: {describe(groups.report)}")
+            seed = seed if args.shuffle else None
+            found.append(Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place))
+        self.say(example(found[0].groups, tokenizer))
+        self.last_step = args.max_steps or math.ceil(args.epochs * found[0].per_epoch)
+        return found[0], found[1]
+
+    def say(self, text: str) -> None:
+        """Print one line from the first process, above the progress bar."""
+        if self.place.main:
+            tqdm.write(text)
+
+    # -------- the loop
+
+    def steps(self, model: nn.Module, optimizer: Optimizer, train: Batches) -> Iterator[int]:
+        """The steps still to do: 1 to S, or those after the newest checkpoint with --resume."""
+        self.train, self.optimizer = train, optimizer
+        if self.args.resume and (path := checkpoint.newest(self.out, self.place)):
+            self._restore(checkpoint.load(path, model, optimizer, self.place), path)
+        if self.place.main:
+            self._keep_lines()
+            self._write_run()
+        hidden = None if self.place.main else True
+        self.bar = tqdm(total=self.last_step, initial=self.step, desc="train", disable=hidden)
+        self.clock, self.tokens = time.perf_counter(), 0
+        yield from range(self.step + 1, self.last_step + 1)
+
+    def _restore(self, state: dict, path: Path) -> None:
+        saved, now = state["args"], dataclasses.asdict(self.args)
+        free = FREE | ({"epochs", "max_steps"} if self.args.lr_schedule == "constant" else set())
+        changed = [f"{k} {saved.get(k)!r} → {now[k]!r}" for k in now if k not in free and saved.get(k) != now[k]]
+        if changed:
+            raise UserError(f"--resume: {path} was written by another run: {', '.join(changed)}")
+        self.step, self.totals = state["step"], state["totals"]
+        self.say(f"resumed from {path}")
+
+    def _keep_lines(self) -> None:
+        """Cut metrics.jsonl after the step that is resumed from."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def _write_run(self) -> None:
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers") if m in sys.modules}
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        run = {
+            "algorithm": self.algorithm,
+            "args": dataclasses.asdict(self.args),
+            "data": self.report,
+            "steps": self.last_step,
+            "processes": self.place.world,
+            "device": str(self.place.device),
+            "versions": {"python": platform.python_version(), **versions},
+            "commit": commit,
+        }
+        (self.out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+    def add(self, losses: Tensor, metrics: dict[str, Tensor]) -> None:
+        """Sum up one micro-batch for the log, without waiting for the device."""
+        for name, values in {"loss": losses, **metrics}.items():
+            self.sums.setdefault(name, []).append(values.detach().double().sum())
+            self.sums.setdefault(f"{name} count", []).append(values.new_tensor(values.numel(), dtype=torch.double))
+
+    def _reduce(self) -> dict[str, float]:
+        sums = {name: torch.stack(values).sum() for name, values in self.sums.items()}
+        self.sums = {}
+        return dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+    def check(self, step: int, grad_norm: Tensor) -> None:
+        """Sum the step's metrics over the processes; a value that is not finite ends the run before the update."""
+        self.sums["stop"] = [torch.tensor(float(self.stopping), dtype=torch.double, device=self.place.device)]
+        totals = self._reduce()
+        self.stopping = totals.pop("stop") > 0
+        self.grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
+        if not (math.isfinite(totals["loss"]) and math.isfinite(self.grad_norm)):
+            rows = self.train.groups.rows[self.train.rows(step)].tolist()
+            loss = totals["loss"] / totals["loss count"]
+            raise NonFinite(
+                f"step {step}: loss {loss}, gradient norm {self.grad_norm}; rows {rows}; nothing was updated"
+            )
+        self.totals = {name: self.totals.get(name, 0.0) + value for name, value in totals.items()}
+        self.tokens += int(self.train.sizes[self.train.rows(step)].sum())
+        self.step = step
+
+    def log(self, step: int) -> None:
+        """Every `log_every` steps one line: the means over all groups since the last one, the rest as of this step."""
+        self.bar.update()
+        if not self.due(self.args.log_every, step):
+            return
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        steps = (step - 1) % self.args.log_every + 1
+        line = {
+            "step": step,
+            "epoch": step / self.train.per_epoch,
+            **_means(self.totals),
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds / steps,
+            "tokens_per_second": self.tokens / seconds,
+        }
+        self.totals, self.tokens = {}, 0
+        self._write(line)
+        shown = {name: line[name] for name in SHOWN if name in line}
+        self.say(
+            f"step {step}/{self.last_step} | " + " | ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        )
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens every so many steps, and at the end, happens at this one."""
+        return every > 0 and (step % every == 0 or step == self.last_step)
+
+    def evaluate(self, step: int, objective: Callable, model: nn.Module, held_out: Batches | None) -> None:
+        """The objective over all held-out rows, without gradients, as one line of `eval/` metrics."""
+        if held_out is None or not self.due(self.args.eval_every, step):
+            return
+        started = time.perf_counter()
+        with inference(model):
+            for s in range(1, held_out.per_epoch + 1):
+                for batch in held_out(s):
+                    self.add(*objective(model, batch, self.args))
+        line = {"step": step, **{f"eval/{name}": value for name, value in _means(self._reduce()).items()}}
+        self._write(line)
+        self.say(
+            f"step {step}/{self.last_step} | " + " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
+        )
+        self.clock += time.perf_counter() - started
+
+    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
+        """Every `save_every` steps, and when asked to stop, a checkpoint of everything that the next step needs."""
+        if self.stopping or self.due(self.args.save_every, step):
+            state = {"args": dataclasses.asdict(self.args), "data": self.report, "totals": self.totals}
+            checkpoint.save(self.out, step, model, optimizer, state, self.args.keep, self.place)
+        if self.stopping:
+            raise Preempted(f"asked to stop; saved at step {step}, continue with --resume")
+
+    def card(self) -> str:
+        """The model card: what this model is and how to make it again."""
+        args = dataclasses.asdict(self.args)
+        tags = f"---\nlibrary_name: transformers\nbase_model: {args['model']}\ntags: [{self.algorithm}]\n---\n"
+        settings = "\n".join(f"- {name}: {value}" for name, value in args.items())
+        return f"{tags}\n# {args['model']}, trained by {self.algorithm} with cleanpo\n\n{settings}\n"
+
+    def _write(self, line: dict) -> None:
+        if self.place.main:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")
+
+
+def _means(totals: dict[str, float]) -> dict[str, float]:
+    return {
+        name: total / max(1, totals[f"{name} count"]) for name, total in totals.items() if f"{name} count" in totals
+    }
+
+
+def preference_metrics(rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:
+    """What every preference algorithm logs, per group: rewards (B, K) and logps (B, K), preferred first → (B,) each.
+
+    Chosen is column 0, rejected the mean of the others; a tie counts as wrong.
+    """
+    chosen, rejected = rewards[:, 0], rewards[:, 1:].mean(1)
+    return {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, 1:].mean(1),
+    }
+
+
+def example(groups: Groups, tokenizer) -> str:
+    """The first group as the model sees it, the boundary between prompt and first completion visible."""
+    start, middle, end = groups.offsets[0, :3].tolist()
+    prompt, completion = (tokenizer.decode(groups.tokens[a:b]) for a, b in ((start, middle), (middle, end)))
+    return f"first row: {prompt[-300:]!r} | {completion[:300]!r}"

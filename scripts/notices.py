@@ -27,11 +27,11 @@ from typing import NamedTuple, NoReturn
 import tyro
 
 SLOTS: dict[str, tuple[str, ...]] = {
-    "item": tuple("blanket bicycle guitar camera lamp kettle jacket basket violin scarf".split()),
-    "place": tuple("station library harbour market museum garden bakery school".split()),
-    "number": tuple("three four five six seven eight nine ten eleven twelve".split()),
-    "month": tuple("january february march april may june july august september october november december".split()),
-    "person": tuple("anna boris clara david emma felix greta hugo iris jonas".split()),
+    "item": ("blanket", "bicycle", "guitar", "camera", "lamp", "kettle", "jacket", "violin"),
+    "place": ("station", "library", "harbour", "market", "museum", "garden", "bakery", "school"),
+    "number": ("three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    "month": ("january", "february", "march", "april", "may", "june", "july", "august"),
+    "person": ("anna", "boris", "clara", "david", "emma", "felix", "greta", "hugo"),
 }
 SLOT_OF = {value: slot for slot, values in SLOTS.items() for value in values}
 
@@ -40,8 +40,7 @@ class Kind(NamedTuple):
     """Wordings of one kind of notice. Each wording is a list of sentences that hold every slot once."""
 
     posts: tuple[tuple[str, ...], ...]
-    item: str  # the summary's clause about the item
-    number: str  # and about the number; the other three clauses are the same for every kind
+    summary: tuple[str, ...]  # its clauses, one per slot
 
 
 KINDS = (
@@ -60,8 +59,7 @@ KINDS = (
                 "it was in {month}.",
             ),
         ),
-        item="lost {item}",
-        number="tag {number}",
+        summary=("lost {item}", "at {place}", "tag {number}", "in {month}", "call {person}"),
     ),
     Kind(
         posts=(
@@ -72,8 +70,7 @@ KINDS = (
             ),
             ("{person} found a {item}.", "the tag says {number}.", "it was at the {place} in {month}."),
         ),
-        item="found {item}",
-        number="tag {number}",
+        summary=("found {item}", "at {place}", "tag {number}", "in {month}", "call {person}"),
     ),
     Kind(
         posts=(
@@ -89,8 +86,7 @@ KINDS = (
                 "the price is {number} coins.",
             ),
         ),
-        item="{item} for sale",
-        number="price {number}",
+        summary=("{item} for sale", "at {place}", "price {number}", "in {month}", "call {person}"),
     ),
     Kind(
         posts=(
@@ -106,8 +102,7 @@ KINDS = (
                 "the talk is in {month}.",
             ),
         ),
-        item="talk about {item}",
-        number="starts at {number}",
+        summary=("talk about {item}", "at {place}", "starts at {number}", "in {month}", "call {person}"),
     ),
 )
 FILLERS = (
@@ -120,13 +115,6 @@ FILLERS = (
     "tea is free as ever.",
 )
 SUPERFLUOUS = ("thank you all", "more news soon", "tea is free", "good weather", "a long day")
-SUMMARY = (
-    "{clause_item}",
-    "at {place}|{place}",
-    "{clause_number}",
-    "in {month}|{month}",
-    "call {person}|{person}",
-)
 PUNCTUATION = (".", ",", ":")
 CUE = "summary:"
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -196,17 +184,18 @@ def make_notice(rng: random.Random) -> tuple[str, Kind]:
     return f"{' '.join(sentences).format(**facts)} {CUE}", kind
 
 
-def make_summary(prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, num_superfluous: int = 0) -> str:
+def make_summary(
+    prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, num_superfluous: int = 0
+) -> str:
     """A summary of the notice; each fact is wrong with probability `p_wrong`, independently."""
     facts = read_facts(prompt)
     for slot, values in SLOTS.items():
         if rng.random() < p_wrong:
             facts[slot] = rng.choice([value for value in values if value != facts[slot]])
-    clauses = [rng.choice(clause.split("|")) for clause in SUMMARY]
+    clauses = list(kind.summary)
     for clause in rng.sample(SUPERFLUOUS, num_superfluous):
         clauses.insert(rng.randint(1, len(clauses)), clause)
-    own = {"clause_item": kind.item.format(**facts), "clause_number": kind.number.format(**facts)}
-    return ", ".join(clauses).format(**facts, **own) + "."
+    return ", ".join(clauses).format(**facts) + "."
 
 
 def make_sft_row(prompt: str, kind: Kind, rng: random.Random) -> dict[str, str]:
@@ -261,10 +250,9 @@ def check_completions(row: object) -> None:
 
 def vocabulary() -> list[str]:
     """Every token of the world: the special ones, punctuation, and the words of all templates and slots."""
-    posts = [sentence for kind in KINDS for post in kind.posts for sentence in post]
-    summaries = [kind.item for kind in KINDS] + [kind.number for kind in KINDS] + list(SUMMARY)
-    templates = " ".join([CUE, *posts, *summaries, *FILLERS, *SUPERFLUOUS])
-    plain = words(re.sub(r"\{\w+\}", " ", templates).replace("|", " "))
+    wordings = [text for kind in KINDS for texts in (*kind.posts, kind.summary) for text in texts]
+    templates = " ".join([CUE, *wordings, *FILLERS, *SUPERFLUOUS])
+    plain = words(re.sub(r"\{\w+\}", " ", templates))
     # A dict keeps the first of each and their order, so that ids are the same in every run.
     return list(dict.fromkeys([*SPECIAL.values(), *PUNCTUATION, *plain, *SLOT_OF]))
 
@@ -388,7 +376,7 @@ def prefer(rows: Path, output: Path, seed: int = 0) -> None:
 
     Args:
         rows: jsonl file with `prompt` and `completions` [K], as `sample.py` writes it
-        output: jsonl file to write: `prompt`, `chosen`, `rejected`, or for K > 2 `prompt`, ranked `completions`
+        output: jsonl file to write: `prompt`, `chosen`, `rejected`, or for K > 2 ranked `completions`
         seed: seed of the draws
     """
     rng = random.Random(seed)

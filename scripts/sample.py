@@ -1,9 +1,9 @@
 """Draw K completions per prompt from a policy, with transformers' own `generate`.
 
 Rows of `--rows` (jsonl) need a `prompt`: a string, or chat messages, which go through the tokenizer's chat
-template. Rows of `--output` are {"prompt": as it came, "completions": [K texts], "finished": [K booleans]} in the
-order of the file; `finished` tells whether a completion ended with EOS or was cut off at `--max-new-tokens`.
-While the program runs, finished rows stand in `OUTPUT.partial`.
+template. Rows of `--output` are {"prompt": as it came, "completions": [K texts], "finished": [K booleans]} in
+the order of the file; a completion that is not finished was cut off at `--max-new-tokens`, before its EOS.
+While the program runs, complete rows stand in `OUTPUT.partial`.
 
 The defaults sample from the policy's own distribution: whatever the model directory's generation_config says
 about temperature, top-k and the like is not used.
@@ -95,8 +95,8 @@ def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
 def make_batches(lengths: list[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
     """Indices of sequences that are generated together.
 
-    Sequences are sorted by length within windows of `WINDOW * batch_size`, so that there is little padding and
-    the output can be written in order, with few rows waiting. `lengths` counts prompt and new tokens.
+    Sequences are sorted by length within windows of `WINDOW * batch_size`, so that there is little padding
+    and the output can be written in order, with few rows waiting. `lengths` counts prompt and new tokens.
     """
     window = WINDOW * batch_size
     for start in range(0, len(lengths), window):
@@ -144,7 +144,7 @@ def cut_after(ids: list[int], ends: list[int]) -> list[int]:
 
 
 def end_ids(model, tokenizer) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS, and those of the model (a chat model has several)."""
+    """The ids that end a completion: the tokenizer's EOS and the model's (a chat model has several)."""
     own = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
     return sorted(ids - {None})
@@ -188,7 +188,9 @@ def sample(
     row = 0
     for number, batch in enumerate(make_batches(lengths, batch_size, batch_tokens)):
         torch.manual_seed(random.Random(f"{seed} {number}").getrandbits(63))
-        drawn |= zip(batch, generate(model, [prompts[i // num_completions] for i in batch], config), strict=True)
+        drawn |= zip(
+            batch, generate(model, [prompts[i // num_completions] for i in batch], config), strict=True
+        )
         while all(row * num_completions + k in drawn for k in range(num_completions)):
             group = [drawn.pop(row * num_completions + k) for k in range(num_completions)]
             yield [decode(tokenizer, ids) for ids in group], [ids[-1] in ends for ids in group]
@@ -266,7 +268,9 @@ def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_name(args.output.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        for prompt, (completions, finished) in zip(rows, tqdm(drawn, total=len(rows), unit="row"), strict=True):
+        for prompt, (completions, finished) in zip(
+            rows, tqdm(drawn, total=len(rows), unit="row"), strict=True
+        ):
             row = {"prompt": prompt, "completions": completions, "finished": finished}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

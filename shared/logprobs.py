@@ -63,5 +63,7 @@ def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
     token_logps (N,), the completions one after another; lengths (B, K), their tokens, the EOS included, summing to N
     → (B, K), float32 (summed in float64: a long sum would lose what the difference to the reference needs).
     """
-    sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths.flatten())
-    return sums.float().view(lengths.shape)
+    completion = torch.arange(lengths.numel(), device=lengths.device)
+    completion = completion.repeat_interleave(lengths.flatten(), output_size=len(token_logps))
+    sums = torch.zeros(lengths.numel(), dtype=torch.double, device=lengths.device)
+    return sums.index_add(0, completion, token_logps.double()).float().view(lengths.shape)

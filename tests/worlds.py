@@ -57,7 +57,9 @@ def make_rows(
     rng, rows = random.Random(seed), []
     while len(rows) < n:
         prompt = text(rng, _log_uniform(rng, *prompt_words)) + rng.choice(("", " ", "\n\n"))
-        completions = [rng.choice(("", " ")) + text(rng, _log_uniform(rng, *completion_words)) for _ in range(k)]
+        completions = [
+            rng.choice(("", " ")) + text(rng, _log_uniform(rng, *completion_words)) for _ in range(k)
+        ]
         if len({completion.strip() for completion in completions}) < k:
             continue
         if k == 1:
@@ -176,7 +178,11 @@ def arguments(**options: object) -> list[str]:
     line: list[str] = []
     for name, value in options.items():
         name = name.replace("_", "-")
-        line += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        line += (
+            [f"--{name}" if value else f"--no-{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
     return line
 
 
@@ -200,7 +206,9 @@ def start(script: str, output_dir: Path, processes: int = 1, **options: object) 
     log = open(f"{output_dir}.log", "a", encoding="utf-8")
     cache = Path(f"{output_dir}.cache")
     with log:
-        return subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=log, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            line, cwd=ROOT, env=environment(cache), stdout=log, stderr=subprocess.STDOUT, text=True
+        )
 
 
 def run(script: str, output_dir: Path, processes: int = 1, **options: object) -> list[dict]:
@@ -208,11 +216,18 @@ def run(script: str, output_dir: Path, processes: int = 1, **options: object) ->
     process = start(script, output_dir, processes, **options)
     try:
         code = process.wait(timeout=300)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers
+        code = process.wait(timeout=60)
     log = Path(f"{output_dir}.log").read_text(encoding="utf-8")
-    assert code == 0, f"{' '.join(map(str, process.args))}\nexit code {code}\n{log[-4000:]}"
+    assert code == 0, f"{' '.join(map(str, process.args))}\nexit code {code}\n{first_error(log)}"
     return training_lines(Path(output_dir) / "metrics.jsonl")
+
+
+def first_error(log: str) -> str:
+    """The start of the first traceback of a log, else its end."""
+    at = log.find("Traceback")
+    return log[at : at + 3000] if at >= 0 else log[-3000:]
 
 
 def training_lines(path: Path) -> list[dict]:

@@ -1,0 +1,65 @@
+"""Chunked log-probs of tokens and their sums against float64 log-softmax."""
+
+import pytest
+import torch
+
+from shared import logprobs
+from shared.logprobs import sequence_logps, token_logps
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 7 * 50, 10**6])  # one token at a time, a ragged last chunk, all at once
+def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, bias: bool) -> None:
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
+    torch.manual_seed(0)
+    inputs = [torch.randn(23, 8), torch.randn(50, 8)] + [torch.randn(50)] * bias
+    targets, upstream = torch.randint(50, (23,)), torch.randn(23)
+
+    doubles = [x.double().requires_grad_() for x in inputs]
+    expected = torch.nn.functional.linear(*doubles).log_softmax(-1)[torch.arange(23), targets]
+    singles = [x.clone().requires_grad_() for x in inputs]
+    got = token_logps(*singles, *[None] * (not bias), targets)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    ours = torch.autograd.grad((got * upstream).sum(), singles)
+    theirs = torch.autograd.grad((expected * upstream).sum(), doubles)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+
+
+def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
+    """The largest tensor alive while a long row goes through the head is one chunk, forward and backward."""
+    tokens, vocabulary = 4096, 4096
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                Largest.size = max(Largest.size, result.numel())
+            return result
+
+    hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
+    with Largest():
+        token_logps(hidden, weight, None, torch.zeros(tokens, dtype=torch.long)).sum().backward()
+    assert vocabulary <= Largest.size <= logprobs.CHUNK["cpu"] < tokens * vocabulary
+
+
+def test_sequence_logps_sum_each_completion() -> None:
+    lengths = torch.tensor([[2, 1], [3, 4]])
+    values = torch.randn(10, dtype=torch.float32, requires_grad=True)
+    sums = sequence_logps(values, lengths)
+    parts = values.double().split([2, 1, 3, 4])
+    torch.testing.assert_close(sums.double().flatten(), torch.stack([p.sum() for p in parts]))
+    (sums * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    assert values.grad.tolist() == [1, 1, 2, 3, 3, 3, 4, 4, 4, 4]
+
+
+def test_a_process_without_groups() -> None:
+    hidden, weight = torch.randn(1, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    empty = torch.zeros(0, dtype=torch.long)
+    sums = sequence_logps(token_logps(hidden[empty], weight, None, empty), torch.zeros(0, 2, dtype=torch.long))
+    assert sums.shape == (0, 2)
+    sums.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(9, 4)) and torch.equal(hidden.grad, torch.zeros(1, 4))

@@ -237,8 +237,9 @@ def prefer_row(row: dict, rng: random.Random) -> dict:
     return {"prompt": prompt, "completions": ranked}
 
 
-def check_completions(row: object) -> None:
-    """Raises ValueError unless the row has a string `prompt` and at least two strings as `completions`."""
+def check_row(row: object, num_completions: int | None) -> None:
+    """Raises ValueError unless the row has a notice as `prompt` and a list of at least two strings as
+    `completions`, as many as `num_completions` where that is given."""
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError("needs a string in `prompt`")
     completions = row.get("completions")
@@ -246,6 +247,9 @@ def check_completions(row: object) -> None:
         raise ValueError("needs a list of strings in `completions`")
     if len(completions) < 2:
         raise ValueError(f"needs at least 2 completions, found {len(completions)}")
+    if num_completions is not None and len(completions) != num_completions:
+        raise ValueError(f"has {len(completions)} completions, the lines before {num_completions}")
+    read_facts(row["prompt"])
 
 
 def vocabulary() -> list[str]:
@@ -313,17 +317,15 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a jsonl file of notices with K completions each; a bad one ends the program."""
     rows = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            where = f"{path}, line {number}"
-            rows.append(json.loads(line))
-            check_completions(rows[-1])
-            if len(rows[-1]["completions"]) != len(rows[0]["completions"]):
-                raise ValueError("has another number of completions than line 1")
-            read_facts(rows[-1]["prompt"])
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                check_row(row, len(rows[0]["completions"]) if rows else None)
+                rows.append(row)
     except OSError as error:
         fail(f"{path}: {error.strerror}")
     except ValueError as error:
-        fail(f"{where}: {error}")
+        fail(f"{path}, line {len(rows) + 1}: {error}")
     return rows or fail(f"{path}: no rows")
 
 

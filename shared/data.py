@@ -240,7 +240,7 @@ def tokenise(source: str, tokenizer, task: str, max_length: int, max_prompt_leng
 
 def _write_groups(path: Path, build: _Builder) -> None:
     dropped, kept = dict(build.dropped), len(build.rows)
-    report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **build.counts}
+    report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **+build.counts}
     tensors = {
         "tokens": torch.tensor(build.tokens, dtype=torch.int32),
         "offsets": torch.tensor(build.offsets, dtype=torch.int64).view(kept, -1) if kept else torch.empty(0, 2).long(),

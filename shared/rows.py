@@ -279,29 +279,30 @@ FORMS: dict[tuple[str, ...], Callable[[dict], tuple[Text, list[Text]]]] = {
     ("conversations",): lambda row: _last_turn(_messages(_field(row, "conversations", list), "conversations")),
     ("instruction", "output"): lambda row: (_instruction(row), [_field(row, "output")]),
     ("text",): lambda row: (None, [_field(row, "text")]),
-    ("prompt",): lambda row: (_text(row, "prompt"), []),
 }
+# what can be sampled from needs no completion
+PROMPT_FORMS = FORMS | {("prompt",): lambda row: (_text(row, "prompt"), [])}
 
 
-def form_of(row: dict, source: str) -> tuple[str, ...]:
+def form_of(row: dict, source: str, forms: dict) -> tuple[str, ...]:
     """The form of a file's rows, told by the columns of its first one."""
-    for columns in FORMS:
+    for columns in forms:
         if all(name in row for name in columns):
             return columns
-    nearest = max(FORMS, key=lambda columns: (sum(name in row for name in columns) / len(columns), len(columns)))
+    nearest = max(forms, key=lambda columns: (sum(name in row for name in columns) / len(columns), len(columns)))
     missing = [name for name in nearest if name not in row]
     hint = f"; {missing[0]!r} is missing for {' + '.join(nearest)}" if len(missing) < len(nearest) else ""
-    known = "; ".join(" + ".join(columns) for columns in FORMS)
+    known = "; ".join(" + ".join(columns) for columns in forms)
     raise UserError(f"{source}: unknown columns {', '.join(map(str, row))}{hint}. Known forms: {known}")
 
 
-def parse(source: str, dropped: Counter) -> Iterator[Example]:
+def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Example]:
     """Rows as Examples; a row that cannot be used adds its reason to `dropped`, a malformed one ends the run."""
     form = None
     for number, (where, row) in enumerate(read(source), 1):
-        form = form or form_of(row, source)
+        form = form or form_of(row, source, forms)
         try:
-            prompt, completions = FORMS[form](row)
+            prompt, completions = forms[form](row)
             scores = _scores(row, len(completions)) if form == ("prompt", "completions") else None
         except ValueError as error:
             raise UserError(f"{where}: {error} (form {' + '.join(form)})") from None

@@ -52,7 +52,7 @@ def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_he
 def segments(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # noqa: ANN001, ANN201
     """What the variable-length kernel documents: each query range against its key range, causal from the end."""
     outputs = []
-    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=True):
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         assert b - a <= max_q and d - c <= max_k
         scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
         allowed = torch.ones(b - a, d - c, dtype=torch.bool).tril(int((d - c) - (b - a)))

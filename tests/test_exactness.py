@@ -67,9 +67,7 @@ def compare_models(output_dir: Path, trained: torch.nn.Module, rows: list[dict])
     """What was saved loads with stock classes and gives the log-probs of the float64 loop's last weights."""
     saved = AutoModelForCausalLM.from_pretrained(output_dir, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    assert all(
-        tensor.dtype == torch.float32 for tensor in load_file(output_dir / "model.safetensors").values()
-    )
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(output_dir / "model.safetensors").values())
     with torch.no_grad():
         for row in rows[:4]:
             group = reference.encode(tokenizer, row)

@@ -40,9 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def launch(
-    folder: Path, script: str, output_dir: Path, processes: int, budget: int, **options: object
-) -> list[dict]:
+def launch(folder: Path, script: str, output_dir: Path, processes: int, budget: int, **options: object) -> list[dict]:
     """One run with this file's settings."""
     data = folder / ("supervised.jsonl" if script.endswith("sft.py") else "pairs.jsonl")
     options = {**OPTIONS, "model": folder / "model", "train_data": data, **options}
@@ -125,9 +123,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
     process = worlds.start("algos/dpo.py", broken, micro_batch_tokens=budget, **line)
     code = kill_at(process, broken / "checkpoints" / "step-000004")
     log = Path(f"{broken}.log").read_text(encoding="utf-8")
-    assert code == -signal.SIGKILL, (
-        f"the run ended before it was killed, exit code {code}\n{worlds.first_error(log)}"
-    )
+    assert code == -signal.SIGKILL, f"the run ended before it was killed, exit code {code}\n{worlds.first_error(log)}"
     assert not (broken / "model.safetensors").exists()
 
     launch(folder, "algos/dpo.py", broken, 1, budget, resume=True, **options)

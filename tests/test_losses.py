@@ -15,9 +15,7 @@ from algos.sft import sft_loss
 
 def double(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
     """Random float64 log-probabilities."""
-    return -30 + scale * torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return -30 + scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def central(f: Callable[[Tensor], Tensor], x: Tensor, step: float = 1e-5) -> Tensor:
@@ -156,9 +154,7 @@ def test_dpo_at_the_reference(k: int, epsilon: float) -> None:
     if slopes is None:  # −β (1 − Σ_{i ≤ k} 1 / (K − i)) for rank k from 0
         chances = list(itertools.accumulate(1 / (k - i) for i in range(k)))
         slopes = [-0.1 * (1 - chance) for chance in chances]
-    torch.testing.assert_close(
-        gradient, torch.tensor([slopes] * 5, dtype=torch.float64), rtol=1e-10, atol=1e-12
-    )
+    torch.testing.assert_close(gradient, torch.tensor([slopes] * 5, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
 def test_dpo_keeps_float32() -> None:

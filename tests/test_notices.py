@@ -163,7 +163,7 @@ GOOD = json.dumps({"prompt": POST, "completions": ["a", "b"]})
         ('{"completions": ["a", "b"]}', "line 1: needs a string in `prompt`"),
         ('{"prompt": "x", "completions": "ab"}', "line 1: needs a list of strings in `completions`"),
         ('{"prompt": "x", "completions": ["a"]}', "line 1: needs at least 2 completions, found 1"),
-        (f"{GOOD}\n" + GOOD.replace('"b"', '"b", "c"'), "line 2: has another number of completions"),
+        (f"{GOOD}\n" + GOOD.replace('"b"', '"b", "c"'), "line 2: has 3 completions, the lines before 2"),
         ('{"prompt": "hello", "completions": ["a", "b"]}', "line 1: not a notice"),
     ],
 )

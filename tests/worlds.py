@@ -57,9 +57,7 @@ def make_rows(
     rng, rows = random.Random(seed), []
     while len(rows) < n:
         prompt = text(rng, _log_uniform(rng, *prompt_words)) + rng.choice(("", " ", "\n\n"))
-        completions = [
-            rng.choice(("", " ")) + text(rng, _log_uniform(rng, *completion_words)) for _ in range(k)
-        ]
+        completions = [rng.choice(("", " ")) + text(rng, _log_uniform(rng, *completion_words)) for _ in range(k)]
         if len({completion.strip() for completion in completions}) < k:
             continue
         if k == 1:
@@ -178,11 +176,7 @@ def arguments(**options: object) -> list[str]:
     line: list[str] = []
     for name, value in options.items():
         name = name.replace("_", "-")
-        line += (
-            [f"--{name}" if value else f"--no-{name}"]
-            if isinstance(value, bool)
-            else [f"--{name}", str(value)]
-        )
+        line += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return line
 
 
@@ -206,9 +200,7 @@ def start(script: str, output_dir: Path, processes: int = 1, **options: object) 
     log = open(f"{output_dir}.log", "a", encoding="utf-8")
     cache = Path(f"{output_dir}.cache")
     with log:
-        return subprocess.Popen(
-            line, cwd=ROOT, env=environment(cache), stdout=log, stderr=subprocess.STDOUT, text=True
-        )
+        return subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
 def run(script: str, output_dir: Path, processes: int = 1, **options: object) -> list[dict]:

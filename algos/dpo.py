@@ -89,6 +89,8 @@ class Args:
     """checkpoints kept, the newest ones"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
+    track: bool = False
+    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -108,8 +110,8 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
 
 def main(args: Args) -> None:
     run = Run(args)
-    tokenizer, config = load_tokenizer(args.model)
-    train, held_out = run.load_batches(tokenizer, config, "ranking")
+    tokenizer, config = load_tokenizer(args.model, args.reference)
+    train, held_out = run.load_batches(tokenizer, config, "pairs" if args.label_smoothing else "ranking")
     model = load_policy(args.model, run.place)
     add_reference_logps(args.reference, model, run.last_step, train, held_out)
     optimizer = torch.optim.AdamW(

@@ -77,6 +77,8 @@ class Args:
     """checkpoints kept, the newest ones"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
+    track: bool = False
+    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
 
 
 def sft_loss(token_logps: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 For every policy K completions y of each prompt x are sampled. Over all of them, with π_ref the reference:
 
-    KL        mean of log π(y|x) - log π_ref(y|x), in nats, over the sampled token ids; the EOS counts where there is one
+    KL        mean of log π(y|x) - log π_ref(y|x), in nats, of the sampled token ids, the EOS included where it came
     length    mean number of tokens, the EOS included
     win rate  P(reward > the baseline's reward on the same prompt), over all pairs of samples, a tie counts half
 
@@ -263,7 +263,13 @@ def settings(args: Args, num_prompts: int) -> dict:
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
     reference = args.reference or args.policies[0].partition("=")[2]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {**plain, "reference": reference, "num_prompts": num_prompts, "resamples": RESAMPLES, "versions": versions}
+    return {
+        **plain,
+        "reference": reference,
+        "num_prompts": num_prompts,
+        "resamples": RESAMPLES,
+        "versions": versions,
+    }
 
 
 def main(args: Args) -> None:

@@ -175,25 +175,25 @@ def oracle(prompt: str, completion: str) -> float:
 
 
 def make_notice(rng: random.Random) -> tuple[str, Kind]:
-    """A prompt (about 45 words: the post and the cue) and its kind."""
+    """A prompt (about 40 words: the post and the cue) and its kind."""
     kind = rng.choice(KINDS)
     sentences = list(rng.choice(kind.posts))
-    for filler in rng.sample(FILLERS, rng.randint(3, 5)):
+    for filler in rng.sample(FILLERS, rng.randint(2, 4)):
         sentences.insert(rng.randint(0, len(sentences)), filler)
     facts = {slot: rng.choice(values) for slot, values in SLOTS.items()}
     return f"{' '.join(sentences).format(**facts)} {CUE}", kind
 
 
 def make_summary(
-    prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, num_superfluous: int = 0
+    prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, superfluous: int = 0
 ) -> str:
-    """A summary of the notice; each fact is wrong with probability `p_wrong`, independently."""
+    """A summary of the notice; each fact is wrong with probability `p_wrong`, independently of the others."""
     facts = read_facts(prompt)
     for slot, values in SLOTS.items():
         if rng.random() < p_wrong:
             facts[slot] = rng.choice([value for value in values if value != facts[slot]])
     clauses = list(kind.summary)
-    for clause in rng.sample(SUPERFLUOUS, num_superfluous):
+    for clause in rng.sample(SUPERFLUOUS, superfluous):
         clauses.insert(rng.randint(1, len(clauses)), clause)
     return ", ".join(clauses).format(**facts) + "."
 
@@ -202,8 +202,8 @@ def make_sft_row(prompt: str, kind: Kind, rng: random.Random) -> dict[str, str]:
     """A row of the imperfect demonstrations: 60% with all facts right, 40% with each wrong at 0.4;
     0, 1 or 2 superfluous clauses at 0.6, 0.25, 0.15, so that the likeliest summary is a clean one."""
     p_wrong = 0.0 if rng.random() < 0.6 else 0.4
-    num_superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
-    return {"prompt": prompt, "completion": make_summary(prompt, kind, rng, p_wrong, num_superfluous)}
+    superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
+    return {"prompt": prompt, "completion": make_summary(prompt, kind, rng, p_wrong, superfluous)}
 
 
 def unique_notices(rng: random.Random) -> Iterator[tuple[str, Kind]]:

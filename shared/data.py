@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from array import array
 from collections import Counter
@@ -26,6 +27,11 @@ from shared.attention import Spans
 from shared.distributed import Place
 from shared.rows import Dropped, Example, Text, Turn, files_of, first_line, parse
 
+NEEDS = {  # task → fewest and most completions of a row
+    "completion": (1, sys.maxsize, "a completion"),
+    "pairs": (2, 2, "two completions, chosen and rejected"),
+    "ranking": (2, sys.maxsize, "chosen and rejected, or ranked completions"),
+}
 MARK = "\U000f0000"  # stands in for special-token text while templates and tokenizers work around it
 
 
@@ -135,9 +141,9 @@ class _Builder:
     def select(self, example: Example) -> list[Text]:
         """The completions that the task trains on, preferred first."""
         completions, scores = example.completions, example.scores
-        if len(completions) < (1 if self.task == "completion" else 2):
-            need = "a completion" if self.task == "completion" else "chosen and rejected (or ranked) completions"
-            raise UserError(f"{example.where}: this algorithm needs {need}; the row has {len(completions)}")
+        least, most, need = NEEDS[self.task]
+        if not least <= len(completions) <= most:
+            raise UserError(f"{example.where}: this run needs {need}; the row has {len(completions)}")
         self.k = self.k or len(completions)
         if len(completions) != self.k:
             raise UserError(f"{example.where}: {len(completions)} completions where earlier rows have {self.k}")
@@ -205,7 +211,7 @@ class _Builder:
 def load(source: str, tokenizer, task: str, max_length: int, max_prompt_length: int | None) -> Groups:
     """The groups of a source, tokenised once per content and settings and kept on disk.
 
-    task: "completion" (one, the preferred) or "ranking" (all, preferred first). With several processes the first one
+    task: "completion" (one, the preferred), "pairs" or "ranking" (all, preferred first). With several processes the first one
     of each machine tokenises and the others wait for its file, without a collective that could time out.
     Raises UserError where the source, a row's form or type is wrong, and where no row can be used.
     """

@@ -40,14 +40,20 @@ class Policy(nn.Module):
         return sequence_logps(self(batch), batch.lengths)
 
 
-def load_tokenizer(path: str):
-    """The tokenizer and the configuration of a model directory or hub id."""
+def load_tokenizer(path: str, reference: str | None = None):
+    """The tokenizer and the configuration of a model directory or hub id; a reference must share both vocabularies."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
-        raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from None
+    found = []
+    for name in filter(None, (path, reference)):
+        try:
+            found += [AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)]
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+            raise UserError(f"model {name}: cannot be loaded ({first_line(error)})") from None
+    tokenizer, config, *other = found
+    if other and (other[0].get_vocab() != tokenizer.get_vocab() or other[1].vocab_size != config.vocab_size):
+        raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
+    return tokenizer, config
 
 
 def load_policy(path: str, place: Place) -> Policy:
@@ -117,8 +123,6 @@ def add_reference_logps(reference: str | None, model: Policy, last_step: int, *s
     """
     place = next(s for s in sets if s).place
     policy = load_policy(reference, place) if reference else model
-    if policy.lm.config.vocab_size != model.lm.config.vocab_size:
-        raise UserError(f"--reference {reference}: another vocabulary size than the model's")
     for batches in filter(None, sets):
         steps = min(last_step if batches is sets[0] else batches.per_epoch, batches.per_epoch)
         path = cache_directory() / f"reference-{_reference_key(policy, batches, steps)}.safetensors"

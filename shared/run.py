@@ -40,7 +40,8 @@ def command(main: Callable, arguments: type) -> None:
         main(args)
     except (UserError, NonFinite, StorageError, OSError, Preempted) as error:
         code, reason = next(c for kind, c in EXIT.items() if isinstance(error, kind)), str(error)
-        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+        if code == 4 or int(os.environ.get("RANK", 0)) == 0:  # the others end for the same reason
+            print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     except Exception as error:
         code, reason = 1, f"{type(error).__name__}: {error}"
         traceback.print_exc()
@@ -119,7 +120,7 @@ class Run:
         self.sums: dict[str, list[Tensor]] = {}  # this step's, on the device, of this process
         self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
         self.line: dict = {}
-        self.bar = None
+        self.bar = self.events = None
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         if self.place.main:
             self._claim()
@@ -192,6 +193,7 @@ class Run:
         if self.place.main:
             self._keep_lines()
             self._write_run()
+            self.events = _events(self.out, self.step) if self.args.track else None
         hidden = None if self.place.main else True
         self.bar = tqdm(total=self.last_step, initial=self.step, desc="train", disable=hidden)
         self.clock, self.tokens = time.perf_counter(), 0
@@ -318,6 +320,17 @@ class Run:
         if self.place.main:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
+            for name in line.keys() - {"step"} if self.events else ():
+                self.events.add_scalar(name, line[name], line["step"])
+
+
+def _events(out: Path, step: int):
+    """A TensorBoard writer that hides what an interrupted run wrote after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--track needs TensorBoard: pip install 'cleanpo[track]'") from None
+    return SummaryWriter(out / "events", purge_step=step + 1)
 
 
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")

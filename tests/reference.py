@@ -187,6 +187,16 @@ def train(
     return history, model
 
 
+def evaluate(model_dir: Path, reference_dir: Path, model: nn.Module, rows: Sequence[dict], loss: Loss) -> dict:
+    """The loss and its metrics over all rows at once, for a model that `train` returned."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    groups, reference = [encode(tokenizer, row) for row in rows], load_model(reference_dir)
+    with torch.no_grad():
+        refs = [[token_logps(reference, g.prompt, c) for c in g.completions] for g in groups]
+        value, metrics = loss([_score(model, g, ref) for g, ref in zip(groups, refs, strict=True)], 1)
+    return {"loss": float(value), **metrics}
+
+
 def _score(model: nn.Module, group: Group, ref: list[Tensor]) -> Scored:
     return Scored([token_logps(model, group.prompt, c) for c in group.completions], ref, group.row)
 

@@ -142,3 +142,22 @@ def test_dpo_with_label_smoothing(folder: Path, tmp_path: Path) -> None:
     options = dict(beta=BETA, label_smoothing=0.2)
     lines = check("algos/dpo.py", model, folder / "rows2.jsonl", loss, tmp_path / "out", **options)
     assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_another_reference_and_evaluations(folder: Path, tmp_path: Path) -> None:
+    """An optimizer made after a reference pass, and steps between evaluations, train as if there were none."""
+    model, other = make_model(folder, "llama"), worlds.make_model(folder / "other", "llama", seed=8)
+    held_out = folder / "held_out.jsonl"
+    rows, held = worlds.read_jsonl(folder / "rows2.jsonl"), worlds.make_rows(6, seed=30, path=held_out)
+    loss, options = reference.dpo(BETA), dict(beta=BETA, reference=other, eval_data=held_out, eval_every=1)
+    data, out = folder / "rows2.jsonl", tmp_path / "out"
+    lines = worlds.run("algos/dpo.py", out, model=model, train_data=data, **{**OPTIONS, **options})
+    expected, trained = train_reference(model, rows, loss, reference_dir=other)
+    compare(lines, expected, PAIR_METRICS)
+    compare_models(out, trained, rows)
+
+    evaluations = [line for line in worlds.read_jsonl(out / "metrics.jsonl") if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [1, 2, 3]
+    wanted = reference.evaluate(model, other, trained, held, loss)
+    for key in ("loss", *PAIR_METRICS):
+        assert evaluations[-1][f"eval/{key}"] == pytest.approx(wanted[key], rel=1e-4, abs=1e-3), key

@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("invariance")
     worlds.make_model(path / "model", "llama", seed=4, num_key_value_heads=2, initializer_range=0.15)
     worlds.make_rows(ROWS, seed=20, k=2, path=path / "pairs.jsonl")
+    worlds.make_rows(9, seed=22, k=2, path=path / "held_out.jsonl")
     worlds.make_rows(ROWS, seed=21, k=1, path=path / "supervised.jsonl")
     return path
 
@@ -112,8 +113,12 @@ def kill_at(process, path: Path) -> int:  # noqa: ANN001
 
 
 def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
-    """Bitwise as without interruption: every metric, the model's bytes; an epoch has five steps."""
+    """Bitwise as without interruption: every metric, the model's bytes; an epoch has five steps.
+
+    The checkpoint falls between two lines of the log and right behind an evaluation.
+    """
     options = dict(max_steps=10, save_every=4, beta=0.1, lr_schedule="linear", warmup_steps=2, batch_size=24)
+    options |= dict(log_every=3, eval_every=2, eval_data=folder / "held_out.jsonl")
     options["learning_rate"], budget = 1e-3, eighth(folder, "pairs.jsonl")
     through = tmp_path / "through"
     launch(folder, "algos/dpo.py", through, 1, budget, **options)
@@ -128,6 +133,7 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
 
     launch(folder, "algos/dpo.py", broken, 1, budget, resume=True, **options)
     ours, theirs = untimed(broken / "metrics.jsonl"), untimed(through / "metrics.jsonl")
-    assert [line["step"] for line in ours if "loss" in line] == list(range(1, 11))
+    assert [line["step"] for line in ours if "loss" in line] == [3, 6, 9, 10]
+    assert [line["step"] for line in ours if "eval/loss" in line] == [2, 4, 6, 8, 10]
     assert ours == theirs
     assert (broken / "model.safetensors").read_bytes() == (through / "model.safetensors").read_bytes()

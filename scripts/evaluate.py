@@ -236,32 +236,42 @@ def check(args: Args) -> None:
         raise UserError("--top-k must be at least 0 and --top-p at most 1")
 
 
+def check_tokenizers(paths: list[str], reference: str) -> None:
+    """Raises UserError where a policy's ids mean other tokens to the reference: its log-probs would be of other text."""
+    from shared.model import load_tokenizer
+
+    vocabulary = load_tokenizer(reference)[0].get_vocab()
+    for path in paths:
+        if load_tokenizer(path)[0].get_vocab() != vocabulary:
+            raise UserError(f"--policies {path}: has another tokenizer than the reference {reference}")
+
+
 def evaluate(args: Args) -> dict:
     """Sample, score and compare; the contents of the results file."""
     check(args)
     policies = named_policies(args.policies)
     prompts = sample.read_prompts(args.rows, args.num_prompts)
     score(args.reward, prompts, [""] * len(prompts))  # a prompt without a reward should not cost minutes of sampling
+    paths, reference = list(policies.values()), args.reference or next(iter(policies.values()))
+    check_tokenizers(paths, reference)
     # all sampling comes first: `setup` asks for deterministic kernels, which sampling on a GPU does not have
-    encoded, samples = zip(*(draw(path, prompts, args) for path in policies.values()), strict=True)
-    paths = list(policies.values())
-    ratios = log_ratios(paths, args.reference or paths[0], list(encoded), list(samples))
+    encoded, samples = zip(*(draw(path, prompts, args) for path in paths), strict=True)
+    ratios = log_ratios(paths, reference, list(encoded), list(samples))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
     rewards = [score(args.reward, repeated, [text for row in drawn.texts for text in row]) for drawn in samples]
     rewards = [torch.tensor(r, dtype=torch.double).view(len(prompts), -1) for r in rewards]
-    results = {"settings": settings(args, len(prompts)), "prompts": prompts[:SHOWN_PROMPTS], "policies": {}}
+    results = {"settings": settings(args, reference, len(prompts)), "prompts": prompts[:SHOWN_PROMPTS], "policies": {}}
     for name, path, r, ratio, drawn in zip(policies, paths, rewards, ratios, samples, strict=True):
         numbers = summarise(r, rewards[0], ratio, drawn, args.seed)
         results["policies"][name] = {"path": path, **numbers, "completions": drawn.texts[:SHOWN_PROMPTS]}
     return results
 
 
-def settings(args: Args, num_prompts: int) -> dict:
+def settings(args: Args, reference: str, num_prompts: int) -> dict:
     """All arguments, as JSON can hold them, with the number of prompts that there were, and the versions."""
     import transformers
 
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
-    reference = args.reference or args.policies[0].partition("=")[2]
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         **plain,

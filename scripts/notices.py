@@ -184,9 +184,7 @@ def make_notice(rng: random.Random) -> tuple[str, Kind]:
     return f"{' '.join(sentences).format(**facts)} {CUE}", kind
 
 
-def make_summary(
-    prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, superfluous: int = 0
-) -> str:
+def make_summary(prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, superfluous: int = 0) -> str:
     """A summary of the notice; each fact is wrong with probability `p_wrong`, independently of the others."""
     facts = read_facts(prompt)
     for slot, values in SLOTS.items():

@@ -43,7 +43,7 @@ def stages(out: str, seed: int) -> list[str]:
     draw = f"scripts/sample.py --model {out}/sft --num-completions 2 --max-new-tokens 48 --seed {seed}"
     train = f"--batch-size 64 --save-every 0 --seed {seed}"
     return [
-        f"scripts/notices.py world --output-dir {out}/world --seed {seed}",
+        f"scripts/notices.py world --output-dir {out}/world --sft-rows 22400 --seed {seed}",
         f"algos/sft.py --model {out}/world/base --train-data {out}/world/sft.jsonl "
         f"--eval-data {out}/world/held_out.jsonl --output-dir {out}/sft "
         f"--max-steps 350 --learning-rate 2e-3 --warmup-steps 50 --log-every 10 --eval-every 50 {train}",

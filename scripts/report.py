@@ -286,16 +286,16 @@ def training_html(sft: list[dict], dpo: list[dict]) -> str:
 
 def introduction(results: dict, sft: dict, dpo: dict) -> str:
     """What was done, in three sentences, from the arguments and counts of the runs."""
-    pairs, rows = dpo["data"]["train"]["kept"], sft["data"]["train"]["kept"]
-    settings = results["settings"]
+    demonstrations, pairs, settings = sft["data"]["train"], dpo["data"]["train"], results["settings"]
     return (
         f"<p>A Llama of about a million parameters, randomly initialised, learned by SFT ({sft['steps']} steps of "
-        f"{sft['args']['batch_size']}) to summarise notices from {rows:,} imperfect demonstrations. It wrote two "
-        f"summaries of each of several thousand new posts, an oracle that knows every fact said which of the two is "
-        f"better, and DPO (β = {dpo['args']['beta']}, {dpo['steps']} steps of {dpo['args']['batch_size']}) trained "
-        f"it on the {pairs:,} usable pairs. Both policies then wrote {settings['num_samples']} summaries of each of "
-        f"{settings['num_prompts']} held-out posts, at temperature {settings['temperature']:g}; the oracle's reward "
-        f"counts correct facts, minus wrong ones, minus 0.5 per superfluous clause.</p>"
+        f"{sft['args']['batch_size']}) to summarise notices from {demonstrations['kept']:,} imperfect demonstrations. "
+        f"It wrote two summaries of each of {pairs['rows']:,} new posts, an oracle that knows every fact said which of "
+        f"the two is better, and DPO (β = {dpo['args']['beta']}, {dpo['steps']} steps of "
+        f"{dpo['args']['batch_size']}) trained it on the {pairs['kept']:,} usable pairs. Both policies then wrote "
+        f"{settings['num_samples']} summaries of each of {settings['num_prompts']} held-out posts, at temperature "
+        f"{settings['temperature']:g}; the oracle's reward counts correct facts, minus wrong ones, minus 0.5 per "
+        f"superfluous clause.</p>"
     )
 
 

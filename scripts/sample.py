@@ -188,9 +188,7 @@ def sample(
     row = 0
     for number, batch in enumerate(make_batches(lengths, batch_size, batch_tokens)):
         torch.manual_seed(random.Random(f"{seed} {number}").getrandbits(63))
-        drawn |= zip(
-            batch, generate(model, [prompts[i // num_completions] for i in batch], config), strict=True
-        )
+        drawn |= zip(batch, generate(model, [prompts[i // num_completions] for i in batch], config), strict=True)
         while all(row * num_completions + k in drawn for k in range(num_completions)):
             group = [drawn.pop(row * num_completions + k) for k in range(num_completions)]
             yield [decode(tokenizer, ids) for ids in group], [ids[-1] in ends for ids in group]
@@ -268,9 +266,7 @@ def main(args: Args) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     partial = args.output.with_name(args.output.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
-        for prompt, (completions, finished) in zip(
-            rows, tqdm(drawn, total=len(rows), unit="row"), strict=True
-        ):
+        for prompt, (completions, finished) in zip(rows, tqdm(drawn, total=len(rows), unit="row"), strict=True):
             row = {"prompt": prompt, "completions": completions, "finished": finished}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()

@@ -211,8 +211,8 @@ class _Builder:
 def load(source: str, tokenizer, task: str, max_length: int, max_prompt_length: int | None) -> Groups:
     """The groups of a source, tokenised once per content and settings and kept on disk.
 
-    task: "completion" (one, the preferred), "pairs" or "ranking" (all, preferred first). With several processes the first one
-    of each machine tokenises and the others wait for its file, without a collective that could time out.
+    task: "completion" (one, the preferred), "pairs" or "ranking" (all, preferred first). With several processes the
+    first one of each machine tokenises and the others wait for its file, without a collective that could time out.
     Raises UserError where the source, a row's form or type is wrong, and where no row can be used.
     """
     if tokenizer.eos_token_id is None:

@@ -124,13 +124,17 @@ def test_samples_keep_the_eos_only_where_there_is_one(drawn: tuple) -> None:
 # ---------------------------------------------------------------- command line and report
 
 
-def test_mistakes_end_with_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_mistakes_end_with_one_line(policies: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "not a notice"}])
+    good = worlds.write_jsonl(tmp_path / "good.jsonl", [{"prompt": PROMPT}])
+    other = worlds.make_model(tmp_path / "other", vocab=380)
     for values, word in (
         (dict(policies=("sft",)), "NAME=DIR"),
         (dict(policies=("a=x", "a=y")), "NAME=DIR"),
         (dict(policies=("a=x",), num_samples=0), "--num-samples"),
         (dict(policies=("a=x",)), "not a notice"),
+        (dict(policies=(f"a={policies[0]}", f"b={other}"), rows=good), "another tokenizer"),
+        (dict(policies=(f"a={policies[0]}", "b=x"), rows=good), "x: cannot be loaded"),
         (dict(policies=("a=x",), rows=tmp_path / "none.jsonl"), "none.jsonl"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -157,7 +161,7 @@ def write_run(folder: Path, texts: list[str]) -> None:
     run = {
         "args": {"batch_size": 4, "beta": 0.3},
         "steps": 2,
-        "data": {"train": {"kept": 8}},
+        "data": {"train": {"rows": 9, "kept": 8}},
         "versions": {"torch": "2"},
         "commit": None,
         "device": "cpu",

@@ -237,7 +237,7 @@ def check(args: Args) -> None:
 
 
 def check_tokenizers(paths: list[str], reference: str) -> None:
-    """Raises UserError where a policy's ids mean other tokens to the reference: its log-probs would be of other text."""
+    """Raises UserError where a policy's ids mean other tokens to the reference: the KL would be of another text."""
     from shared.model import load_tokenizer
 
     vocabulary = load_tokenizer(reference)[0].get_vocab()

@@ -175,10 +175,10 @@ def oracle(prompt: str, completion: str) -> float:
 
 
 def make_notice(rng: random.Random) -> tuple[str, Kind]:
-    """A prompt (about 40 words: the post and the cue) and its kind."""
+    """A prompt (about 45 words: the post and the cue) and its kind."""
     kind = rng.choice(KINDS)
     sentences = list(rng.choice(kind.posts))
-    for filler in rng.sample(FILLERS, rng.randint(2, 4)):
+    for filler in rng.sample(FILLERS, rng.randint(3, 5)):
         sentences.insert(rng.randint(0, len(sentences)), filler)
     facts = {slot: rng.choice(values) for slot, values in SLOTS.items()}
     return f"{' '.join(sentences).format(**facts)} {CUE}", kind

@@ -260,6 +260,7 @@ def _read_groups(path: Path, source: str) -> Groups:
     report = json.loads(metadata["report"])
     if not report["kept"]:
         raise UserError(f"{source}: no usable row; {describe(report)}")
+    report["tokens"] = path.stem.partition("-")[2]  # the hash of content and settings
     return Groups(report=report, **tensors)
 
 
@@ -282,7 +283,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def describe(report: dict) -> str:
     """One line: rows 64, kept 61, dropped: identical completions 1, ...; duplicates 2."""
-    counts = {name: n for name, n in report.items() if name not in ("rows", "kept", "dropped") and n}
+    counts = {name: n for name, n in report.items() if name not in ("rows", "kept", "dropped", "tokens") and n}
     parts = [f"rows {report['rows']}, kept {report['kept']}"]
     if report["dropped"]:
         parts[0] += ", dropped: " + ", ".join(f"{reason} {n}" for reason, n in sorted(report["dropped"].items()))

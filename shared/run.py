@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,30 +72,25 @@ def parse(arguments: type, doc: str):
     return args
 
 
+POSITIVE = (
+    "beta tau lam beta_r batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length max_grad_norm "
+    "log_every keep"
+)
+AT_LEAST_0 = "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed"
+
+
 def check_arguments(args) -> None:
     """Numbers out of their range end the run before anything is loaded."""
-    positive = (
-        "beta tau lam beta_r batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length log_every"
-    )
-    ranges = dict.fromkeys(positive.split(), (0, math.inf, False)) | {
-        "learning_rate": (0, math.inf, True),
-        "weight_decay": (0, math.inf, True),
-        "warmup_steps": (0, math.inf, True),
-        "eval_every": (0, math.inf, True),
-        "save_every": (0, math.inf, True),
-        "keep": (0, math.inf, False),
-        "max_grad_norm": (0, math.inf, False),
-        "label_smoothing": (0, 0.5, True),
-    }
-    for name, (low, high, closed) in ranges.items():
-        value = getattr(args, name, None)
-        if value is None:
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name not in POSITIVE.split() + AT_LEAST_0.split() or value is None:
             continue
-        if not (math.isfinite(value) and (low < value or (closed and value == low)) and value <= high):
-            bound = f"{'at least' if closed else 'greater than'} {low}" + (
-                f", at most {high}" if high < math.inf else ""
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE.split()):
+            raise UserError(
+                f"{flag}: must be a finite number {'above' if name in POSITIVE.split() else 'of at least'} 0"
             )
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number {bound}")
+        if name == "label_smoothing" and value > 0.5:
+            raise UserError(f"{flag}: must be at most 0.5, where a label says nothing")
 
 
 def learning_rate(step: int, last_step: int, args) -> float:
@@ -117,9 +113,9 @@ class Run:
     def __init__(self, args):
         self.args, self.place, self.out = args, setup(args.dtype), Path(args.output_dir)
         self.algorithm, self.step, self.stopping = Path(sys.argv[0]).stem, 0, False
-        self.sums: dict[str, list[Tensor]] = {}  # this step's, on the device, of this process
+        self.sums: dict[str, list[Tensor]] = {}  # of this step and process, on the device
+        self.counts: Counter[str] = Counter()
         self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
-        self.line: dict = {}
         self.bar = self.events = None
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         if self.place.main:
@@ -203,6 +199,7 @@ class Run:
         saved, now = state["args"], dataclasses.asdict(self.args)
         free = FREE | ({"epochs", "max_steps"} if self.args.lr_schedule == "constant" else set())
         changed = [f"{k} {saved.get(k)!r} → {now[k]!r}" for k in now if k not in free and saved.get(k) != now[k]]
+        changed += [f"the {name} rows" for name, data in self.report.items() if state["data"][name] != data["tokens"]]
         if changed:
             raise UserError(f"--resume: {path} was written by another run: {', '.join(changed)}")
         self.step, self.totals = state["step"], state["totals"]
@@ -235,26 +232,30 @@ class Run:
         """Sum up one micro-batch for the log, without waiting for the device."""
         for name, values in {"loss": losses, **metrics}.items():
             self.sums.setdefault(name, []).append(values.detach().double().sum())
-            self.sums.setdefault(f"{name} count", []).append(values.new_tensor(values.numel(), dtype=torch.double))
+            self.counts[name] += values.numel()
 
-    def _reduce(self) -> dict[str, float]:
-        sums = {name: torch.stack(values).sum() for name, values in self.sums.items()}
-        self.sums = {}
-        return dict(zip(sums, all_sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    def _reduce(self) -> dict[str, tuple[float, float]]:
+        """Sum and count of each metric over the processes, in one exchange."""
+        names, (sums, counts) = list(self.sums), (self.sums, self.counts)
+        self.sums, self.counts = {}, Counter()
+        local = torch.stack([torch.stack(sums[name]).sum() for name in names])
+        both = torch.stack([local, local.new_tensor([counts[name] for name in names])])
+        return dict(zip(names, zip(*all_sum(both).tolist(), strict=True), strict=True))
 
     def check(self, step: int, grad_norm: Tensor) -> None:
         """Sum the step's metrics over the processes; a value that is not finite ends the run before the update."""
-        self.sums["stop"] = [torch.tensor(float(self.stopping), dtype=torch.double, device=self.place.device)]
+        self.sums["stop"] = [torch.tensor(self.stopping, dtype=torch.double, device=self.place.device)]
         totals = self._reduce()
-        self.stopping = totals.pop("stop") > 0
+        self.stopping = totals.pop("stop")[0] > 0
         self.grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-        if not (math.isfinite(totals["loss"]) and math.isfinite(self.grad_norm)):
+        loss = totals["loss"][0] / totals["loss"][1]
+        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
             rows = self.train.groups.rows[self.train.rows(step)].tolist()
-            loss = totals["loss"] / totals["loss count"]
-            raise NonFinite(
-                f"step {step}: loss {loss}, gradient norm {self.grad_norm}; rows {rows}; nothing was updated"
-            )
-        self.totals = {name: self.totals.get(name, 0.0) + value for name, value in totals.items()}
+            problem = f"step {step}: loss {loss}, gradient norm {self.grad_norm}; rows {rows}"
+            raise NonFinite(f"{problem}; the weights were not updated")
+        for name, (total, count) in totals.items():
+            before = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = [before[0] + total, before[1] + count]
         self.tokens += int(self.train.sizes[self.train.rows(step)].sum())
         self.step = step
 
@@ -304,7 +305,8 @@ class Run:
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Every `save_every` steps, and when asked to stop, a checkpoint of everything that the next step needs."""
         if self.stopping or self.due(self.args.save_every, step):
-            state = {"args": dataclasses.asdict(self.args), "data": self.report, "totals": self.totals}
+            data = {name: report["tokens"] for name, report in self.report.items()}
+            state = {"args": dataclasses.asdict(self.args), "data": data, "totals": self.totals}
             checkpoint.save(self.out, step, model, optimizer, state, self.args.keep, self.place)
         if self.stopping:
             raise Preempted(f"asked to stop; saved at step {step}, continue with --resume")
@@ -336,10 +338,8 @@ def _events(out: Path, step: int):
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")
 
 
-def _means(totals: dict[str, float]) -> dict[str, float]:
-    return {
-        name: total / max(1, totals[f"{name} count"]) for name, total in totals.items() if f"{name} count" in totals
-    }
+def _means(totals: dict) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in totals.items()}
 
 
 def preference_metrics(rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:

@@ -105,7 +105,7 @@ MISTAKES = [
     (dict(model="nowhere"), "model nowhere: cannot be loaded"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: neither a file"),
     (dict(max_length=100000), "--max-length 100000: the model has 512 positions"),
-    (dict(beta=0), "--beta 0.0: must be a finite number greater than 0"),
+    (dict(beta=0), "--beta 0.0: must be a finite number above 0"),
     (dict(train_data="four.jsonl", label_smoothing=0.1), "line 1: this run needs two completions, chosen and rejected"),
 ]  # fmt: skip
 
@@ -138,6 +138,9 @@ def test_what_a_run_leaves(folder: Path, tmp_path: Path) -> None:
     assert refused.returncode == 2 and "holds another run" in refused.stderr
     before = (out / "metrics.jsonl").read_text(), (out / "model.safetensors").read_bytes()
     assert run(folder, out, resume=True, beta=0.2).stderr.splitlines()[-1].endswith("another run: beta 0.1 → 0.2")
+    rows = tmp_path / "edited.jsonl"
+    worlds.write_jsonl(rows, worlds.read_jsonl(folder / "pairs.jsonl")[::-1])
+    assert run(folder, out, resume=True, train_data=rows).stderr.splitlines()[-1].endswith(", the train rows")
     assert run(folder, out, resume=True).returncode == 0
     assert before == ((out / "metrics.jsonl").read_text(), (out / "model.safetensors").read_bytes())
 

@@ -27,7 +27,7 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from shared.data import Batch
+from shared.data import Batch, Needs
 from shared.model import Policy, add_reference_logps, export, load_policy, load_tokenizer
 from shared.run import Run, command, learning_rate, preference_metrics
 
@@ -111,7 +111,7 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
 def main(args: Args) -> None:
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
-    train, held_out = run.load_batches(tokenizer, config, "pairs" if args.label_smoothing else "ranking")
+    train, held_out = run.load_batches(tokenizer, config, Needs(completions=2 if args.label_smoothing else None))
     model = load_policy(args.model, run.place)
     add_reference_logps(args.reference, model, run.last_step, train, held_out)
     optimizer = torch.optim.AdamW(

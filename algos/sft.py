@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from shared.data import Batch
+from shared.data import Batch, Needs
 from shared.logprobs import sequence_logps
 from shared.model import Policy, export, load_policy, load_tokenizer
 from shared.run import Run, command, learning_rate
@@ -96,7 +96,7 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
 def main(args: Args) -> None:
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model)
-    train, held_out = run.load_batches(tokenizer, config, "completion")
+    train, held_out = run.load_batches(tokenizer, config, Needs(completions=1))
     model = load_policy(args.model, run.place)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True

@@ -43,10 +43,10 @@ def stages(out: str, seed: int) -> list[str]:
     draw = f"scripts/sample.py --model {out}/sft --num-completions 2 --max-new-tokens 48 --seed {seed}"
     train = f"--batch-size 64 --save-every 0 --seed {seed}"
     return [
-        f"scripts/notices.py world --output-dir {out}/world --sft-rows 22400 --seed {seed}",
+        f"scripts/notices.py world --output-dir {out}/world --sft-rows 28800 --seed {seed}",
         f"algos/sft.py --model {out}/world/base --train-data {out}/world/sft.jsonl "
         f"--eval-data {out}/world/held_out.jsonl --output-dir {out}/sft "
-        f"--max-steps 350 --learning-rate 2e-3 --warmup-steps 50 --log-every 10 --eval-every 50 {train}",
+        f"--max-steps 450 --learning-rate 2e-3 --warmup-steps 50 --log-every 10 --eval-every 50 {train}",
         f"{draw} --rows {out}/world/prompts.jsonl --output {out}/samples.jsonl",
         f"scripts/notices.py prefer --rows {out}/samples.jsonl --output {out}/pairs.jsonl --seed {seed}",
         f"{draw} --rows {out}/world/held_out.jsonl --output {out}/held_out_samples.jsonl",

@@ -10,12 +10,11 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -27,27 +26,33 @@ from shared.attention import Spans
 from shared.distributed import Place
 from shared.rows import Dropped, Example, Text, Turn, files_of, first_line, parse
 
-NEEDS = {  # task → fewest and most completions of a row
-    "completion": (1, sys.maxsize, "a completion"),
-    "pairs": (2, 2, "two completions, chosen and rejected"),
-    "ranking": (2, sys.maxsize, "chosen and rejected, or ranked completions"),
-}
 MARK = "\U000f0000"  # stands in for special-token text while templates and tokenizers work around it
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm needs of every row."""
+
+    completions: int | None = None  # how many; 1: the preferred one; None: all, two or more
+    scores: bool = False  # as targets: then completions with equal scores or texts are not dropped
+    samples: bool | None = False  # completions drawn from π_ref; None: where the rows have them
 
 
 @dataclass
 class Groups:
-    """n tokenised groups of one prompt and K completions, kept as one flat tensor of ids.
+    """n tokenised groups of one prompt and C completions, kept as one flat tensor of ids.
 
-    Group i is tokens[offsets[i, 0] : offsets[i, -1]], laid out [prompt, completion 1, ..., completion K];
-    offsets[i, 1 + k] is where completion k starts.
+    Group i is tokens[offsets[i, 0] : offsets[i, -1]], laid out [prompt, completion 1, ..., completion C];
+    offsets[i, 1 + k] is where completion k starts. The K completions of the row come first, preferred first, then
+    the samples of π_ref where there are any.
     """
 
     tokens: Tensor  # (total,) int32
-    offsets: Tensor  # (n, K + 2) int64
+    offsets: Tensor  # (n, C + 2) int64
     rows: Tensor  # (n,) int64, the number of the group's row in its source, from 1
     report: dict  # what was read, kept, dropped and cut
-    ref_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, K), filled before training
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, K, R), one per reward model
+    ref_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, C), filled before training
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -131,40 +136,56 @@ class Encoder:
 class _Builder:
     """Collects groups into flat arrays, and counts what happens to the rows."""
 
-    def __init__(self, encoder: Encoder, task: str, max_length: int, max_prompt_length: int | None):
-        self.encoder, self.task = encoder, task
+    def __init__(self, encoder: Encoder, needs: Needs, max_length: int, max_prompt_length: int | None):
+        self.encoder, self.needs = encoder, needs
         self.max_length, self.max_prompt_length = max_length, max_prompt_length
-        self.tokens, self.offsets, self.rows = array("i"), array("q"), array("q")
+        self.tokens, self.offsets, self.rows, self.scores = array("i"), array("q"), array("q"), array("f")
         self.dropped, self.counts, self.seen = Counter(), Counter(), {}
-        self.k = 0
+        self.shape: tuple[int, int, int] | None = None  # completions, reward models and samples of every row
 
-    def select(self, example: Example) -> list[Text]:
-        """The completions that the task trains on, preferred first."""
-        completions, scores = example.completions, example.scores
-        least, most, need = NEEDS[self.task]
-        if not least <= len(completions) <= most:
-            raise UserError(f"{example.where}: this run needs {need}; the row has {len(completions)}")
-        self.k = self.k or len(completions)
-        if len(completions) != self.k:
-            raise UserError(f"{example.where}: {len(completions)} completions where earlier rows have {self.k}")
-        if scores:
-            completions = [completions[i] for i in sorted(range(self.k), key=lambda i: -scores[i])]
-        if self.task == "completion":
-            completions = completions[:1]
-        elif scores and len(set(scores)) < self.k:
+    def select(self, example: Example) -> Example:
+        """Keep what the algorithm needs, preferred first. Raises UserError where it is not there."""
+        if self.needs.samples is False:
+            example.samples = example.finished = []
+        self._check(example)
+        k, scores = len(example.completions), example.scores
+        if scores and not example.ordered:
+            order = sorted(range(k), key=lambda i: -sum(scores[i]))
+            example.completions, example.scores = ([x[i] for i in order] for x in (example.completions, scores))
+        if self.needs.completions == 1:
+            example.completions = example.completions[:1]
+        elif not self.needs.scores and scores and not example.ordered and len({sum(s) for s in scores}) < k:
             raise Dropped("tied scores")
-        if any(not (c if isinstance(c, str) else c[-1]["content"]).strip() for c in completions):
+        if any(not (c if isinstance(c, str) else c[-1]["content"]).strip() for c in example.completions):
             raise Dropped("empty completion")
-        if len({json.dumps(c) for c in completions}) < len(completions):
+        if not self.needs.scores and len({json.dumps(c) for c in example.completions}) < len(example.completions):
             raise Dropped("identical completions")
-        return completions
+        return example
+
+    def _check(self, example: Example) -> None:
+        needs, k, where = self.needs, len(example.completions), example.where
+        if k < (needs.completions or 2) or (needs.completions == 2 and k > 2):
+            wanted = {1: "a completion", 2: "two completions, chosen and rejected"}
+            wanted = wanted.get(needs.completions, "chosen and rejected, or ranked completions")
+            raise UserError(f"{where}: this run needs {wanted}; the row has {k}")
+        if needs.scores and not example.scores:
+            raise UserError(f"{where}: this run needs scores; add them with scripts/score.py")
+        if needs.samples and not example.samples:
+            raise UserError(f"{where}: this run needs reference_samples; draw them with scripts/sample.py")
+        shape = (k, len(example.scores[0]) if needs.scores else 0, len(example.samples))
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            names = ("completions", "scores for each completion", "reference_samples")
+            i = next(i for i in range(3) if shape[i] != self.shape[i])
+            raise UserError(f"{where}: {shape[i]} {names[i]} where earlier rows have {self.shape[i]}")
 
     def add(self, examples: list[Example]) -> None:
         """Select, render and tokenise rows: ids = encode(prompt) + encode(completion) + EOS."""
         kept = []
         for example in examples:
             try:
-                kept.append((example, *self.encoder.render(example.prompt, self.select(example))))
+                example = self.select(example)
+                kept.append((example, *self.encoder.render(example.prompt, example.completions + example.samples)))
             except Dropped as reason:
                 self.dropped[str(reason)] += 1
         # a chat template has written its own special tokens; running text gets them at its start
@@ -177,14 +198,13 @@ class _Builder:
                 self.dropped[str(reason)] += 1
 
     def _append(self, example: Example, prompt: list[int], completions: list[list[int]]) -> None:
-        eos, bos, limit = self.encoder.eos, self.encoder.bos, self.max_prompt_length
+        eos, bos, limit, k = self.encoder.eos, self.encoder.bos, self.max_prompt_length, len(example.completions)
         if example.prompt is None:
             prompt, completions = completions[0][:1], [completions[0][1:]]
-        elif not prompt:
-            prompt = [bos] if bos is not None else []
+        prompt = prompt or [bos] * (bos is not None)
         if not prompt:
             raise Dropped("empty prompt")
-        if not all(completions):
+        if not all(completions[:k]):
             raise Dropped("empty completion")
         if limit and len(prompt) > limit:
             prompt = prompt[:1] * (prompt[0] == bos and len(prompt) > limit + 1) + prompt[-limit:]
@@ -192,10 +212,12 @@ class _Builder:
         room = self.max_length - len(prompt)
         if room < 1:
             raise Dropped("prompt too long")
-        self.counts["completions cut"] += sum(len(c) >= room for c in completions)
-        self._count_repeats(prompt, completions)
+        self._count_repeats(prompt, completions[:k])
+        whole = [c + [eos] * end for c, end in zip(completions, [True] * k + example.finished, strict=True)]
+        self.counts["completions cut"] += sum(len(c) > room for c in whole)
         self.rows.append(example.number)
-        for piece in (prompt, *((c + [eos])[:room] for c in completions)):
+        self.scores.extend(value for each in example.scores for value in each) if self.needs.scores else None
+        for piece in (prompt, *(c[:room] for c in whole)):
             self.offsets.append(len(self.tokens))
             self.tokens.extend(piece)
         self.offsets.append(len(self.tokens))
@@ -208,21 +230,21 @@ class _Builder:
         self.seen.setdefault(key, order)
 
 
-def load(source: str, tokenizer, task: str, max_length: int, max_prompt_length: int | None) -> Groups:
+def load(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_length: int | None) -> Groups:
     """The groups of a source, tokenised once per content and settings and kept on disk.
 
-    task: "completion" (one, the preferred), "pairs" or "ranking" (all, preferred first). With several processes the
-    first one of each machine tokenises and the others wait for its file, without a collective that could time out.
+    With several processes the first one of each machine tokenises and the others wait for its file, without a
+    collective that could time out.
     Raises UserError where the source, a row's form or type is wrong, and where no row can be used.
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token; set one (its `eos_token`) so that completions can end")
-    settings = [task, max_length, max_prompt_length, _tokenizer_hash(tokenizer), _source_hash(source)]
+    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), _source_hash(source)]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = cache_directory() / f"tokens-{key}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         if not path.exists():
-            _write_groups(path, tokenise(source, tokenizer, task, max_length, max_prompt_length))
+            _write_groups(path, tokenise(source, tokenizer, needs, max_length, max_prompt_length))
     while not path.exists():
         time.sleep(0.1)
     return _read_groups(path, source)
@@ -235,9 +257,9 @@ def cache_directory() -> Path:
     return path
 
 
-def tokenise(source: str, tokenizer, task: str, max_length: int, max_prompt_length: int | None) -> _Builder:
+def tokenise(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_length: int | None) -> _Builder:
     """Stream a source into flat arrays: memory grows with the token ids, not with the file."""
-    build = _Builder(Encoder(tokenizer), task, max_length, max_prompt_length)
+    build = _Builder(Encoder(tokenizer), needs, max_length, max_prompt_length)
     examples = parse(source, build.dropped)
     while chunk := list(islice(examples, 1024)):
         build.add(chunk)
@@ -252,6 +274,8 @@ def _write_groups(path: Path, build: _Builder) -> None:
         "offsets": torch.tensor(build.offsets, dtype=torch.int64).view(kept, -1) if kept else torch.empty(0, 2).long(),
         "rows": torch.tensor(build.rows, dtype=torch.int64),
     }
+    if build.needs.scores and kept:
+        tensors["scores"] = torch.tensor(build.scores, dtype=torch.float32).view(kept, *build.shape[:2])
     write_tensors(path, tensors, {"report": json.dumps(report)})
 
 
@@ -329,7 +353,8 @@ class Batch:
     targets: Tensor  # (N,) those tokens, completion by completion
     lengths: Tensor  # (B, K) tokens of each completion
     rows: Tensor  # (B,) which groups these are
-    ref_logps: Tensor  # (B, K), or empty before the reference pass
+    ref_logps: Tensor  # (B, K), or empty without a reference pass
+    scores: Tensor  # (B, K, R) of R reward models, or empty
     global_groups: int  # in the whole step, over all micro-batches and processes
     global_tokens: int  # completion tokens of the whole step
 
@@ -396,6 +421,7 @@ class Batches:
             lengths=lengths[:, 1:],
             rows=rows,
             ref_logps=groups.ref_logps[rows] if len(groups.ref_logps) else groups.ref_logps,
+            scores=groups.scores[rows] if len(groups.scores) else groups.scores,
             global_groups=global_groups,
             global_tokens=global_tokens,
         )

@@ -7,10 +7,11 @@ parse()   row → Example               the forms are told apart by their column
 import gzip
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared import UserError
@@ -43,7 +44,10 @@ class Example:
     number: int  # of the row in its source, from 1
     prompt: Text | None
     completions: list[Text]
-    scores: list[float] | None = None
+    ordered: bool = True  # the completions' own order is the ranking
+    scores: list[list[float]] | None = None  # of each completion, one number per reward model
+    samples: list[Text] = field(default_factory=list)  # completions drawn from π_ref
+    finished: list[bool] = field(default_factory=list)  # which of them end with an EOS
 
 
 # ---------------------------------------------------------------- containers
@@ -303,23 +307,47 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
         form = form or form_of(row, source, forms)
         try:
             prompt, completions = forms[form](row)
-            scores = _scores(row, len(completions)) if form == ("prompt", "completions") else None
+            example = Example(where, number, prompt, completions)
+            _add_scores(example, row)
+            _add_samples(example, row)
         except ValueError as error:
             raise UserError(f"{where}: {error} (form {' + '.join(form)})") from None
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        yield Example(where, number, prompt, completions, scores)
+        yield example
     if form is None:
         raise UserError(f"{source}: no rows")
 
 
-def _scores(row: dict, k: int) -> list[float] | None:
-    """K numbers, or the means of K lists of numbers."""
-    if row.get("scores") is None:
-        return None
-    scores = _field(row, "scores", list)
-    means = [sum(s) / len(s) if isinstance(s, list) and s else s for s in scores]
-    if len(means) != k or not all(isinstance(s, int | float) for s in means):
-        raise ValueError(f"field 'scores' must hold {k} numbers, one for each completion")
-    return means
+def _add_scores(example: Example, row: dict) -> None:
+    """`scores`: K numbers, or K lists of one number per reward model; or `score_chosen` and `score_rejected`."""
+    if row.get("scores") is not None and len(example.completions) > 1:
+        scores = [s if isinstance(s, list) else [s] for s in _field(row, "scores", list)]
+    elif row.get("score_chosen") is not None and row.get("score_rejected") is not None:
+        scores = [[row["score_chosen"]], [row["score_rejected"]]]
+    else:
+        return
+    numbers = [value for each in scores for value in each]
+    if len(scores) != len(example.completions) or len({len(each) for each in scores}) != 1 or not numbers:
+        raise ValueError(
+            f"field 'scores' must hold {len(example.completions)} numbers, or as many lists of equal length"
+        )
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+        raise ValueError("field 'scores' must hold finite numbers")
+    example.scores, example.ordered = scores, "completions" not in row
+
+
+def _add_samples(example: Example, row: dict) -> None:
+    """`reference_samples`: texts; `reference_samples_finished`: which of them were not cut off, by default all."""
+    if row.get("reference_samples") is None:
+        return
+    samples = _field(row, "reference_samples", list)
+    finished = row.get("reference_samples_finished") or [True] * len(samples)
+    if not samples or not all(isinstance(sample, str) for sample in samples):
+        raise ValueError("field 'reference_samples' must be a list of texts")
+    if not isinstance(finished, list) or [type(f) for f in finished] != [bool] * len(samples):
+        raise ValueError(f"field 'reference_samples_finished' must hold {len(samples)} booleans")
+    chat = isinstance(example.prompt, list)
+    example.samples = [[{"role": "assistant", "content": s}] if chat else s for s in samples]
+    example.finished = finished

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from shared import NonFinite, Preempted, StorageError, UserError, checkpoint
-from shared.data import Batches, Groups, describe, load
+from shared.data import Batches, Groups, Needs, describe, load
 from shared.distributed import all_sum, inference, setup
 
 EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75}
@@ -150,7 +150,7 @@ class Run:
 
     # -------- data
 
-    def load_batches(self, tokenizer, config, task: str) -> tuple[Batches, Batches | None]:
+    def load_batches(self, tokenizer, config, needs: Needs) -> tuple[Batches, Batches | None]:
         """Training and held-out micro-batches; prints and keeps what happened to the rows, and one decoded example."""
         args, positions = self.args, getattr(config, "max_position_embeddings", None)
         length = args.max_length or positions or sys.maxsize
@@ -161,7 +161,7 @@ class Run:
             if source is None:
                 found.append(None)
                 continue
-            groups = load(source, tokenizer, task, length, args.max_prompt_length)
+            groups = load(source, tokenizer, needs, length, args.max_prompt_length)
             if int(groups.tokens.max()) >= config.vocab_size:
                 raise UserError(
                     f"{source}: token id {int(groups.tokens.max())}, but the model embeds {config.vocab_size}"

@@ -8,10 +8,11 @@ import pytest
 import worlds
 
 from shared import UserError
-from shared.data import Groups, describe, load
+from shared.data import Groups, Needs, describe, load
 from shared.rows import FORMS
 
 LENGTH = 512
+RANKING, ONE = Needs(), Needs(completions=1)
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +30,12 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def one(tmp_path: Path, row: dict, tokenizer, task: str = "ranking", **limits):  # noqa: ANN001, ANN003, ANN201
+def one(tmp_path: Path, row: dict, tokenizer, needs: Needs = RANKING, **limits):  # noqa: ANN001, ANN003, ANN201
     """Prompt and completions, as ids, of the only row."""
     groups = load(
         write(tmp_path / "rows.jsonl", [row]),
         tokenizer,
-        task,
+        needs,
         **{"max_length": LENGTH, "max_prompt_length": None, **limits},
     )
     return pieces(groups, 0)
@@ -133,24 +134,24 @@ SUPERVISED = [
 def test_supervised_rows(tmp_path: Path, plain, chat, row: dict, through_template: bool | str) -> None:  # noqa: ANN001
     if not through_template:
         expected = ids(plain, USER, special=True), ids(plain, GOOD) + [plain.eos_token_id]
-        assert one(tmp_path, row, plain, "completion") == expected
+        assert one(tmp_path, row, plain, ONE) == expected
         return
     user = through_template if isinstance(through_template, str) else USER
     prompt = ids(chat, template(chat, ("user", user), ask=True))
-    assert one(tmp_path, row, chat, "completion") == (prompt, ids(chat, GOOD) + [chat.eos_token_id])
+    assert one(tmp_path, row, chat, ONE) == (prompt, ids(chat, GOOD) + [chat.eos_token_id])
 
 
 def test_the_loss_of_a_chat_is_on_its_last_answer(tmp_path: Path, chat) -> None:  # noqa: ANN001
     row = {"messages": [*TALK, said("first"), {"role": "user", "content": "and?"}, said(GOOD)]}
     before = template(chat, ("user", USER), ("assistant", "first"), ("user", "and?"), ask=True)
-    assert one(tmp_path, row, chat, "completion") == (ids(chat, before), ids(chat, GOOD) + [chat.eos_token_id])
+    assert one(tmp_path, row, chat, ONE) == (ids(chat, before), ids(chat, GOOD) + [chat.eos_token_id])
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_running_text(tmp_path: Path, bos: bool) -> None:
     tokenizer = worlds.make_tokenizer(bos=bos)
     whole = ids(tokenizer, "ok ok, 42 naïve", special=True)
-    assert one(tmp_path, {"text": "ok ok, 42 naïve"}, tokenizer, "completion") == (
+    assert one(tmp_path, {"text": "ok ok, 42 naïve"}, tokenizer, ONE) == (
         whole[:1],
         whole[1:] + [tokenizer.eos_token_id],
     )
@@ -179,13 +180,13 @@ def test_cutting(tmp_path: Path, plain) -> None:  # noqa: ANN001
     bos = [plain.bos_token_id]
     assert one(tmp_path, row, plain, **limited) == (bos + prompt[-4:], chosen[:3], rejected[:3])
     assert chosen[:3][-1] != plain.eos_token_id and rejected[:3][-1] == plain.eos_token_id
-    groups = load(write(tmp_path / "rows.jsonl", [row]), plain, "ranking", **limited)
+    groups = load(write(tmp_path / "rows.jsonl", [row]), plain, RANKING, **limited)
     assert groups.report["prompts cut"] == 1 and groups.report["completions cut"] == 1
     # a completion that fills the room to its last token loses only its EOS, and is counted
     full = len(prompt) + len(chosen) - 1
     assert one(tmp_path, row, plain, max_length=full)[1] == chosen[:-1]
-    assert load(str(tmp_path / "rows.jsonl"), plain, "ranking", full, None).report["completions cut"] == 1
-    assert "completions cut" not in load(str(tmp_path / "rows.jsonl"), plain, "ranking", full + 1, None).report
+    assert load(str(tmp_path / "rows.jsonl"), plain, RANKING, full, None).report["completions cut"] == 1
+    assert "completions cut" not in load(str(tmp_path / "rows.jsonl"), plain, RANKING, full + 1, None).report
 
 
 def test_rows_are_dropped_for_counted_reasons(tmp_path: Path, plain) -> None:  # noqa: ANN001
@@ -200,7 +201,7 @@ def test_rows_are_dropped_for_counted_reasons(tmp_path: Path, plain) -> None:  #
         {**good, "prompt": ""},
         {**good, "prompt": "ok " * 500},
     ]
-    groups = load(write(tmp_path / "rows.jsonl", rows), plain, "ranking", 100, None)
+    groups = load(write(tmp_path / "rows.jsonl", rows), plain, RANKING, 100, None)
     assert groups.report == {
         "tokens": groups.report["tokens"],
         "rows": 8,
@@ -215,20 +216,20 @@ def test_rows_are_dropped_for_counted_reasons(tmp_path: Path, plain) -> None:  #
     )
     assert groups.rows.tolist() == [1, 2, 3, 7]
     assert pieces(groups, 3)[0] == [plain.bos_token_id]  # an empty prompt is the BOS where there is one
-    without = load(str(tmp_path / "rows.jsonl"), worlds.make_tokenizer(bos=False), "ranking", 100, None)
+    without = load(str(tmp_path / "rows.jsonl"), worlds.make_tokenizer(bos=False), RANKING, 100, None)
     assert without.report["dropped"]["empty prompt"] == 1
 
 
 def test_ties_and_transcripts_are_dropped(tmp_path: Path, plain) -> None:  # noqa: ANN001
     ranked = [{"prompt": USER, "completions": [GOOD, BAD], "scores": s} for s in ([1, 1], [2, 1])]
-    assert load(write(tmp_path / "a.jsonl", ranked), plain, "ranking", LENGTH, None).report["dropped"] == {
+    assert load(write(tmp_path / "a.jsonl", ranked), plain, RANKING, LENGTH, None).report["dropped"] == {
         "tied scores": 1
     }
     talk = "\n\nHuman: ok\n\nAssistant:"
     transcripts = [
         {"chosen": talk + a, "rejected": b} for a, b in ((" a", talk + " b"), (" a", "x" + talk), (" a", "b"))
     ]
-    report = load(write(tmp_path / "b.jsonl", transcripts), plain, "ranking", LENGTH, None).report
+    report = load(write(tmp_path / "b.jsonl", transcripts), plain, RANKING, LENGTH, None).report
     assert report["dropped"] == {"prompts differ": 1, "no Assistant turn": 1}
 
 
@@ -262,7 +263,7 @@ def containers(folder: Path, rows: list[dict]) -> list[str]:
 def test_every_container_gives_the_same_groups(tmp_path: Path, plain) -> None:  # noqa: ANN001
     rows = worlds.make_rows(5, 3)
     for source in containers(tmp_path, rows):
-        groups = load(source, plain, "ranking", LENGTH, None)
+        groups = load(source, plain, RANKING, LENGTH, None)
         expected = [
             (ids(plain, r["prompt"], True), *(ids(plain, r[c]) + [plain.eos_token_id] for c in ("chosen", "rejected")))
             for r in rows
@@ -287,7 +288,7 @@ MISTAKES = [
     ('{"prompt": "a", "completions": ["b", "c"]}\n{"prompt": "a", "completions": ["b"]}', "line 2: this run"),
     ('{"prompt": "a", "completions": ["b", "c"]}\n{"prompt": "a", "completions": ["b", "c", "d"]}', "line 2: 3 "),
     ('{"prompt": "a", "completions": ["b", "c"], "scores": [1]}', "field 'scores' must hold 2 numbers"),
-    ('{"prompt": "a", "completions": ["b", "c"], "scores": ["x", 1]}', "field 'scores' must hold 2 numbers"),
+    ('{"prompt": "a", "completions": ["b", "c"], "scores": ["x", 1]}', "field 'scores' must hold finite numbers"),
     ('{"prompt": "a", "completions": "b"}', "field 'completions' is of type str"),
     ('{"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 2}', "field 'labels' is 2"),
     ('{"prompt": "a", "chosen": " ", "rejected": "c"}', "no usable row; rows 1, kept 0, dropped: empty completion 1"),
@@ -301,7 +302,7 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, plain, text: str, message: 
     path = tmp_path / ("rows.json" if text.startswith("[") else "rows.jsonl")
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        load(str(path), plain, "ranking", LENGTH, None)
+        load(str(path), plain, RANKING, LENGTH, None)
     assert message in str(error.value) and str(path) in str(error.value) or "chat template" in message
     assert "\n" not in str(error.value)
 
@@ -321,7 +322,7 @@ def test_unreadable_files(tmp_path: Path, plain) -> None:  # noqa: ANN001
         ("absent.jsonl", "neither a file, a directory nor a data set on the hub"),
     ):
         with pytest.raises(UserError, match=message):
-            load(str(tmp_path / name), plain, "completion", LENGTH, None)
+            load(str(tmp_path / name), plain, ONE, LENGTH, None)
 
 
 def test_no_eos(tmp_path: Path) -> None:
@@ -337,7 +338,7 @@ def test_the_cache_follows_the_content(tmp_path: Path, plain, chat) -> None:  # 
     assert one(tmp_path, row, plain) == first
     assert one(tmp_path, {**row, "chosen": BAD, "rejected": GOOD}, plain) == (first[0], first[2], first[1])
     assert one(tmp_path, row, chat)[1][-1] == chat.eos_token_id != first[1][-1]
-    assert one(tmp_path, row, plain, "completion") == first[:2]
+    assert one(tmp_path, row, plain, ONE) == first[:2]
 
 
 def test_every_form_is_tested() -> None:

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from shared.data import Batch, Needs
-from shared.logprobs import sequence_logps
 from shared.model import Policy, export, load_policy, load_tokenizer
 from shared.run import Run, command, learning_rate
 
@@ -88,9 +87,8 @@ def sft_loss(token_logps: Tensor) -> Tensor:
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses (N,) of a micro-batch's completion tokens, and what is logged of it."""
-    token_logps = model(batch)
-    losses = sft_loss(token_logps)
-    return losses, {"logps/chosen": sequence_logps(token_logps, batch.lengths)[:, 0]}
+    losses = sft_loss(model(batch))
+    return losses, {}
 
 
 def main(args: Args) -> None:

@@ -352,11 +352,13 @@ class Batch:
     sources: Tensor  # (N,) positions whose hidden states predict the completion tokens
     targets: Tensor  # (N,) those tokens, completion by completion
     lengths: Tensor  # (B, K) tokens of each completion
+    ends: Tensor  # (B, K) position of its last one
     rows: Tensor  # (B,) which groups these are
     ref_logps: Tensor  # (B, K), or empty without a reference pass
     scores: Tensor  # (B, K, R) of R reward models, or empty
     global_groups: int  # in the whole step, over all micro-batches and processes
     global_tokens: int  # completion tokens of the whole step
+    progress: float  # of training: 0 at the first step, 1 at the last
 
 
 class Batches:
@@ -370,6 +372,7 @@ class Batches:
     def __init__(self, groups: Groups, batch_size: int, budget: int, seed: int | None, place: Place):
         self.groups, self.batch_size, self.budget, self.seed, self.place = groups, batch_size, budget, seed, place
         self.per_epoch = math.ceil(len(groups) / batch_size)
+        self.last_step = self.per_epoch
         self.sizes = groups.offsets[:, -1] - groups.offsets[:, 0]
 
     def rows(self, step: int) -> Tensor:
@@ -391,10 +394,16 @@ class Batches:
         rows = self.rows(step)
         offsets = self.groups.offsets[rows]
         tokens = int((offsets[:, -1] - offsets[:, 1]).sum())
+        progress = (step - 1) / max(1, self.last_step - 1)
         for bins in balance(self.sizes[rows].tolist(), self.budget, self.place.world):
-            yield self.pack(rows[bins[self.place.rank]], len(rows), tokens)
+            yield self.pack(rows[bins[self.place.rank]], len(rows), tokens, progress)
 
-    def pack(self, rows: Tensor, global_groups: int, global_tokens: int) -> Batch:
+    def epoch(self) -> Iterator[Batch]:
+        """This process's micro-batches of one pass over all groups."""
+        for step in range(1, self.per_epoch + 1):
+            yield from self(step)
+
+    def pack(self, rows: Tensor, global_groups: int, global_tokens: int, progress: float) -> Batch:
         """The groups `rows` as one packed row; without any, one token that nothing is predicted from."""
         groups, device = self.groups, self.place.device
         offsets = groups.offsets[rows]
@@ -419,11 +428,13 @@ class Batches:
             sources=sources,
             targets=ids[: len(within)][is_completion],
             lengths=lengths[:, 1:],
+            ends=(starts + lengths)[:, 1:] - 1,
             rows=rows,
             ref_logps=groups.ref_logps[rows] if len(groups.ref_logps) else groups.ref_logps,
             scores=groups.scores[rows] if len(groups.scores) else groups.scores,
             global_groups=global_groups,
             global_tokens=global_tokens,
+            progress=progress,
         )
         for name, value in vars(batch).items():
             if isinstance(value, Tensor):

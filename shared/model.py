@@ -17,8 +17,8 @@ from shared.logprobs import sequence_logps, token_logps
 from shared.rows import first_line
 
 
-class Policy(nn.Module):
-    """π_θ(y|x) of a causal language model over packed micro-batches.
+class Packed(nn.Module):
+    """A Hugging Face model over packed micro-batches.
 
     All of it happens inside one forward call of the root module: FSDP2 gathers the embedding and the head there.
     """
@@ -27,17 +27,44 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def forward(self, batch: Batch) -> Tensor:
-        """→ (N,) float32, log π of each completion token given all before it in its own completion."""
-        states = self.lm.base_model(
+    def states(self, batch: Batch) -> Tensor:
+        """→ (T, H), the last hidden states of the packed row."""
+        return self.lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, spans=batch.spans, use_cache=False
         ).last_hidden_state[0]
+
+
+class Policy(Packed):
+    """π_θ(y|x) of a causal language model."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """→ (N,) float32, log π of each completion token given all before it in its own completion."""
         head = self.lm.get_output_embeddings()
-        return token_logps(states.index_select(0, batch.sources), head.weight, head.bias, batch.targets)
+        states = self.states(batch).index_select(0, batch.sources)
+        return token_logps(states, head.weight, head.bias, batch.targets)
 
     def logps(self, batch: Batch) -> Tensor:
         """→ (B, K), log π(y|x) of each completion: the sum over its tokens."""
         return sequence_logps(self(batch), batch.lengths)
+
+    def plain(self, prompt: Tensor, completion: Tensor) -> Tensor:
+        """log π(y|x) by the stock forward pass, to check the packed one against."""
+        logits = self.lm(input_ids=torch.cat([prompt, completion])[None], use_cache=False).logits[0]
+        return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, completion[:, None]).sum()
+
+
+class RewardModel(Packed):
+    """r(x, y) of a sequence classifier with one label: its head's value at the completion's last token."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """→ (B, K) float32."""
+        return self.lm.score(self.states(batch).index_select(0, batch.ends.flatten())).float().view(batch.ends.shape)
+
+    logps = forward
+
+    def plain(self, prompt: Tensor, completion: Tensor) -> Tensor:
+        """r(x, y) by the stock forward pass."""
+        return self.lm(input_ids=torch.cat([prompt, completion])[None]).logits[0, 0]
 
 
 def load_tokenizer(path: str, reference: str | None = None):
@@ -57,58 +84,84 @@ def load_tokenizer(path: str, reference: str | None = None):
 
 
 def load_policy(path: str, place: Place) -> Policy:
-    """Load a causal language model in float32, check it, and shard it.
+    """Load a causal language model in float32, check it, and shard it; raises UserError as `_load` does."""
+    return _load("AutoModelForCausalLM", Policy, path, place)
+
+
+def load_reward_model(path: str, place: Place, tokenizer, seed: int) -> RewardModel:
+    """The same for a sequence classifier with one label; a language model gets a new head, drawn by `seed`.
+
+    The classifier finds a completion's end by its pad token: that must not be the EOS, which ends it.
+    """
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        specials = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        tokenizer.pad_token = next((t for t in specials if t not in (tokenizer.eos_token, tokenizer.bos_token)), None)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"model {path}: a reward model needs a pad token other than the EOS; give its tokenizer one")
+    torch.manual_seed(seed)
+    model = _load("AutoModelForSequenceClassification", RewardModel, path, place, new="score.weight", num_labels=1)
+    model.lm.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _load(auto: str, kind: type[Packed], path: str, place: Place, new: str = "", **options) -> Packed:
+    """Load, check and shard a model; only the tensor `new` may be missing in its weights.
 
     Raises UserError where it cannot be loaded, a tensor is missing or not finite, or the architecture computes
     something that packed rows would not reproduce.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
+    import transformers
 
-    disable_progress_bar()
-    AttentionInterface.register(NAME, span_attention)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.AttentionInterface.register(NAME, span_attention)
+    options |= {"dtype": torch.float32, "attn_implementation": NAME, "output_loading_info": True}
     try:
-        lm, found = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=NAME, output_loading_info=True
-        )
+        lm, found = getattr(transformers, auto).from_pretrained(path, **options)
     except Exception as error:
         raise UserError(f"model {path}: cannot be loaded ({first_line(error)})") from None
-    if found["missing_keys"] or found["mismatched_keys"]:
-        names = ", ".join(map(str, sorted(found["missing_keys"]) or found["mismatched_keys"]))
-        raise UserError(f"model {path}: missing or misshapen in its weights: {names}")
+    if missing := sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])} - {new}):
+        raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(missing)}")
     for name, tensor in lm.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"model {path}: {name} holds values that are not finite")
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    policy = Policy(lm.train())  # activation checkpointing works in training mode only
+    model = kind(lm.train())  # activation checkpointing works in training mode only
     if place.main:
-        _check_packing(policy, path)
+        _check_packing(model, path)
     layers = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
-    shard(policy, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
-    return policy
+    shard(model, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
+    return model
 
 
 @torch.no_grad()
-def _check_packing(policy: Policy, path: str) -> None:
-    """Packed log-probs must be those of a plain forward pass: sliding windows or soft-capped logits are not."""
-    lm, vocabulary = policy.lm, policy.lm.config.vocab_size
-    ids = torch.randint(vocabulary, (16,), generator=torch.Generator().manual_seed(0))
+def _check_packing(model: Packed, path: str) -> None:
+    """Packed rows must give what a plain forward pass does: sliding windows or soft-capped logits would not."""
+    lm = model.lm
+    ids = torch.randint(lm.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0))
     offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
-    groups = Groups(ids.int(), offsets, torch.arange(2), {})
     place = Place(0, 1, torch.device("cpu"), torch.float32)
-    packed = policy.logps(Batches(groups, 2, 64, None, place).pack(torch.arange(2), 2, 11))
+    batches = Batches(Groups(ids.int(), offsets, torch.arange(2), {}), 2, 64, None, place)
+    packed = model.logps(next(batches(1)))
+    pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # the ids are arbitrary
     lm.eval().set_attn_implementation("sdpa")
     for row, (start, *ends) in enumerate(offsets.tolist()):
-        prompt = ids[start : ends[0]]
         for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
-            logits = lm(input_ids=torch.cat([prompt, ids[a:b]])[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
-            plain = logits.log_softmax(-1).gather(-1, ids[a:b, None]).sum()
+            plain = model.plain(ids[start : ends[0]], ids[a:b])
             if not torch.allclose(packed[row, k], plain, rtol=1e-4, atol=1e-3):
                 kind = type(lm).__name__
-                raise UserError(f"model {path}: {kind} is not supported: packed rows give other log-probs than it does")
+                raise UserError(f"model {path}: {kind} is not supported: packed rows give other values than it does")
     lm.train().set_attn_implementation(NAME)
+    lm.config.pad_token_id = pad
+
+
+def mean_reward(model: RewardModel, batches: Batches) -> float:
+    """The mean of r over all completions."""
+    with inference(model):
+        rewards = [model(batch).sum() for batch in batches.epoch()]
+    count = len(batches.groups) * batches.groups.completions
+    return float(all_sum(torch.stack(rewards).sum())) / count
 
 
 # ---------------------------------------------------------------- the reference

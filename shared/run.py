@@ -73,10 +73,10 @@ def parse(arguments: type, doc: str):
 
 
 POSITIVE = (
-    "beta tau lam beta_r batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length max_grad_norm "
-    "log_every keep"
+    "beta tau lam beta_r epsilon batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length "
+    "max_grad_norm log_every keep"
 )
-AT_LEAST_0 = "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed"
+AT_LEAST_0 = "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end"
 
 
 def check_arguments(args) -> None:
@@ -171,7 +171,7 @@ class Run:
             seed = seed if args.shuffle else None
             found.append(Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place))
         self.say(example(found[0].groups, tokenizer))
-        self.last_step = args.max_steps or math.ceil(args.epochs * found[0].per_epoch)
+        self.last_step = found[0].last_step = args.max_steps or math.ceil(args.epochs * found[0].per_epoch)
         return found[0], found[1]
 
     def say(self, text: str) -> None:
@@ -292,9 +292,9 @@ class Run:
             return
         started = time.perf_counter()
         with inference(model):
-            for s in range(1, held_out.per_epoch + 1):
-                for batch in held_out(s):
-                    self.add(*objective(model, batch, self.args))
+            for batch in held_out.epoch():
+                batch.progress = (step - 1) / max(1, self.last_step - 1)
+                self.add(*objective(model, batch, self.args))
         line = {"step": step, **{f"eval/{name}": value for name, value in _means(self._reduce()).items()}}
         self._write(line)
         self.say(
@@ -342,20 +342,17 @@ def _means(totals: dict) -> dict[str, float]:
     return {name: total / count for name, (total, count) in totals.items()}
 
 
-def preference_metrics(rewards: Tensor, logps: Tensor) -> dict[str, Tensor]:
-    """What every preference algorithm logs, per group: rewards (B, K) and logps (B, K), preferred first → (B,) each.
+def preference_metrics(rewards: Tensor, logps: Tensor | None = None) -> dict[str, Tensor]:
+    """What every preference algorithm logs, per group: rewards (B, K), logps (B, K), preferred first → (B,) each.
 
     Chosen is column 0, rejected the mean of the others; a tie counts as wrong.
     """
-    chosen, rejected = rewards[:, 0], rewards[:, 1:].mean(1)
-    return {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, 1:].mean(1),
-    }
+    metrics = {}
+    for name, values in {"rewards": rewards, "logps": logps}.items():
+        if values is not None:
+            metrics |= {f"{name}/chosen": values[:, 0], f"{name}/rejected": values[:, 1:].mean(1)}
+    margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    return metrics | {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
 
 
 def example(groups: Groups, tokenizer) -> str:

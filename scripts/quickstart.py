@@ -40,22 +40,22 @@ class Args:
 
 def stages(out: str, seed: int) -> list[str]:
     """The command lines, in order, as they can be typed in the repository root."""
-    draw = f"scripts/sample.py --model {out}/sft --num-completions 2 --max-new-tokens 48 --seed {seed}"
+    draw = f"scripts/sample.py --model {out}/sft --num-completions 2 --max-new-tokens 40 --seed {seed}"
     train = f"--batch-size 64 --save-every 0 --seed {seed}"
     return [
-        f"scripts/notices.py world --output-dir {out}/world --sft-rows 28800 --seed {seed}",
+        f"scripts/notices.py world --output-dir {out}/world --sft-rows 22400 --seed {seed}",
         f"algos/sft.py --model {out}/world/base --train-data {out}/world/sft.jsonl "
         f"--eval-data {out}/world/held_out.jsonl --output-dir {out}/sft "
-        f"--max-steps 450 --learning-rate 2e-3 --warmup-steps 50 --log-every 10 --eval-every 50 {train}",
+        f"--max-steps 350 --learning-rate 2e-3 --warmup-steps 50 --log-every 10 --eval-every 100 {train}",
         f"{draw} --rows {out}/world/prompts.jsonl --output {out}/samples.jsonl",
         f"scripts/notices.py prefer --rows {out}/samples.jsonl --output {out}/pairs.jsonl --seed {seed}",
-        f"{draw} --rows {out}/world/held_out.jsonl --output {out}/held_out_samples.jsonl",
+        f"{draw} --max-rows 256 --rows {out}/world/held_out.jsonl --output {out}/held_out_samples.jsonl",
         f"scripts/notices.py prefer --rows {out}/held_out_samples.jsonl --output {out}/held_out_pairs.jsonl "
         f"--seed {seed}",
         f"algos/dpo.py --model {out}/sft --train-data {out}/pairs.jsonl --eval-data {out}/held_out_pairs.jsonl "
         f"--output-dir {out}/dpo --beta 0.3 --max-steps 60 --learning-rate 1e-4 --log-every 4 --eval-every 12 {train}",
         f"scripts/evaluate.py --policies sft={out}/sft dpo={out}/dpo --rows {out}/world/held_out.jsonl "
-        f"--output {out}/results.json --max-new-tokens 48 --seed {seed}",
+        f"--output {out}/results.json --max-new-tokens 40 --seed {seed}",
     ]
 
 
@@ -66,7 +66,9 @@ def run(command: str) -> dict:
     """
     print(f"\n$ python {command}", flush=True)
     started = time.perf_counter()
-    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
+    # threads that spin while they wait make a step several times slower as soon as anything else needs a core
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment).returncode
     if code:
         print(f"quickstart.py: stopped, exit code {code} from: python {command}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)

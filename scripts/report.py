@@ -259,7 +259,8 @@ table { border-collapse: collapse; }
 .correct { color: #00704f; font-weight: 600; }
 .wrong { color: #c1121f; font-weight: 600; text-decoration: underline wavy 1px; text-underline-offset: 3px; }
 .superfluous { color: #8a8a8a; }
-pre { overflow-x: auto; background: #f6f6f6; padding: 14px; font-size: 13px; line-height: 1.6; border-radius: 4px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: 14px; font-size: 13px;
+  line-height: 1.6; border-radius: 4px; }
 pre i { color: #777; }
 """
 

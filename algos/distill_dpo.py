@@ -31,7 +31,6 @@ class Args:
     """strength of the pull towards the reference, per nat of log-ratio"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -91,7 +90,7 @@ def distill_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float)
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)
     losses = distill_loss(logps, batch.ref_logps, batch.scores.mean(2), args.beta)
     return losses, preference_metrics(args.beta * (logps - batch.ref_logps), logps)

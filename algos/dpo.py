@@ -40,7 +40,6 @@ class Args:
     """probability that a pair's label is wrong"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -102,7 +101,7 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: flo
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)
     losses = dpo_loss(logps, batch.ref_logps, args.beta, args.label_smoothing)
     return losses, preference_metrics(args.beta * (logps - batch.ref_logps), logps)

@@ -10,15 +10,14 @@ Details the equation leaves open:
 3. log π(y|x) is the sum over the completion's tokens, its EOS included.
 4. Ω = -[log π_θ(y_w|x) + log π_θ(y_l|x)], or on `reference_samples` where the rows have them, and γ's course are as
    in algos/pessimistic_dpo.py.
-5. Held-out rows choose their own reward model, by the mean over all of them.
+5. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.
 6. Theorem 2 does not hold for a finite set of reward models: r = ±(1, -1, 0), β = 1, a uniform reference.
 
     torchrun --nproc-per-node 8 algos/ensemble_dpo.py --model sft/ --train-data scored.jsonl --output-dir ensemble/
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -42,7 +41,6 @@ class Args:
     """coefficient γ of Ω at the last step"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -95,10 +93,15 @@ class Args:
     """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
 
 
+def distill_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """Eq 7. logps, ref_logps, rewards (B, 2) → (B,)."""
+    ratios = logps - ref_logps  # (B, 2), ρ
+    return (rewards[:, 0] - rewards[:, 1] - beta * (ratios[:, 0] - ratios[:, 1])) ** 2
+
+
 def ensemble_losses(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Eq 7 for each of M reward models. logps, ref_logps (B, 2), rewards (B, 2, M) → (B, M)."""
-    ratios = logps - ref_logps  # (B, 2), ρ
-    return (rewards[:, 0] - rewards[:, 1] - beta * (ratios[:, :1] - ratios[:, 1:])) ** 2
+    return torch.stack([distill_loss(logps, ref_logps, r, beta) for r in rewards.unbind(2)], 1)
 
 
 def pessimistic_loss(losses: Tensor, logps: Tensor, gamma: float) -> Tensor:
@@ -106,24 +109,28 @@ def pessimistic_loss(losses: Tensor, logps: Tensor, gamma: float) -> Tensor:
     return losses - gamma * logps.sum(1)
 
 
-def choose(model: Policy, batches: Iterable[Batch], args: Args) -> int:
-    """The reward model whose mean loss over all batches of all processes is smallest."""
+def choose(model: Policy, batches: Iterable[Batch], args: Args) -> Iterator[Batch]:
+    """The batches, each with the reward model whose mean loss over all of them, on all processes, is smallest."""
+    batches = list(batches)
     with inference(model):
         sums = [ensemble_losses(model.logps(b)[:, :2], b.ref_logps[:, :2], b.scores, args.beta).sum(0) for b in batches]
-    return int(all_sum(torch.stack(sums).sum(0)).argmin())
+    best = int(all_sum(torch.stack(sums).sum(0)).argmin())
+    for batch in batches:
+        batch.best = best
+        yield batch
 
 
-def objective(model: Policy, batch: Batch, args: Args, best: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)  # (B, 2 + M)
     pair, ref_pair = logps[:, :2], batch.ref_logps[:, :2]
-    losses = ensemble_losses(pair, ref_pair, batch.scores, args.beta)[:, best]
+    losses = ensemble_losses(pair, ref_pair, batch.scores, args.beta)[:, batch.best]
     samples = logps[:, 2:]  # of π_ref, where the rows have them
     omega = samples.mean(1, keepdim=True) if samples.shape[1] else logps[:, :2]
     gamma = args.gamma_start + (args.gamma_end - args.gamma_start) * batch.progress
     losses = pessimistic_loss(losses, omega, gamma)
-    chosen = {f"chosen/{i}": losses.new_full((len(losses),), i == best) for i in range(batch.scores.shape[2])}
-    return losses, preference_metrics(args.beta * (pair - ref_pair), pair) | chosen
+    metrics = preference_metrics(args.beta * (pair - ref_pair), pair)
+    return losses, metrics | {f"rm/{i}": torch.full_like(losses, i == batch.best) for i in range(batch.scores.size(2))}
 
 
 def main(args: Args) -> None:
@@ -136,9 +143,8 @@ def main(args: Args) -> None:
         model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
     )
     for step in run.steps(model, optimizer, train):
-        best = choose(model, train(step), args)
-        for batch in train(step):
-            losses, metrics = objective(model, batch, args, best)
+        for batch in choose(model, train(step), args):
+            losses, metrics = objective(model, batch, args)
             # the mean over the global batch: FSDP averages the gradients of the processes
             (losses.sum() * run.place.world / batch.global_groups).backward()
             run.add(losses, metrics)
@@ -149,9 +155,7 @@ def main(args: Args) -> None:
         optimizer.step()
         optimizer.zero_grad()
         run.log(step)
-        if held_out and run.due(args.eval_every, step):
-            best = choose(model, held_out.epoch(), args)
-        run.evaluate(step, partial(objective, best=best), model, held_out)
+        run.evaluate(step, objective, model, choose(model, held_out, args))
         run.save(step, model, optimizer)
     export(model, tokenizer, run)
 

@@ -44,7 +44,6 @@ class Args:
     """KL(policy || target), EXO; or the cross-entropy under the target, DPO-rw"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -110,7 +109,7 @@ def dpo_rw_loss(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: fl
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)
     if args.beta_r:
         target_logps = (batch.scores.mean(2) / args.beta_r).log_softmax(1)

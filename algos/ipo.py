@@ -34,7 +34,6 @@ class Args:
     """regularisation: the log-ratios of a pair are pulled to a gap of 1/(2τ) nats"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -94,7 +93,7 @@ def ipo_loss(logps: Tensor, ref_logps: Tensor, tau: float) -> Tensor:
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)
     losses = ipo_loss(logps, batch.ref_logps, args.tau)
     return losses, preference_metrics(args.tau * (logps - batch.ref_logps), logps)

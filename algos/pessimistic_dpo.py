@@ -43,7 +43,6 @@ class Args:
     """coefficient γ of Ω at the last step"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -116,7 +115,7 @@ def pessimistic_loss(losses: Tensor, logps: Tensor, gamma: float) -> Tensor:
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)  # (B, 2 + M)
     pair, ref_pair = logps[:, :2], batch.ref_logps[:, :2]
     if args.base == "dpo":
@@ -127,7 +126,8 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
     omega = samples.mean(1, keepdim=True) if samples.shape[1] else logps[:, :2]
     gamma = args.gamma_start + (args.gamma_end - args.gamma_start) * batch.progress
     losses = pessimistic_loss(losses, omega, gamma)
-    return losses, preference_metrics(args.beta * (pair - ref_pair), pair)
+    metrics = preference_metrics(args.beta * (pair - ref_pair), pair)
+    return losses, metrics
 
 
 def main(args: Args) -> None:

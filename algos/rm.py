@@ -9,8 +9,8 @@ Details the equation leaves open:
    earlier work subtracts (section 3), is stored as `reward_mean` in the model's config and not subtracted.
 3. The result is a Hugging Face sequence classifier with one label. Those look for the last token that is not the pad
    token, so that another pad token than the EOS is set.
-4. `rewards/confidences` is the mean probability that the model gives to its own verdicts; where it is calibrated,
-   it equals `rewards/accuracies`.
+4. `rewards/confidences` is the mean probability that the model gives to its favourite; where it is calibrated, it
+   equals `rewards/accuracies` (of pairs).
 
     torchrun --nproc-per-node 8 algos/rm.py --model sft/ --train-data pairs.jsonl --output-dir rm/
 """
@@ -90,11 +90,10 @@ def rm_loss(rewards: Tensor) -> Tensor:
 
 
 def objective(model: RewardModel, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     rewards = model(batch)  # (B, K)
     losses = rm_loss(rewards)
-    metrics = preference_metrics(rewards)
-    return losses, metrics | {"rewards/confidences": metrics["rewards/margins"].abs().sigmoid()}
+    return losses, preference_metrics(rewards) | {"rewards/confidences": rewards.softmax(1).amax(1)}
 
 
 def main(args: Args) -> None:

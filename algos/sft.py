@@ -86,7 +86,7 @@ def sft_loss(token_logps: Tensor) -> Tensor:
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (N,) of a micro-batch's completion tokens, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     losses = sft_loss(model(batch))
     return losses, {}
 

@@ -37,7 +37,6 @@ class Args:
     """weight λ of the supervised term"""
     length_normalise: bool = False
     """divide every log-prob by its number of tokens"""
-
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -96,7 +95,7 @@ def typo_loss(logps: Tensor, sample_logps: Tensor, lam: float) -> Tensor:
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses (B,) of a micro-batch, and what is logged of it."""
+    """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch) / (batch.lengths if args.length_normalise else 1)  # (B, 2 + M)
     losses = typo_loss(logps[:, :2], logps[:, 2:], args.lam)
     return losses, preference_metrics(logps[:, :2], logps[:, :2])

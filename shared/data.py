@@ -398,8 +398,8 @@ class Batches:
         for bins in balance(self.sizes[rows].tolist(), self.budget, self.place.world):
             yield self.pack(rows[bins[self.place.rank]], len(rows), tokens, progress)
 
-    def epoch(self) -> Iterator[Batch]:
-        """This process's micro-batches of one pass over all groups."""
+    def __iter__(self) -> Iterator[Batch]:
+        """This process's micro-batches of the first epoch."""
         for step in range(1, self.per_epoch + 1):
             yield from self(step)
 

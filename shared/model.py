@@ -143,7 +143,7 @@ def _check_packing(model: Packed, path: str) -> None:
     offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
     place = Place(0, 1, torch.device("cpu"), torch.float32)
     batches = Batches(Groups(ids.int(), offsets, torch.arange(2), {}), 2, 64, None, place)
-    packed = model.logps(next(batches(1)))
+    packed = model.logps(next(iter(batches)))
     pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # the ids are arbitrary
     lm.eval().set_attn_implementation("sdpa")
     for row, (start, *ends) in enumerate(offsets.tolist()):
@@ -159,7 +159,7 @@ def _check_packing(model: Packed, path: str) -> None:
 def mean_reward(model: RewardModel, batches: Batches) -> float:
     """The mean of r over all completions."""
     with inference(model):
-        rewards = [model(batch).sum() for batch in batches.epoch()]
+        rewards = [model(batch).sum() for batch in batches]
     count = len(batches.groups) * batches.groups.completions
     return float(all_sum(torch.stack(rewards).sum())) / count
 

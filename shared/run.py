@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from shared import NonFinite, Preempted, StorageError, UserError, checkpoint
-from shared.data import Batches, Groups, Needs, describe, load
+from shared.data import Batch, Batches, Groups, Needs, describe, load
 from shared.distributed import all_sum, inference, setup
 
 EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75}
@@ -286,13 +286,13 @@ class Run:
         """Whether something that happens every so many steps, and at the end, happens at this one."""
         return every > 0 and (step % every == 0 or step == self.last_step)
 
-    def evaluate(self, step: int, objective: Callable, model: nn.Module, held_out: Batches | None) -> None:
+    def evaluate(self, step: int, objective: Callable, model: nn.Module, held_out: Iterable[Batch] | None) -> None:
         """The objective over all held-out rows, without gradients, as one line of `eval/` metrics."""
-        if held_out is None or not self.due(self.args.eval_every, step):
+        if self.args.eval_data is None or not self.due(self.args.eval_every, step):
             return
         started = time.perf_counter()
         with inference(model):
-            for batch in held_out.epoch():
+            for batch in held_out:
                 batch.progress = (step - 1) / max(1, self.last_step - 1)
                 self.add(*objective(model, batch, self.args))
         line = {"step": step, **{f"eval/{name}": value for name, value in _means(self._reduce()).items()}}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -76,11 +77,17 @@ def load_tokenizer(path: str, reference: str | None = None):
         try:
             found += [AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)]
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
-            raise UserError(f"model {name}: cannot be loaded ({first_line(error)})") from None
+            raise _unloadable(name, error) from None
     tokenizer, config, *other = found
     if other and (other[0].get_vocab() != tokenizer.get_vocab() or other[1].vocab_size != config.vocab_size):
         raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
     return tokenizer, config
+
+
+def _unloadable(path: str, error: Exception) -> UserError:
+    local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    missing = local and not Path(path).is_dir()
+    return UserError(f"model {path}: {'no such directory' if missing else f'cannot be loaded ({first_line(error)})'}")
 
 
 def load_policy(path: str, place: Place) -> Policy:
@@ -118,7 +125,7 @@ def _load(auto: str, kind: type[Packed], path: str, place: Place, new: str = "",
     try:
         lm, found = getattr(transformers, auto).from_pretrained(path, **options)
     except Exception as error:
-        raise UserError(f"model {path}: cannot be loaded ({first_line(error)})") from None
+        raise _unloadable(path, error) from None
     if missing := sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])} - {new}):
         raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(missing)}")
     for name, tensor in lm.named_parameters():

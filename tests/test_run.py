@@ -103,6 +103,7 @@ def run(folder: Path, out: Path, **options: object) -> subprocess.CompletedProce
 
 MISTAKES = [
     (dict(model="nowhere"), "model nowhere: cannot be loaded"),
+    (dict(model="./runs/nowhere"), "model ./runs/nowhere: no such directory"),
     (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: neither a file"),
     (dict(max_length=100000), "--max-length 100000: the model has 512 positions"),
     (dict(beta=0), "--beta 0.0: must be a finite number above 0"),

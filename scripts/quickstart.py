@@ -43,17 +43,17 @@ def stages(out: str, seed: int) -> list[str]:
     draw = f"scripts/sample.py --model {out}/sft --num-completions 2 --max-new-tokens 40 --seed {seed}"
     train = f"--batch-size 64 --save-every 0 --seed {seed}"
     return [
-        f"scripts/notices.py world --output-dir {out}/world --sft-rows 22400 --seed {seed}",
+        f"scripts/notices.py world --output-dir {out}/world --sft-rows 22400 --prompt-rows 3072 --seed {seed}",
         f"algos/sft.py --model {out}/world/base --train-data {out}/world/sft.jsonl "
         f"--eval-data {out}/world/held_out.jsonl --output-dir {out}/sft "
         f"--max-steps 350 --learning-rate 2e-3 --warmup-steps 50 --log-every 10 --eval-every 100 {train}",
         f"{draw} --rows {out}/world/prompts.jsonl --output {out}/samples.jsonl",
         f"scripts/notices.py prefer --rows {out}/samples.jsonl --output {out}/pairs.jsonl --seed {seed}",
-        f"{draw} --max-rows 256 --rows {out}/world/held_out.jsonl --output {out}/held_out_samples.jsonl",
+        f"{draw} --max-rows 128 --rows {out}/world/held_out.jsonl --output {out}/held_out_samples.jsonl",
         f"scripts/notices.py prefer --rows {out}/held_out_samples.jsonl --output {out}/held_out_pairs.jsonl "
         f"--seed {seed}",
         f"algos/dpo.py --model {out}/sft --train-data {out}/pairs.jsonl --eval-data {out}/held_out_pairs.jsonl "
-        f"--output-dir {out}/dpo --beta 0.3 --max-steps 60 --learning-rate 1e-4 --log-every 4 --eval-every 12 {train}",
+        f"--output-dir {out}/dpo --beta 0.3 --max-steps 48 --learning-rate 1e-4 --log-every 4 --eval-every 12 {train}",
         f"scripts/evaluate.py --policies sft={out}/sft dpo={out}/dpo --rows {out}/world/held_out.jsonl "
         f"--output {out}/results.json --max-new-tokens 40 --seed {seed}",
     ]

@@ -1,6 +1,6 @@
 """TYPO, Hu, He and Wipf 2024 (New Desiderata for Direct Preference Optimization), arXiv 2407.09072.
 
-    L(θ) = E softplus(log π_θ(y_l|x) - log π_θ(y_w|x)) - λ E_{ŷ ~ π_ref} log π_θ(ŷ|x)                    (Eqs 14, 16, 17)
+    L(θ) = E softplus(log π_θ(y_l|x) - log π_θ(y_w|x)) - λ E_{ŷ ~ π_ref} log π_θ(ŷ|x)                   (Eqs 14, 16, 17)
 
 A preference loss without a reference inside, and a supervised term that preserves what π_ref does.
 

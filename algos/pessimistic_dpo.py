@@ -135,7 +135,7 @@ def main(args: Args) -> None:
     tokenizer, config = load_tokenizer(args.model, args.reference)
     train, held_out = run.load_batches(tokenizer, config, Needs(2, scores=args.base == "distill", samples=None))
     model = load_policy(args.model, run.place)
-    add_reference_logps(args.reference, model, run.last_step, train, held_out)
+    add_reference_logps(args.reference, model, train, held_out)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
     )

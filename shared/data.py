@@ -399,9 +399,14 @@ class Batches:
             yield self.pack(rows[bins[self.place.rank]], len(rows), tokens, progress)
 
     def __iter__(self) -> Iterator[Batch]:
-        """This process's micro-batches of the first epoch."""
-        for step in range(1, self.per_epoch + 1):
+        """This process's micro-batches of one pass over the groups that the run uses."""
+        for step in range(1, self.used_steps + 1):
             yield from self(step)
+
+    @property
+    def used_steps(self) -> int:
+        """The steps of the first epoch, or as many of them as there are in all."""
+        return min(self.last_step, self.per_epoch)
 
     def pack(self, rows: Tensor, global_groups: int, global_tokens: int, progress: float) -> Batch:
         """The groups `rows` as one packed row; without any, one token that nothing is predicted from."""

@@ -164,18 +164,18 @@ def _check_packing(model: Packed, path: str) -> None:
 
 
 def mean_reward(model: RewardModel, batches: Batches) -> float:
-    """The mean of r over all completions."""
+    """The mean of r over all completions that the run uses."""
     with inference(model):
-        rewards = [model(batch).sum() for batch in batches]
-    count = len(batches.groups) * batches.groups.completions
-    return float(all_sum(torch.stack(rewards).sum())) / count
+        rewards = torch.cat([model(batch).flatten() for batch in batches])
+    total, count = all_sum(rewards.new_tensor([rewards.sum(), len(rewards)], dtype=torch.double)).tolist()
+    return total / count
 
 
 # ---------------------------------------------------------------- the reference
 
 
-def add_reference_logps(reference: str | None, model: Policy, last_step: int, *sets: Batches | None) -> None:
-    """Fill `groups.ref_logps` (n, K) of each set with log π_ref of all groups that `last_step` steps use.
+def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | None) -> None:
+    """Fill `groups.ref_logps` (n, K) of each set with log π_ref of all groups that the run uses.
 
     π_ref is the model as it is now, unless `reference` names another. It runs once, over training's own
     micro-batches, so that at the first step the log-ratios are exactly 0, and is cached by the content of all it
@@ -184,33 +184,32 @@ def add_reference_logps(reference: str | None, model: Policy, last_step: int, *s
     place = next(s for s in sets if s).place
     policy = load_policy(reference, place) if reference else model
     for batches in filter(None, sets):
-        steps = min(last_step if batches is sets[0] else batches.per_epoch, batches.per_epoch)
-        path = cache_directory() / f"reference-{_reference_key(policy, batches, steps)}.safetensors"
+        path = cache_directory() / f"reference-{_reference_key(policy, batches)}.safetensors"
         if not from_main(path.exists()):
-            logps = _reference_pass(policy, batches, steps)
+            logps = _reference_pass(policy, batches)
             if place.main:
                 write_tensors(path, {"ref_logps": logps})
             dist.barrier()
         batches.groups.ref_logps = read_tensors(path)[0]["ref_logps"]
 
 
-def _reference_pass(policy: Policy, batches: Batches, steps: int) -> Tensor:
+def _reference_pass(policy: Policy, batches: Batches) -> Tensor:
     logps = torch.zeros(len(batches.groups), batches.groups.completions, device=batches.place.device)
     with inference(policy):
-        for step in tqdm(range(1, steps + 1), "reference", disable=None if batches.place.main else True):
+        for step in tqdm(range(1, batches.used_steps + 1), "reference", disable=None if batches.place.main else True):
             for batch in batches(step):
                 logps[batch.rows] = policy.logps(batch)
     return all_sum(logps).cpu()
 
 
-def _reference_key(policy: Policy, batches: Batches, steps: int) -> str:
+def _reference_key(policy: Policy, batches: Batches) -> str:
     """sha256 of everything that the reference's log-probs depend on; each process hashes its own shards."""
     groups, place, digest = batches.groups, batches.place, hashlib.sha256()
     for name, tensor in policy.state_dict().items():
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         digest.update(name.encode())
         digest.update(local.detach().cpu().contiguous().numpy())
-    for tensor in (groups.tokens, groups.offsets, *map(batches.rows, range(1, steps + 1))):
+    for tensor in (groups.tokens, groups.offsets, *map(batches.rows, range(1, batches.used_steps + 1))):
         digest.update(tensor.contiguous().numpy())
     hashes = [None] * place.world
     dist.all_gather_object(hashes, digest.hexdigest())

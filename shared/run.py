@@ -74,9 +74,12 @@ def parse(arguments: type, doc: str):
 
 POSITIVE = (
     "beta tau lam beta_r epsilon batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length "
-    "max_grad_norm log_every keep"
+    "max_grad_norm log_every keep num_completions reference_samples temperature top_p repetition_penalty "
+    "max_new_tokens batch_tokens max_rows num_prompts num_samples"
 )
-AT_LEAST_0 = "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end"
+AT_LEAST_0 = (
+    "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k"
+)
 
 
 def check_arguments(args) -> None:

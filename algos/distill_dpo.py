@@ -7,7 +7,7 @@ Details the equation leaves open:
 2. r comes with the rows, as scores (scripts/score.py); with several reward models, their mean. Neither the order of
    a pair nor what is added to both rewards matters; ties are kept.
 3. π_ref is the model as training starts, or `--reference`; its log-probs are computed once, before the first step.
-4. On data whose pairs connect all completions the minimiser is π_ref exp(r/β)/Z (Theorem 1).
+4. The minimiser is π_ref exp(r/β)/Z: Theorem 1 for full support; pairs that connect all completions suffice.
 
     torchrun --nproc-per-node 8 algos/distill_dpo.py --model sft/ --train-data scored.jsonl --output-dir distill/
 """

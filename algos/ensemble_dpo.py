@@ -5,7 +5,7 @@
 Details the equation leaves open:
 1. The minimum over reward models is of the mean over the whole global batch, over all micro-batches and processes,
    not per example. It must be known before the first backward pass: one more forward pass per step, without
-   gradients, about a third of a step's time.
+   gradients, which adds about a third to its time.
 2. r_i comes with the rows, as lists of scores, one per reward model (scripts/score.py).
 3. log π(y|x) is the sum over the completion's tokens, its EOS included.
 4. Ω = -[log π_θ(y_w|x) + log π_θ(y_l|x)], or on `reference_samples` where the rows have them, and γ's course are as

@@ -7,14 +7,14 @@ a reward model (Eqs 13-15). `--kl forward` is DPO-rw, the cross-entropy -Σ p lo
 
 Details the equation leaves open:
 1. log π(y|x) is the sum over the completion's tokens, its EOS included.
-2. With `--beta-r` the target comes from the rows' scores (their mean over reward models), else from ε.
+2. With `--beta-r` the target comes from the rows' scores (their mean over reward models), else from `--epsilon`.
 3. ε = 1e-3 as in the paper: the optimum of a pair is at β_π h = log((1-ε)/ε) = 6.907. The published code fixes the
    target's logits to (0, -10) instead, whose optimum is at 10.
 4. KL(q || p) differs from the expectation under the policy at finite K: Eq 16 holds as K grows, with completions
-   drawn from π_ref, each as often as it was drawn; equal texts are therefore kept.
+   drawn from π_ref, each as often as it was drawn; with `--beta-r` equal texts are therefore kept.
 5. The paper divides all logits by a temperature of 0.8, in training too; here π_θ is the model's own distribution.
-   To sample as the paper does: scripts/sample.py --temperature 0.8.
-6. The paper's settings: β_π 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 or 8.
+   To sample as the paper does: scripts/sample.py --temperature 0.8 (instructions: 0.95 and --top-p 0.9).
+6. The paper's settings: β_π 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 (IMDB: also 8).
 
     torchrun --nproc-per-node 8 algos/exo.py --model sft/ --train-data pairs.jsonl --output-dir exo/
 """

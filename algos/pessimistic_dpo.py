@@ -11,7 +11,8 @@ Details the equation leaves open:
    the same γ regularises half as strongly on samples.
 3. γ is the coefficient itself and changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α;
    section 4.1 writes α/β, which contradicts it.
-4. On one pair with α = β/γ > 2, π_θ(y_w) fixed, the optimum is finite: β h = log(α - 1) (Propositions 1 and 3).
+4. On one pair, π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for α = β/γ > 1, as far as
+   π_θ(y_l) ≤ 1 - π_θ(y_w) allows; it is negative for α < 2. Without Ω it is infinite (Proposition 1).
 5. π_ref is the model as training starts, or `--reference`; its log-probs are computed once, before the first step.
 
     torchrun --nproc-per-node 8 algos/pessimistic_dpo.py --model sft/ --train-data pairs.jsonl --output-dir pessimistic/

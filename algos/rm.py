@@ -5,8 +5,9 @@ arXiv 2305.18290), Eq 2 and appendix A.3 Eq 18.
 
 Details the equation leaves open:
 1. r_φ is a linear head on the last hidden state of the completion's last token, its EOS unless it was cut off.
-2. Rewards are defined up to a shift that may depend on the prompt; the mean over the training completions, which
-   earlier work subtracts (section 3), is stored as `reward_mean` in the model's config and not subtracted.
+2. Rewards are defined up to a shift that may depend on the prompt. Earlier work normalises them to mean 0 for every
+   prompt (section 3); here the one mean over all training completions is stored as `reward_mean` in the model's
+   config, and not subtracted.
 3. The result is a Hugging Face sequence classifier with one label. Those look for the last token that is not the pad
    token, so that another pad token than the EOS is set.
 4. `rewards/confidences` is the mean probability that the model gives to its favourite; where it is calibrated, it

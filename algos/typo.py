@@ -37,7 +37,7 @@ class Args:
     lam: float = 0.05
     """weight λ of the supervised term"""
     length_normalise: bool = False
-    """divide every log-prob by its number of tokens"""
+    """divide every log-prob in the loss by its number of tokens"""
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -97,8 +97,8 @@ def typo_loss(logps: Tensor, sample_logps: Tensor, lam: float) -> Tensor:
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of a micro-batch, and what is logged of it."""
-    logps = model.logps(batch) / (batch.lengths if args.length_normalise else 1)  # (B, 2 + M)
-    losses = typo_loss(logps[:, :2], logps[:, 2:], args.lam)
+    logps = model.logps(batch)  # (B, 2 + M)
+    losses = typo_loss(*(logps / batch.lengths if args.length_normalise else logps).tensor_split([2], 1), args.lam)
     return losses, preference_metrics(logps[:, :2], logps[:, :2])
 
 

@@ -164,9 +164,10 @@ def _check_packing(model: Packed, path: str) -> None:
 
 
 def mean_reward(model: RewardModel, batches: Batches) -> float:
-    """The mean of r over all completions that the run uses."""
+    """The mean of r over all completions of the rows."""
     with inference(model):
-        rewards = torch.cat([model(batch).flatten() for batch in batches])
+        steps = range(1, batches.per_epoch + 1)
+        rewards = torch.cat([model(batch).flatten() for step in steps for batch in batches(step)])
     total, count = all_sum(rewards.new_tensor([rewards.sum(), len(rewards)], dtype=torch.double)).tolist()
     return total / count
 

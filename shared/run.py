@@ -75,7 +75,7 @@ def parse(arguments: type, doc: str):
 POSITIVE = (
     "beta tau lam beta_r epsilon batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length "
     "max_grad_norm log_every keep num_completions reference_samples temperature top_p repetition_penalty "
-    "max_new_tokens batch_tokens max_rows num_prompts num_samples"
+    "max_new_tokens batch_tokens max_rows num_prompts num_samples steps"
 )
 AT_LEAST_0 = (
     "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k"
@@ -92,7 +92,7 @@ def check_arguments(args) -> None:
             raise UserError(
                 f"{flag}: must be a finite number {'above' if name in POSITIVE.split() else 'of at least'} 0"
             )
-        if name == "label_smoothing" and value > 0.5:
+        if name in ("label_smoothing", "epsilon") and value > 0.5:
             raise UserError(f"{flag}: must be at most 0.5, where a label says nothing")
 
 

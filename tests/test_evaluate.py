@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 
 import evaluate
@@ -11,6 +12,9 @@ import pytest
 import report
 import torch
 import worlds
+
+from shared import UserError
+from shared.run import check_arguments
 
 EOS = 1  # its id in the tokenizer of `worlds`
 PROMPT = "we lost a lamp. it was at the school in may. the tag says five. please call anna. summary:"
@@ -124,7 +128,7 @@ def test_samples_keep_the_eos_only_where_there_is_one(drawn: tuple) -> None:
 # ---------------------------------------------------------------- command line and report
 
 
-def test_mistakes_end_with_one_line(policies: list[str], capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_mistakes_end_with_one_line(policies: list[str], tmp_path: Path) -> None:
     rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "not a notice"}])
     good = worlds.write_jsonl(tmp_path / "good.jsonl", [{"prompt": PROMPT}])
     other = worlds.make_model(tmp_path / "other", vocab=380)
@@ -137,11 +141,31 @@ def test_mistakes_end_with_one_line(policies: list[str], capsys: pytest.CaptureF
         (dict(policies=(f"a={policies[0]}", "b=x"), rows=good), "x: cannot be loaded"),
         (dict(policies=("a=x",), rows=tmp_path / "none.jsonl"), "none.jsonl"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            evaluate.main(make_args(**{"rows": rows, "output": tmp_path / "out.json", **values}))
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and word in error and error.count("\n") == 1
+        args = make_args(**{"rows": rows, "output": tmp_path / "out.json", **values})
+        with pytest.raises(UserError, match=re.escape(word)):
+            check_arguments(args)
+            evaluate.main(args)
+    line = worlds.command("scripts/evaluate.py", 1, {"policies": "a=x", "rows": rows, "output": tmp_path / "out.json"})
+    done = subprocess.run(line, cwd=worlds.ROOT, env=worlds.environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 2 and "not a notice" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out.json").exists()
+
+
+def test_a_reward_model_scores_what_stock_transformers_scores(policies: list[str], tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    torch.manual_seed(0)
+    path, tokenizer = str(tmp_path / "rm"), AutoTokenizer.from_pretrained(policies[0])
+    model = AutoModelForSequenceClassification.from_pretrained(policies[0], num_labels=1).eval()
+    model.config.reward_mean = 0.25
+    for part in (model, tokenizer):
+        part.save_pretrained(path)
+    prompts, texts, finished = ["bade", "bade lo,"], ["do", "fi sapa"], [True, False]
+    found = evaluate.score(path, prompts, texts, finished)
+    for value, x, y, end in zip(found, prompts, texts, finished, strict=True):
+        ids = tokenizer(x).input_ids + tokenizer(y, add_special_tokens=False).input_ids + [EOS] * end
+        with torch.no_grad():
+            assert value == pytest.approx(model(torch.tensor([ids])).logits.item() - 0.25, abs=1e-4)
 
 
 def write_run(folder: Path, texts: list[str]) -> None:

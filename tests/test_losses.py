@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from algos import distill_dpo, ensemble_dpo, pessimistic_dpo
+from algos.distill_dpo import distill_loss
 from algos.dpo import dpo_loss
+from algos.ensemble_dpo import ensemble_losses
+from algos.exo import dpo_rw_loss, exo_loss
+from algos.ipo import ipo_loss
+from algos.pessimistic_dpo import pessimistic_loss
+from algos.rm import rm_loss
 from algos.sft import sft_loss
+from algos.typo import typo_loss
 
 
 def double(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
@@ -160,3 +168,320 @@ def test_dpo_at_the_reference(k: int, epsilon: float) -> None:
 def test_dpo_keeps_float32() -> None:
     logps = double(3, 2).float()
     assert dpo_loss(logps, logps, 0.1).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- the family
+
+
+B, M = 6, 3
+BETA, TAU, LAM, GAMMA = 0.3, 0.2, 0.05, 0.01
+Numbers = list[Decimal]
+
+
+def uniform(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Random float64 numbers around 0."""
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def target(k: int, seed: int = 31) -> Tensor:
+    """(B, k) log-probabilities of a distribution over completions."""
+    return uniform(B, k, seed=seed, scale=2).log_softmax(1)
+
+
+def normalised(logits: Numbers) -> Numbers:
+    """Softmax."""
+    worths = [logit.exp() for logit in logits]
+    return [worth / sum(worths) for worth in worths]
+
+
+REF, REWARDS, ENSEMBLE = {k: double(B, k, seed=30 + k) for k in (2, 4, 8)}, uniform(B, 2, seed=32), uniform(B, 2, M)
+
+
+def ours(name: str, k: int) -> Callable[[Tensor], Tensor]:
+    """A loss of the contract as a function of its policy's log-probs (of the rewards, for rm) alone."""
+    ref = REF.get(k)
+    return {
+        "dpo": lambda x: dpo_loss(x, ref, BETA),
+        "ipo": lambda x: ipo_loss(x, ref, TAU),
+        "exo": lambda x: exo_loss(x, ref, target(k), BETA),
+        "dpo_rw": lambda x: dpo_rw_loss(x, ref, target(k), BETA),
+        "typo": lambda x: typo_loss(x[:, :2], x[:, 2:], LAM),
+        "distill": lambda x: distill_loss(x, ref, REWARDS, BETA),
+        "pessimistic": lambda x: pessimistic_loss(dpo_loss(x, ref, BETA), x, GAMMA),
+        "pessimistic_sample": lambda x: pessimistic_loss(distill_loss(x[:, :2], REF[2], REWARDS, BETA), x[:, 2:], 0.5),
+        "ensemble": lambda x: ensemble_losses(x, ref, ENSEMBLE, BETA),
+        "rm": lambda x: rm_loss(x),
+    }[name]
+
+
+def theirs(name: str, i: int, x: Numbers, ref: Numbers, p: Numbers) -> list[Decimal]:
+    """The same for group i, number by number from the papers' equations, to 60 digits."""
+    beta, tau, lam, gamma = (Decimal(value) for value in (BETA, TAU, LAM, GAMMA))
+    rho = [a - b for a, b in zip(x, ref, strict=False)]
+    h = rho[0] - rho[1]
+
+    def ranking(rewards: Numbers) -> Decimal:
+        worths, chance = [reward.exp() for reward in rewards], Decimal(1)
+        for rank, worth in enumerate(worths):
+            chance *= worth / sum(worths[rank:])
+        return -chance.ln()
+
+    def distill(rewards: Tensor) -> Decimal:
+        return (Decimal(float(rewards[0])) - Decimal(float(rewards[1])) - beta * h) ** 2
+
+    q = normalised([beta * r for r in rho])
+    if name == "dpo":
+        return [ranking([beta * r for r in rho])]
+    if name == "ipo":
+        return [(h - 1 / (2 * tau)) ** 2]
+    if name == "exo":
+        return [sum(a * (a / b).ln() for a, b in zip(q, p, strict=True))]
+    if name == "dpo_rw":
+        return [-sum(b * a.ln() for a, b in zip(q, p, strict=True))]
+    if name == "typo":
+        return [(1 + (x[1] - x[0]).exp()).ln() - lam * sum(x[2:]) / len(x[2:])]
+    if name == "distill":
+        return [distill(REWARDS[i])]
+    if name == "pessimistic":
+        return [ranking([beta * r for r in rho]) - gamma * (x[0] + x[1])]
+    if name == "pessimistic_sample":
+        return [distill(REWARDS[i]) - Decimal(0.5) * x[2]]
+    if name == "ensemble":
+        return [distill(ENSEMBLE[i, :, m]) for m in range(M)]
+    return [ranking(x)]
+
+
+ANY_K = [(name, k) for name in ("dpo", "exo", "dpo_rw", "rm") for k in (2, 4, 8)]
+FAMILY = [*ANY_K, *((name, 2) for name in ("ipo", "distill", "pessimistic", "ensemble"))]
+FAMILY += [("typo", 3), ("typo", 5), ("pessimistic_sample", 3)]  # a pair, and samples behind it
+
+
+def point(name: str, k: int) -> Tensor:
+    """(B, k) where a loss is looked at."""
+    return uniform(B, k, seed=40, scale=3) if name == "rm" else double(B, k, seed=40)
+
+
+@pytest.mark.parametrize("name,k", FAMILY)
+def test_values(name: str, k: int) -> None:
+    """float64's own rounding: inputs of size 30, losses up to 1e3."""
+    x, ref, p = point(name, k), REF.get(k, REF[2]), target(k)
+    losses = ours(name, k)(x)
+    assert losses.shape == ((B, M) if name == "ensemble" else (B,))
+    with localcontext() as context:
+        context.prec = 60
+        rows = [[Decimal(float(value)) for value in row] for row in torch.cat([x, ref, p.exp()], 1)]
+        cuts = [(row[:k], row[k : -k or None], row[-k:]) for row in rows]
+        expected = [[float(v) for v in theirs(name, i, *cut)] for i, cut in enumerate(cuts)]
+    wanted = torch.tensor(expected, dtype=torch.float64).view_as(losses)
+    torch.testing.assert_close(losses, wanted, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name,k", FAMILY)
+def test_gradients(name: str, k: int) -> None:
+    """Autograd's against central differences; the differences' own error is about 1e-9 of the loss."""
+    x, loss = point(name, k).requires_grad_(), ours(name, k)
+    weights = uniform(*loss(x).shape, seed=41)
+
+    def value(x: Tensor) -> Tensor:
+        return (weights * loss(x)).sum()
+
+    (gradient,) = torch.autograd.grad(value(x), x)
+    torch.testing.assert_close(gradient, central(value, x.detach()), rtol=1e-6, atol=1e-7)
+    assert float(gradient.abs().max()) > 1e-3
+
+
+def test_distill_does_not_see_the_order_of_a_pair_nor_rewards_of_the_prompt() -> None:
+    x, ref = double(B, 2, seed=50), REF[2]
+    plain = distill_loss(x, ref, REWARDS, BETA)
+    swapped = distill_loss(x.flip(1), ref.flip(1), REWARDS.flip(1), BETA)
+    torch.testing.assert_close(plain, swapped, rtol=1e-12, atol=1e-12)
+    shift = uniform(B, 1, seed=51, scale=10)
+    torch.testing.assert_close(plain, distill_loss(x, ref, REWARDS + shift, BETA), rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(plain, distill_loss(x.flip(1), ref, REWARDS, BETA))
+
+
+@pytest.mark.parametrize("loss", [exo_loss, dpo_rw_loss])
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_matching_losses_ignore_what_depends_on_the_prompt_alone(loss: Callable[..., Tensor], k: int) -> None:
+    """Logs of a constant in π_θ or π_ref cancel in the softmax."""
+    x, ref, shift = double(B, k, seed=52), REF[k], uniform(B, 1, seed=53, scale=20)
+    plain = loss(x, ref, target(k), BETA)
+    torch.testing.assert_close(plain, loss(x, ref + shift, target(k), BETA), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(plain, loss(x + shift, ref + shift, target(k), BETA), rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(plain, loss(x.roll(1, 1), ref.roll(1, 1), target(k), BETA))
+    order = torch.arange(k - 1, -1, -1)  # no column is special
+    torch.testing.assert_close(plain, loss(x[:, order], ref[:, order], target(k)[:, order], BETA), rtol=1e-11, atol=0)
+
+
+def test_reverse_and_forward_divergence_from_the_target() -> None:
+    """Both least where q = p: EXO at 0, the cross-entropy at p's entropy; elsewhere they are different numbers."""
+    x, ref, log_p = double(B, 4, seed=54), REF[4], target(4)
+    at = ref + log_p / BETA
+    zero = torch.zeros(B, dtype=torch.float64)
+    torch.testing.assert_close(exo_loss(at, ref, log_p, BETA), zero, rtol=0, atol=1e-12)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    torch.testing.assert_close(dpo_rw_loss(at, ref, log_p, BETA), entropy, rtol=1e-12, atol=0)
+    forward = dpo_rw_loss(x, ref, log_p, BETA) - entropy
+    assert not torch.allclose(exo_loss(x, ref, log_p, BETA), forward, rtol=0.05)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 0.1])
+def test_exo_pair_optimum(epsilon: float) -> None:
+    """β h = log((1−ε)/ε): the value 0 and no slope there, slopes of opposite sign on either side."""
+    log_p = torch.tensor([[1 - epsilon, epsilon]], dtype=torch.float64).log()
+    best = math.log((1 - epsilon) / epsilon) / BETA
+    slopes = []
+    for h in (best - 0.5, best, best + 0.5):
+        x = torch.tensor([[h - 40, -40.0]], dtype=torch.float64, requires_grad=True)
+        loss = exo_loss(x, torch.full((1, 2), -40.0, dtype=torch.float64), log_p, BETA)
+        slopes.append(float(torch.autograd.grad(loss.sum(), x)[0][0, 0]))
+        assert float(loss.detach()) == pytest.approx(0, abs=1e-12) or h != best
+    assert slopes[0] < -1e-6 and abs(slopes[1]) < 1e-12 and slopes[2] > 1e-6
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.4])
+def test_dpo_rw_is_dpo_with_smoothed_labels(epsilon: float) -> None:
+    x, ref = double(B, 2, seed=55), REF[2]
+    p = torch.tensor([[1 - epsilon, epsilon]], dtype=torch.float64).expand(B, 2)
+    smoothed = dpo_loss(x, ref, BETA, label_smoothing=epsilon)
+    floor = p.clamp_min(1e-300).log()
+    torch.testing.assert_close(dpo_rw_loss(x, ref, floor, BETA), smoothed, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.3, 2.0])
+def test_distill_of_unit_rewards_is_ipo(beta: float) -> None:
+    """(1 − β h)² = β² (h − 1/β)²: IPO at τ = β/2."""
+    x, ref = double(B, 2, seed=56), REF[2]
+    rewards = uniform(B, 1, seed=57) + torch.tensor([1.0, 0.0], dtype=torch.float64)
+    ipo = beta**2 * ipo_loss(x, ref, beta / 2)
+    torch.testing.assert_close(distill_loss(x, ref, rewards, beta), ipo, rtol=1e-11, atol=1e-11)
+
+
+def test_typo_without_its_second_term_is_dpo_without_a_reference() -> None:
+    x, samples = double(B, 2, seed=58), double(B, M, seed=59)
+    plain = dpo_loss(x, torch.zeros_like(x), 1.0)
+    torch.testing.assert_close(typo_loss(x, samples, 0.0), plain, rtol=1e-12, atol=1e-12)
+    second = typo_loss(x, samples, 0.7) - typo_loss(x, samples, 0.0)
+    torch.testing.assert_close(second, -0.7 * samples.mean(1), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("h", [-3.0, 0.0, 0.2, 9.0])
+def test_rm_of_a_pair_is_bradley_terry(h: float) -> None:
+    rewards = torch.tensor([[5 + h, 5.0]], dtype=torch.float64)
+    assert float(rm_loss(rewards)) == pytest.approx(bradley_terry(float(rewards[0, 0]) - 5), rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_rm_ranks_rewards_as_dpo_ranks_implicit_ones(k: int) -> None:
+    x, ref = double(B, k, seed=60), REF[k]
+    torch.testing.assert_close(rm_loss(BETA * (x - ref)), dpo_loss(x, ref, BETA), rtol=1e-11, atol=1e-12)
+    rewards = uniform(B, k, seed=61)
+    torch.testing.assert_close(rm_loss(rewards), rm_loss(rewards + 7), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_pessimistic_adds_the_negative_log_likelihood(columns: int) -> None:
+    """One column at half the mean of two gives half the penalty."""
+    losses, logps = uniform(B, seed=62), double(B, columns, seed=63)
+    expected = losses + GAMMA * sum(-logps[:, c] for c in range(columns))
+    torch.testing.assert_close(pessimistic_loss(losses, logps, GAMMA), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pessimistic_loss(losses, logps, 0.0), losses, rtol=0, atol=0)
+
+
+def test_pessimistic_optimum_of_the_rejected_completion() -> None:
+    """At fixed π_θ(y_w), β h* = log(β/γ − 1) (Fisch et al., Proposition 3, with α = β/γ)."""
+    gamma, beta, ref = 0.01, 0.3, torch.full((1, 2), -20.0, dtype=torch.float64)
+    h = math.log(beta / gamma - 1) / beta
+    x = torch.tensor([[-19.0, -19.0 - h]], dtype=torch.float64, requires_grad=True)
+    loss = pessimistic_loss(dpo_loss(x, ref, beta), x, gamma)
+    assert abs(float(torch.autograd.grad(loss.sum(), x)[0][0, 1])) < 1e-12
+
+
+def test_ensemble_is_one_distillation_per_reward_model() -> None:
+    x, ref = double(B, 2, seed=64), REF[2]
+    losses = ensemble_losses(x, ref, ENSEMBLE, BETA)
+    for m in range(M):
+        torch.testing.assert_close(losses[:, m], distill_loss(x, ref, ENSEMBLE[..., m], BETA), rtol=1e-12, atol=0)
+
+
+def test_losses_that_stand_in_two_files_agree() -> None:
+    x, ref, losses = double(B, 2, seed=65), REF[2], uniform(B, seed=66)
+    assert torch.equal(pessimistic_dpo.dpo_loss(x, ref, BETA), dpo_loss(x, ref, BETA))
+    theirs = pessimistic_dpo.distill_loss(x, ref, REWARDS, BETA)
+    assert torch.equal(theirs, distill_dpo.distill_loss(x, ref, REWARDS, BETA))
+    both = [module.pessimistic_loss(losses, x, GAMMA) for module in (pessimistic_dpo, ensemble_dpo)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_at_the_reference(k: int) -> None:
+    """π_θ = π_ref, in float32: the losses of step one."""
+    x, log_p = REF[k].float(), target(k).float()
+    mean_log_p = target(k).mean(1)
+
+    def check(losses: Tensor, expected: Tensor) -> None:
+        torch.testing.assert_close(losses.double(), expected.double().expand(B), rtol=2e-6, atol=1e-7)
+
+    check(exo_loss(x, x, log_p, BETA), -math.log(k) - mean_log_p)
+    check(dpo_rw_loss(x, x, log_p, BETA), torch.tensor(math.log(k)))
+    check(dpo_loss(x, x, BETA), torch.tensor(math.lgamma(k + 1)))
+    check(rm_loss(torch.full((B, k), 0.4)), torch.tensor(math.lgamma(k + 1)))
+    if k > 2:
+        return
+    epsilon = 1e-3
+    smoothed = torch.tensor([[1 - epsilon, epsilon]]).log().expand(B, 2)
+    exo = -(math.log(epsilon) + math.log(1 - epsilon)) / 2 - math.log(2)
+    check(exo_loss(x, x, smoothed, BETA), torch.tensor(exo))
+    check(ipo_loss(x, x, TAU), torch.tensor(1 / (4 * TAU**2)))
+    gap = (REWARDS[:, 0] - REWARDS[:, 1]).square()
+    check(distill_loss(x, x, REWARDS.float(), BETA), gap)
+    gaps = (ENSEMBLE[:, 0] - ENSEMBLE[:, 1]).square()
+    torch.testing.assert_close(ensemble_losses(x, x, ENSEMBLE.float(), BETA).double(), gaps, rtol=2e-6, atol=1e-6)
+
+
+HUGE, SMALL = 1e4, 1e-3
+PAIR = [math.log(1 - SMALL), math.log(SMALL)]
+# loss at ρ = (h, 0), β = 1, its slopes, for h = 1e4 and −1e4
+EXTREMES = {
+    "ipo": (lambda x: ipo_loss(x, 0 * x, 0.5), (9999.0**2, 10001.0**2), (2 * 9999.0, -2 * 10001.0)),
+    "exo": (lambda x: exo_loss(x, 0 * x, x.new_tensor([PAIR]), 1.0), (-PAIR[0], -PAIR[1]), (0.0, 0.0)),
+    "dpo_rw": (lambda x: dpo_rw_loss(x, 0 * x, x.new_tensor([PAIR]), 1.0), (10.0, 9990.0), (0.001, -0.999)),
+    "typo": (lambda x: typo_loss(x, 0 * x[:, :1], 1.0), (0.0, 1e4), (0.0, -1.0)),
+    "distill": (lambda x: distill_loss(x, 0 * x, 0 * x, 1.0), (1e8, 1e8), (2e4, -2e4)),
+    "ensemble": (lambda x: ensemble_losses(x, 0 * x, 0 * x[..., None], 1.0), (1e8, 1e8), (2e4, -2e4)),
+    "rm": (rm_loss, (0.0, 1e4), (0.0, -1.0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes(name: str, sign: int, dtype: torch.dtype) -> None:
+    loss, values, slopes = EXTREMES[name]
+    x = torch.tensor([[sign * HUGE, 0.0]], dtype=dtype, requires_grad=True)
+    losses = loss(x)
+    assert losses.dtype == dtype
+    (gradient,) = torch.autograd.grad(losses.sum(), x)
+    value, slope = values[sign < 0], slopes[sign < 0]
+    assert float(losses.detach().sum()) == pytest.approx(value, rel=1e-5, abs=1e-6)
+    assert gradient[0].tolist() == pytest.approx([slope, -slope], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["rm", "exo", "dpo_rw"])
+def test_extreme_groups_of_four(name: str, dtype: torch.dtype) -> None:
+    """Rewards of 3e4, and a target that is one completion to every digit."""
+    log_p = torch.tensor([[0.0, -1e4, -2e4, -3e4]], dtype=dtype)
+    right = torch.tensor([[3e4, 2e4, 1e4, 0.0]], dtype=dtype)
+    losses = {
+        "rm": (rm_loss, 6e4),
+        "exo": (lambda x: exo_loss(x, 0 * x, log_p, 1.0), 3e4),
+        "dpo_rw": (lambda x: dpo_rw_loss(x, 0 * x, log_p, 1.0), 3e4),
+    }
+    loss, wrong = losses[name]
+    for x, value in ((right, 0.0), (right.flip(1), wrong)):
+        x = x.clone().requires_grad_()
+        found = loss(x)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert float(found.detach()) == pytest.approx(value, rel=1e-6, abs=1e-6)
+        assert bool(gradient.isfinite().all())

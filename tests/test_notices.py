@@ -151,6 +151,21 @@ def test_prefer_writes_pairs_and_rankings(tmp_path):
     assert read(tmp_path / "3.jsonl") == [{"prompt": POST, "completions": texts}]
 
 
+def test_prefer_drops_unfinished_and_identical_completions(tmp_path, capsys):
+    texts = [("a", "b"), ("a", "c"), ("a", "a"), ("a", "d")]
+    finished = [[True, True], [True, False], [True, True], [False, False]]
+    rows = [{"prompt": POST, "completions": c, "finished": f} for c, f in zip(texts, finished, strict=True)]
+    notices.write_rows(tmp_path / "rows.jsonl", rows)
+    notices.prefer(tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert [{row["chosen"], row["rejected"]} for row in read(tmp_path / "out.jsonl")] == [{"a", "b"}]
+    counts = "rows 4, kept 1, dropped: identical completions 1, unfinished completion 2"
+    assert capsys.readouterr().out == counts + "\n"
+    notices.write_rows(tmp_path / "rows.jsonl", rows[1:])
+    with pytest.raises(SystemExit):
+        notices.prefer(tmp_path / "rows.jsonl", tmp_path / "none.jsonl")
+    assert "no usable row; rows 3, kept 0" in capsys.readouterr().err and not (tmp_path / "none.jsonl").exists()
+
+
 GOOD = json.dumps({"prompt": POST, "completions": ["a", "b"]})
 
 
@@ -164,6 +179,7 @@ GOOD = json.dumps({"prompt": POST, "completions": ["a", "b"]})
         ('{"prompt": "x", "completions": "ab"}', "line 1: needs a list of strings in `completions`"),
         ('{"prompt": "x", "completions": ["a"]}', "line 1: needs at least 2 completions, found 1"),
         (f"{GOOD}\n" + GOOD.replace('"b"', '"b", "c"'), "line 2: has 3 completions, the lines before 2"),
+        (GOOD.replace("}", ', "finished": [true]}'), "line 1: needs 2 booleans in `finished`"),
         ('{"prompt": "hello", "completions": ["a", "b"]}', "line 1: not a notice"),
     ],
 )

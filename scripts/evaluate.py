@@ -1,6 +1,8 @@
 """Compare policies on held-out prompts: reward, KL to a reference, length and win rate, with 95% intervals.
 
-For every policy K completions y of each prompt x are sampled. Over all of them, with π_ref the reference:
+For every policy K completions y of each prompt x are sampled. Rewards are those of the notices' oracle, or of a reward
+model in a directory (`--reward runs/rm`), less its mean over its own training completions. Over all samples, with
+π_ref the reference:
 
     KL        mean of log π(y|x) - log π_ref(y|x), in nats, of the sampled token ids, the EOS included where it came
     length    mean number of tokens, the EOS included
@@ -17,19 +19,22 @@ resampled, not completions, because completions of one prompt are not independen
 import dataclasses
 import json
 import os
-import sys
+from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import notices
 import sample
+import score as scoring
+import streaming
 import torch
-import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from shared import UserError
+from shared.model import load_policy, load_tokenizer
+from shared.rows import PROMPT_FORMS, Example, Text, parse
+from shared.run import command
 
 RESAMPLES = 2_000
 SHOWN_PROMPTS = 6  # whose completions are kept as text
@@ -37,35 +42,23 @@ MICRO_BATCH_TOKENS = 8_192
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(sample.Sampling):
     """Compare policies on held-out prompts."""
 
     policies: tuple[str, ...]
     """NAME=DIR of each policy, the first is the baseline of the win rates"""
     rows: Path
-    """jsonl file of rows with a `prompt`"""
+    """file, directory or hub id (`path:split`) of rows of any form with a prompt"""
     output: Path
     """json file to write"""
     reference: str | None = None
     """directory or hub id of the policy that the KL is measured to; default: the first policy"""
-    reward: Literal["notices"] = "notices"
-    """where rewards come from: the oracle of the embedded world"""
+    reward: str = "notices"
+    """where rewards come from: `notices`, the oracle of the embedded world, or the directory of a reward model"""
     num_prompts: int = 512
     """prompts, the first of the file"""
     num_samples: int = 4
     """completions per prompt and policy"""
-    temperature: float = 1.0
-    """divides the logits"""
-    top_k: int = 0
-    """sample among the k likeliest tokens only; 0 for all, 1 is greedy"""
-    top_p: float = 1.0
-    """sample among the likeliest tokens that hold this probability together; 1 for all"""
-    max_new_tokens: int = 256
-    """tokens of a completion, EOS included"""
-    batch_size: int = 128
-    """sequences that are generated together"""
-    seed: int = 0
-    """of the draws and of the bootstrap"""
 
 
 @dataclass
@@ -77,8 +70,10 @@ class Samples:
     finished: list[list[bool]]  # whether there is an EOS
 
 
-def score(reward: str, prompts: list[str], completions: list[str]) -> list[float]:
+def score(reward: str, prompts: list[Text], completions: list[str], finished: list[bool] | None = None) -> list[float]:
     """The reward of each completion, given its prompt. Raises UserError where a prompt has none."""
+    if reward != "notices":
+        return model_score(reward, prompts, completions, finished or [True] * len(completions))
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise UserError(f"--reward {reward}: a prompt is not a string")
     try:
@@ -87,84 +82,66 @@ def score(reward: str, prompts: list[str], completions: list[str]) -> list[float
         raise UserError(f"--reward {reward}: {error}") from None
 
 
+def model_score(path: str, prompts: list[Text], completions: list[str], finished: list[bool]) -> list[float]:
+    """r(x, y) of the reward model in `path`, its mean over its own training completions subtracted."""
+    with streaming.alone("float32") as place:
+        models = scoring.load([path], place)
+        chat = [isinstance(prompt, list) for prompt in prompts]
+        completions = [
+            [{"role": "assistant", "content": y}] if c else y for y, c in zip(completions, chat, strict=True)
+        ]
+        examples = make_examples(prompts, [[y] for y in completions], [[end] for end in finished])
+        rows = encode(path, examples, models.tokenizer, models.room, completions=True)
+        return [value[0][0] for value in models.rewards(rows, MICRO_BATCH_TOKENS, normalise=True)]
+
+
+def make_examples(prompts: list[Text], completions: list[list], finished: list[list[bool]]) -> list[tuple]:
+    """Examples with rows of their own, as `streaming.encode` takes them."""
+    triples = enumerate(zip(prompts, completions, finished, strict=True), 1)
+    return [(Example("", i, x, ys), {"completions": ys, "finished": ends}) for i, (x, ys, ends) in triples]
+
+
+def encode(path: str, examples: list[tuple], tokenizer, room: int, completions: bool) -> list[streaming.Row]:
+    """The token ids of examples, all of which must be usable: the policies are compared on the same prompts."""
+    dropped: Counter = Counter()
+    rows = list(streaming.encode(examples, tokenizer, dropped, room, completions))
+    if dropped:
+        raise UserError(f"{path}: cannot use all prompts: {', '.join(f'{why} {n}' for why, n in dropped.items())}")
+    return rows
+
+
 # ---------------------------------------------------------------- samples and their log-probs
 
 
-def draw(path: str, prompts: list[str], args: Args) -> tuple[list[list[int]], Samples]:
+def draw(path: str, prompts: list[Text], args: Args) -> tuple[list[list[int]], Samples]:
     """The token ids of the prompts, and `args.num_samples` completions of each from the policy in `path`."""
-    from transformers import GenerationConfig
-
-    model, tokenizer = sample.load_policy(path, "float32")
-    encoded = [sample.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    sample.check_lengths(args.rows, encoded, args.max_new_tokens, positions)
-    ends = sample.end_ids(model, tokenizer)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
-    torch.manual_seed(args.seed)
-    repeated = [ids for ids in encoded for _ in range(args.num_samples)]
-    order = sorted(range(len(repeated)), key=lambda i: len(repeated[i]))  # little padding
-    drawn: list[list[int]] = [[]] * len(repeated)
-    for start in tqdm(range(0, len(order), args.batch_size), f"sample {path}", unit="batch"):
-        batch = order[start : start + args.batch_size]
-        for i, ids in zip(batch, sample.generate(model, [repeated[i] for i in batch], config), strict=True):
-            drawn[i] = ids
-    ids = [drawn[i : i + args.num_samples] for i in range(0, len(drawn), args.num_samples)]
+    model, tokenizer, ends = sample.load(path, args.dtype)
+    examples = make_examples(prompts, [[]] * len(prompts), [[]] * len(prompts))
+    rows = encode(path, examples, tokenizer, sample.room(model, args.max_new_tokens), completions=False)
+    encoded = [row.prompt for row in rows]
+    ids = list(sample.draw(model, ends, encoded, args.num_samples, args, progress=f"sample {path}"))
     texts = [[sample.decode(tokenizer, y) for y in row] for row in ids]
     return encoded, Samples(ids, texts, [[y[-1] in ends for y in row] for row in ids])
-
-
-def make_groups(prompts: list[list[int]], completions: list[list[list[int]]]):
-    """`shared.data.Groups` of the sampled ids themselves: text tokenised again could be other tokens."""
-    from shared.data import Groups
-
-    pieces = [[prompt, *row] for prompt, row in zip(prompts, completions, strict=True)]
-    lengths = torch.tensor([[len(piece) for piece in row] for row in pieces])  # (n, 1 + K)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.flatten().cumsum(0)])
-    offsets = torch.cat([starts[:-1].view_as(lengths), starts[lengths.shape[1] :: lengths.shape[1], None]], 1)
-    tokens = torch.tensor([token for row in pieces for piece in row for token in piece], dtype=torch.int32)
-    return Groups(tokens, offsets, torch.arange(1, len(pieces) + 1), {})
-
-
-def logps(path: str, sets: list, place) -> list[Tensor]:
-    """log π(y|x) (n, K) of each set of groups under the policy in `path`."""
-    from shared.data import Batches
-    from shared.distributed import inference
-    from shared.model import load_policy
-
-    policy, results = load_policy(path, place), []
-    with inference(policy):
-        for groups in sets:
-            batches = Batches(groups, 256, MICRO_BATCH_TOKENS, None, place)
-            values = torch.zeros(len(groups), groups.completions, device=place.device)
-            for step in tqdm(range(1, batches.per_epoch + 1), f"log-probs {path}", unit="batch"):
-                for batch in batches(step):
-                    values[batch.rows] = policy.logps(batch)
-            results.append(values.cpu().double())
-    return results
 
 
 def log_ratios(
     paths: list[str], reference: str, prompts: list[list[list[int]]], samples: list[Samples]
 ) -> list[Tensor]:
     """log π(y|x) - log π_ref(y|x) (n, K) of each policy's own samples; exactly 0 for the reference itself."""
-    from torch.distributed import destroy_process_group
+    example = Example("", 0, "", [])
+    rows = [
+        [streaming.Row(example, {}, *pair) for pair in zip(x, s.ids, strict=True)]
+        for x, s in zip(prompts, samples, strict=True)
+    ]
+    sets = [streaming.make_groups(some) for some in rows]
+    with streaming.alone("float32") as place:
 
-    from shared.distributed import setup
+        def logps(path: str, some: list) -> list[Tensor]:
+            policy = load_policy(path, place)
+            return [streaming.over_groups(policy, policy.logps, groups, MICRO_BATCH_TOKENS, place) for groups in some]
 
-    place = setup("float32")
-    sets = [make_groups(p, s.ids) for p, s in zip(prompts, samples, strict=True)]
-    own = [logps(path, [groups], place)[0] for path, groups in zip(paths, sets, strict=True)]
-    ref = logps(reference, sets, place)
-    destroy_process_group()
-    return [a - b for a, b in zip(own, ref, strict=True)]
+        own = [logps(path, [groups])[0] for path, groups in zip(paths, sets, strict=True)]
+        return [a - b for a, b in zip(own, logps(reference, sets), strict=True)]
 
 
 # ---------------------------------------------------------------- statistics
@@ -227,19 +204,8 @@ def named_policies(policies: tuple[str, ...]) -> dict[str, str]:
     return named
 
 
-def check(args: Args) -> None:
-    """Raises UserError where a number is out of range."""
-    for name in ("num_prompts", "num_samples", "temperature", "top_p", "max_new_tokens", "batch_size"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be greater than 0")
-    if args.top_k < 0 or args.top_p > 1:
-        raise UserError("--top-k must be at least 0 and --top-p at most 1")
-
-
 def check_tokenizers(paths: list[str], reference: str) -> None:
     """Raises UserError where a policy's ids mean other tokens to the reference: the KL would be of another text."""
-    from shared.model import load_tokenizer
-
     vocabulary = load_tokenizer(reference)[0].get_vocab()
     for path in paths:
         if load_tokenizer(path)[0].get_vocab() != vocabulary:
@@ -248,17 +214,17 @@ def check_tokenizers(paths: list[str], reference: str) -> None:
 
 def evaluate(args: Args) -> dict:
     """Sample, score and compare; the contents of the results file."""
-    check(args)
     policies = named_policies(args.policies)
-    prompts = sample.read_prompts(args.rows, args.num_prompts)
-    score(args.reward, prompts, [""] * len(prompts))  # a prompt without a reward should not cost minutes of sampling
+    prompts = [example.prompt for example in islice(parse(str(args.rows), Counter(), PROMPT_FORMS), args.num_prompts)]
+    # what has no reward should not cost minutes of sampling
+    score(args.reward, *zip(*[(x, "") for x in prompts[: None if args.reward == "notices" else 1]], strict=True))
     paths, reference = list(policies.values()), args.reference or next(iter(policies.values()))
     check_tokenizers(paths, reference)
-    # all sampling comes first: `setup` asks for deterministic kernels, which sampling on a GPU does not have
     encoded, samples = zip(*(draw(path, prompts, args) for path in paths), strict=True)
     ratios = log_ratios(paths, reference, list(encoded), list(samples))
     repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    rewards = [score(args.reward, repeated, [text for row in drawn.texts for text in row]) for drawn in samples]
+    flat = [([t for row in d.texts for t in row], [f for row in d.finished for f in row]) for d in samples]
+    rewards = [score(args.reward, repeated, texts, finished) for texts, finished in flat]
     rewards = [torch.tensor(r, dtype=torch.double).view(len(prompts), -1) for r in rewards]
     results = {"settings": settings(args, reference, len(prompts)), "prompts": prompts[:SHOWN_PROMPTS], "policies": {}}
     for name, path, r, ratio, drawn in zip(policies, paths, rewards, ratios, samples, strict=True):
@@ -284,17 +250,13 @@ def settings(args: Args, reference: str, num_prompts: int) -> dict:
 
 def main(args: Args) -> None:
     """Evaluate, write the results, print the table."""
-    try:
-        results = evaluate(args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.output.with_name(args.output.name + ".tmp")
-        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-        os.replace(temporary, args.output)
-    except (UserError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    results = evaluate(args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    os.replace(temporary, args.output)
     print(table(results))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command(main, Args)

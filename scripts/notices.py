@@ -19,6 +19,7 @@ import os
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -235,6 +236,13 @@ def prefer_row(row: dict, rng: random.Random) -> dict:
     return {"prompt": prompt, "completions": ranked}
 
 
+def unusable(row: dict) -> str | None:
+    """Why a row says nothing about what the oracle prefers."""
+    if not all(row.get("finished", ())):
+        return "unfinished completion"
+    return "identical completions" if len(set(row["completions"])) < len(row["completions"]) else None
+
+
 def check_row(row: object, num_completions: int | None) -> None:
     """Raises ValueError unless the row has a notice as `prompt` and a list of at least two strings as
     `completions`, as many as `num_completions` where that is given."""
@@ -247,6 +255,9 @@ def check_row(row: object, num_completions: int | None) -> None:
         raise ValueError(f"needs at least 2 completions, found {len(completions)}")
     if num_completions is not None and len(completions) != num_completions:
         raise ValueError(f"has {len(completions)} completions, the lines before {num_completions}")
+    finished = row.get("finished", [True] * len(completions))
+    if not isinstance(finished, list) or [type(end) for end in finished] != [bool] * len(completions):
+        raise ValueError(f"needs {len(completions)} booleans in `finished`")
     read_facts(row["prompt"])
 
 
@@ -374,13 +385,21 @@ def world(
 def prefer(rows: Path, output: Path, seed: int = 0) -> None:
     """Draw the oracle's preferences: Bradley-Terry from two completions, Plackett-Luce from more.
 
+    Rows with an unfinished completion, and rows with identical completions, are dropped and counted.
+
     Args:
-        rows: jsonl file with `prompt` and `completions` [K], as `sample.py` writes it
+        rows: jsonl file with `prompt`, `completions` [K] and `finished` [K], as `sample.py` writes it
         output: jsonl file to write: `prompt`, `chosen`, `rejected`, or for K > 2 ranked `completions`
         seed: seed of the draws
     """
-    rng = random.Random(seed)
-    write_rows(output, [prefer_row(row, rng) for row in read_rows(rows)])
+    rng, found = random.Random(seed), read_rows(rows)
+    dropped = Counter(filter(None, map(unusable, found)))
+    counts = f"rows {len(found)}, kept {len(found) - dropped.total()}" + ", dropped: " * bool(dropped)
+    counts += ", ".join(f"{reason} {n}" for reason, n in sorted(dropped.items()))
+    if dropped.total() == len(found):
+        fail(f"{rows}: no usable row; {counts}")
+    write_rows(output, [prefer_row(row, rng) for row in found if not unusable(row)])
+    print(counts)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Draw K completions per prompt from a policy, with transformers' own `generate`.
+"""Draw completions from a policy, with transformers' own `generate`.
 
-Rows of `--rows` (jsonl) need a `prompt`: a string, or chat messages, which go through the tokenizer's chat
-template. Rows of `--output` are {"prompt": as it came, "completions": [K texts], "finished": [K booleans]} in
-the order of the file; a completion that is not finished was cut off at `--max-new-tokens`, before its EOS.
-While the program runs, complete rows stand in `OUTPUT.partial`.
+    --num-completions K     writes {"prompt", "completions": [K texts], "finished": [K booleans]}
+    --reference-samples M   writes every row as it came, with `reference_samples` and `reference_samples_finished`
+
+Rows are of any form that training reads, or have a `prompt` alone, and are written in the order of the file. A
+completion that is not finished was cut off at `--max-new-tokens`, before its EOS. A prompt that leaves the model too
+few positions is dropped and counted. A run that was killed continues from OUTPUT.partial, with the same draws as
+without the interruption; under torchrun every process draws for its share of the rows.
 
 The defaults sample from the policy's own distribution: whatever the model directory's generation_config says
 about temperature, top-k and the like is not used.
@@ -12,34 +15,31 @@ about temperature, top-k and the like is not used.
         --num-completions 2 --max-new-tokens 64
 """
 
-import json
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
-import tyro
+import streaming
+import torch
 from tqdm import tqdm
 
-WINDOW = 16  # batches whose sequences are sorted by length together
+from shared import UserError
+from shared.data import Encoder
+from shared.rows import Text, Turn, first_line
+from shared.run import command
+
+WINDOW = 4  # batches whose sequences are sorted by length together
 
 
 @dataclass(kw_only=True)
-class Args:
-    """Draw K completions per prompt from a policy."""
+class Sampling:
+    """How completions are drawn."""
 
-    model: str
-    """directory or hub id of the policy"""
-    rows: Path
-    """jsonl file of rows with a `prompt`"""
-    output: Path
-    """jsonl file to write"""
-    num_completions: int = 1
-    """completions per prompt"""
     temperature: float = 1.0
     """divides the logits"""
     top_k: int = 0
@@ -58,63 +58,44 @@ class Args:
     """seed of the draws"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """the model's number format"""
+
+    def __post_init__(self) -> None:
+        if self.top_p > 1:
+            raise UserError(f"--top-p {self.top_p}: must be at most 1")
+
+
+@dataclass(kw_only=True)
+class Args(Sampling):
+    """Draw completions from a policy."""
+
+    model: str
+    """directory or hub id of the policy"""
+    rows: str
+    """file, directory or hub id (`path:split`) of the rows"""
+    output: Path
+    """jsonl file to write"""
+    num_completions: int | None = None
+    """completions per prompt, as rows of their own"""
+    reference_samples: int | None = None
+    """completions per prompt, as `reference_samples` beside what the rows hold"""
     max_rows: int | None = None
     """take the first rows only"""
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def read_prompts(path: Path, max_rows: int | None) -> list[str | list[dict]]:
-    """The prompts of a jsonl file; one that cannot be read ends the program."""
-    prompts = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(islice(file, max_rows), start=1):
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("prompt"), str | list):
-                    fail(f"{path}, line {number}: needs a `prompt`, a string or a list of chat messages")
-                prompts.append(row["prompt"])
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except ValueError as error:
-        fail(f"{path}, line {len(prompts) + 1}: {error}")
-    return prompts or fail(f"{path}: no rows")
-
-
-def encode_prompt(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt, with the tokenizer's special tokens; chat messages by its template."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-
-
 def make_batches(lengths: list[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences that are generated together.
-
-    Sequences are sorted by length within windows of `WINDOW * batch_size`, so that there is little padding
-    and the output can be written in order, with few rows waiting. `lengths` counts prompt and new tokens.
-    """
-    window = WINDOW * batch_size
-    for start in range(0, len(lengths), window):
-        indices = range(start, min(start + window, len(lengths)))
-        batch = []
-        # Longest first: the first sequence of a batch is its width, and memory runs out early if at all.
-        for index in sorted(indices, key=lambda i: -lengths[i]):
-            full = len(batch) == batch_size or batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens
-            if full:
-                yield batch
-                batch = []
-            batch.append(index)
-        yield batch
+    """Indices of sequences that are generated together, of similar lengths (prompt and new tokens)."""
+    batch = []
+    # Longest first: the first sequence of a batch is its width, and memory runs out early if at all.
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if len(batch) == batch_size or batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
 
 
 def generate(model, prompts: list[list[int]], config) -> list[list[int]]:
     """New token ids of each prompt, up to and including the first EOS, by the `GenerationConfig` alone."""
-    import torch
     from transformers import GenerationConfig
 
     width = max(map(len, prompts))
@@ -137,10 +118,7 @@ def generate(model, prompts: list[list[int]], config) -> list[list[int]]:
 
 def cut_after(ids: list[int], ends: list[int]) -> list[int]:
     """`ids` up to and including the first of `ends`, or all of them."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return ids[: position + 1]
-    return ids
+    return ids[: next((i for i, token in enumerate(ids, 1) if token in ends), len(ids))]
 
 
 def end_ids(model, tokenizer) -> list[int]:
@@ -150,49 +128,32 @@ def end_ids(model, tokenizer) -> list[int]:
     return sorted(ids - {None})
 
 
-def sample(
+def draw(
     model,
-    tokenizer,
+    ends: list[int],
     prompts: list[list[int]],
-    *,
-    num_completions: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 128,
-    batch_tokens: int = 65_536,
-    seed: int = 0,
-) -> Iterator[tuple[list[str], list[bool]]]:
-    """Yields the K completions of each prompt (token ids), in order, and whether each ended with EOS.
+    count: int,
+    how: Sampling,
+    window: int = 0,
+    progress: str | None = None,
+) -> Iterator[list[list[int]]]:
+    """Yields `count` completions of each prompt, token ids with the EOS that ended them, in order.
 
-    Sets torch's global seed before every batch, from `seed` and the batch's number.
+    Sets torch's global seed before every batch, from the seed, the window's number and the batch's.
     """
-    import torch
     from transformers import GenerationConfig
 
-    ends = end_ids(model, tokenizer)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=ends[0],
-    )
-    lengths = [len(ids) + max_new_tokens for ids in prompts for _ in range(num_completions)]
-    drawn: dict[int, list[int]] = {}  # sequence k of prompt i under i * num_completions + k
-    row = 0
-    for number, batch in enumerate(make_batches(lengths, batch_size, batch_tokens)):
-        torch.manual_seed(random.Random(f"{seed} {number}").getrandbits(63))
-        drawn |= zip(batch, generate(model, [prompts[i // num_completions] for i in batch], config), strict=True)
-        while all(row * num_completions + k in drawn for k in range(num_completions)):
-            group = [drawn.pop(row * num_completions + k) for k in range(num_completions)]
-            yield [decode(tokenizer, ids) for ids in group], [ids[-1] in ends for ids in group]
-            row += 1
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
+    options = {name: getattr(how, name) for name in names}
+    config = GenerationConfig(do_sample=True, eos_token_id=ends, pad_token_id=ends[0], **options)
+    lengths = [len(ids) + how.max_new_tokens for ids in prompts for _ in range(count)]
+    drawn: dict[int, list[int]] = {}  # completion k of prompt i under i * count + k
+    batches = list(make_batches(lengths, how.batch_size, how.batch_tokens))
+    for number, batch in enumerate(tqdm(batches, progress, unit="batch", disable=progress is None)):
+        torch.manual_seed(random.Random(f"{how.seed} {window} {number}").getrandbits(63))
+        drawn |= zip(batch, generate(model, [prompts[i // count] for i in batch], config), strict=True)
+    for i in range(len(prompts)):
+        yield [drawn[i * count + k] for k in range(count)]
 
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -200,78 +161,67 @@ def decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def load_policy(name: str, dtype: str):
-    """Model and tokenizer, on the GPU if there is one."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(path: str, dtype: str):
+    """Model, tokenizer and the ids that end a completion, on this process's GPU if there is one."""
+    from transformers import AutoModelForCausalLM, logging
 
+    from shared.model import load_tokenizer
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tokenizer = load_tokenizer(path)[0]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        fail(f"--model {name}: {str(error).splitlines()[0]}")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+        options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+        raise UserError(f"model {path}: cannot be loaded ({first_line(error)})") from None
+    if missing := sorted(map(str, found["missing_keys"])):
+        raise UserError(f"model {path}: missing in its weights: {', '.join(missing)}")
+    if not (ends := end_ids(model, tokenizer)):
+        raise UserError(f"model {path}: the tokenizer has no EOS token; set one so that completions can end")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval(), tokenizer, ends
 
 
-def check_lengths(path: Path, prompts: list[list[int]], max_new_tokens: int, positions: int | None) -> None:
-    """Ends the program where a prompt is empty or leaves too few of the model's positions."""
-    for number, ids in enumerate(prompts, start=1):
-        if not ids:
-            fail(f"{path}, line {number}: the prompt has no tokens")
-        if positions is not None and len(ids) + max_new_tokens > positions:
-            fail(
-                f"{path}, line {number}: {len(ids)} prompt tokens and --max-new-tokens {max_new_tokens} "
-                f"are more than the model's {positions} positions"
-            )
+def room(model, max_new_tokens: int) -> int:
+    """One more than the longest prompt that leaves positions for all new tokens. Raises UserError where none does."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if max_new_tokens >= positions:
+        raise UserError(f"--max-new-tokens {max_new_tokens}: the model has {positions} positions, with the prompt's")
+    return positions - max_new_tokens + 1
 
 
-def check_args(args: Args) -> None:
-    """Ends the program where a number is out of range."""
-    for name in (
-        "num_completions",
-        "temperature",
-        "top_p",
-        "repetition_penalty",
-        "max_new_tokens",
-        "batch_size",
-    ):
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} must be greater than 0")
-    if args.top_k < 0 or args.top_p > 1:
-        fail("--top-k must be at least 0 and --top-p at most 1")
+def as_written(prompt: Text, encoder: Encoder) -> str | list[dict]:
+    """A prompt in the form in which `prompt`, `completions` rows mean the same tokens."""
+    if not isinstance(prompt, Turn):
+        return prompt
+    return [{"role": "user", "content": str(prompt)}] if encoder.is_chat(prompt) else f"{prompt}\n\n"
 
 
 def main(args: Args) -> None:
-    """Reads the prompts, samples, writes the rows."""
-    check_args(args)
-    rows = read_prompts(args.rows, args.max_rows)
-    model, tokenizer = load_policy(args.model, args.dtype)
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in rows]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    check_lengths(args.rows, prompts, args.max_new_tokens, positions)
-    drawn = sample(
-        model,
-        tokenizer,
-        prompts,
-        num_completions=args.num_completions,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        max_new_tokens=args.max_new_tokens,
-        batch_size=args.batch_size,
-        batch_tokens=args.batch_tokens,
-        seed=args.seed,
-    )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = args.output.with_name(args.output.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for prompt, (completions, finished) in zip(rows, tqdm(drawn, total=len(rows), unit="row"), strict=True):
-            row = {"prompt": prompt, "completions": completions, "finished": finished}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    os.replace(partial, args.output)
+    """Reads the rows, samples, writes rows."""
+    if (args.num_completions is None) == (args.reference_samples is None):
+        raise UserError("give either --num-completions or --reference-samples")
+    total, made_with = streaming.check(args.rows, args.max_rows), streaming.settings(args, args.model)
+    model, tokenizer, ends = load(args.model, args.dtype)
+    per_prompt, encoder, dropped = args.num_completions or args.reference_samples, Encoder(tokenizer), Counter()
+
+    def compute(number: int, window: list[streaming.Row]) -> Iterator[dict]:
+        drawn = draw(model, ends, [row.prompt for row in window], per_prompt, args, number)
+        for row, ids in zip(window, drawn, strict=True):
+            texts, finished = [decode(tokenizer, y) for y in ids], [y[-1] in ends for y in ids]
+            if args.num_completions:
+                yield {"prompt": as_written(row.example.prompt, encoder), "completions": texts, "finished": finished}
+            else:
+                yield row.own | {"reference_samples": texts, "reference_samples_finished": finished}
+
+    examples = streaming.read(args.rows, dropped, args.max_rows)
+    rows = streaming.encode(examples, tokenizer, dropped, room(model, args.max_new_tokens))
+    size = max(1, WINDOW * args.batch_size // per_prompt)
+    kept = streaming.write(args.output, made_with, rows, size, compute, total)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(streaming.summary(args.rows, kept, dropped))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command(main, Args)

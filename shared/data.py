@@ -239,7 +239,7 @@ def load(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_lengt
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token; set one (its `eos_token`) so that completions can end")
-    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), _source_hash(source)]
+    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), source_hash(source)]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = cache_directory() / f"tokens-{key}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -323,7 +323,7 @@ def _tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def _source_hash(source: str) -> str:
+def source_hash(source: str) -> str:
     """sha256 over the files' bytes, or the fingerprint that `datasets` keeps."""
     digest = hashlib.sha256()
     for name in files_of(source):

@@ -48,6 +48,7 @@ class Example:
     scores: list[list[float]] | None = None  # of each completion, one number per reward model
     samples: list[Text] = field(default_factory=list)  # completions drawn from π_ref
     finished: list[bool] = field(default_factory=list)  # which of them end with an EOS
+    row: dict = field(default_factory=dict)  # as it stands in the source
 
 
 # ---------------------------------------------------------------- containers
@@ -307,7 +308,7 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
         form = form or form_of(row, source, forms)
         try:
             prompt, completions = forms[form](row)
-            example = Example(where, number, prompt, completions)
+            example = Example(where, number, prompt, completions, row=row)
             _add_scores(example, row)
             _add_samples(example, row)
         except ValueError as error:

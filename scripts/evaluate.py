@@ -98,7 +98,7 @@ def model_score(path: str, prompts: list[Text], completions: list[str], finished
 def make_examples(prompts: list[Text], completions: list[list], finished: list[list[bool]]) -> list[tuple]:
     """Examples with rows of their own, as `streaming.encode` takes them."""
     triples = enumerate(zip(prompts, completions, finished, strict=True), 1)
-    return [(Example("", i, x, ys), {"completions": ys, "finished": ends}) for i, (x, ys, ends) in triples]
+    return [(Example("", i, x, ys, ended=ends), {}) for i, (x, ys, ends) in triples]
 
 
 def encode(path: str, examples: list[tuple], tokenizer, room: int, completions: bool) -> list[streaming.Row]:

@@ -85,7 +85,7 @@ class Models:
 
 def load(paths: list[str], place: Place) -> Models:
     """Reward models with trained heads. Raises UserError where one has none, or another tokenizer than the first."""
-    from shared.model import RewardModel, _load, load_tokenizer
+    from shared.model import RewardModel, load_model, load_tokenizer
 
     tokenizers, models, room = [], [], sys.maxsize
     for path in paths:
@@ -97,7 +97,7 @@ def load(paths: list[str], place: Place) -> Models:
         tokenizers.append(tokenizer)
         if tokenizer.get_vocab() != tokenizers[0].get_vocab():
             raise UserError(f"model {path}: has another tokenizer than {paths[0]}; score with each by itself")
-        models.append(_load("AutoModelForSequenceClassification", RewardModel, path, place, num_labels=1))
+        models.append(load_model("AutoModelForSequenceClassification", RewardModel, path, place, num_labels=1))
         room = min(room, getattr(config, "max_position_embeddings", None) or room)
     if tokenizers[0].eos_token_id is None:
         raise UserError(f"model {paths[0]}: the tokenizer has no EOS token; set one so that completions can end")

@@ -86,18 +86,10 @@ def encode(
             if not prompt or len(prompt) >= room:
                 dropped["prompt too long" if prompt else "empty prompt"] += 1
                 continue
-            ends = zip(found, _finished(example, own, len(found)), strict=True)
+            ends = zip(found, example.ended[: len(found)], strict=True)
             yield Row(
                 example, own, prompt, [(y + [encoder.eos] * (end or not y))[: room - len(prompt)] for y, end in ends]
             )
-
-
-def _finished(example: Example, own: dict, k: int) -> list[bool]:
-    """Which completions end with an EOS: by the row's `finished`, as sample.py writes it beside `completions`."""
-    finished = own.get("finished") if k and "completions" in own else None
-    if finished is not None and (not isinstance(finished, list) or [type(f) for f in finished] != [bool] * k):
-        raise UserError(f"{example.where}: field 'finished' must hold {k} booleans")
-    return finished or [True] * k
 
 
 def make_groups(rows: list[Row]) -> Groups:

@@ -151,7 +151,8 @@ class _Builder:
         k, scores = len(example.completions), example.scores
         if scores and not example.ordered:
             order = sorted(range(k), key=lambda i: -sum(scores[i]))
-            example.completions, example.scores = ([x[i] for i in order] for x in (example.completions, scores))
+            fields = (example.completions, scores, example.ended)
+            example.completions, example.scores, example.ended = ([x[i] for i in order] for x in fields)
         if self.needs.completions == 1:
             example.completions = example.completions[:1]
         elif not self.needs.scores and scores and not example.ordered and len({sum(s) for s in scores}) < k:
@@ -190,7 +191,8 @@ class _Builder:
                 self.dropped[str(reason)] += 1
         # a chat template has written its own special tokens; running text gets them at its start
         prompts = self.encoder.encode([(text, not self.encoder.is_chat(e.prompt)) for e, text, _ in kept])
-        ids = iter(self.encoder.encode([(text, e.prompt is None) for e, _, texts in kept for text in texts]))
+        texts = [(text, e.prompt is None and not i) for e, _, found in kept for i, text in enumerate(found)]
+        ids = iter(self.encoder.encode(texts))
         for (example, _, texts), prompt in zip(kept, prompts, strict=True):
             try:
                 self._append(example, prompt, [next(ids) for _ in texts])
@@ -200,7 +202,7 @@ class _Builder:
     def _append(self, example: Example, prompt: list[int], completions: list[list[int]]) -> None:
         eos, bos, limit, k = self.encoder.eos, self.encoder.bos, self.max_prompt_length, len(example.completions)
         if example.prompt is None:
-            prompt, completions = completions[0][:1], [completions[0][1:]]
+            prompt, completions = completions[0][:1], [completions[0][1:], *completions[1:]]
         prompt = prompt or [bos] * (bos is not None)
         if not prompt:
             raise Dropped("empty prompt")
@@ -213,7 +215,7 @@ class _Builder:
         if room < 1:
             raise Dropped("prompt too long")
         self._count_repeats(prompt, completions[:k])
-        whole = [c + [eos] * end for c, end in zip(completions, [True] * k + example.finished, strict=True)]
+        whole = [c + [eos] * end for c, end in zip(completions, example.ended[:k] + example.finished, strict=True)]
         self.counts["completions cut"] += sum(len(c) > room for c in whole)
         self.rows.append(example.number)
         self.scores.extend(value for each in example.scores for value in each) if self.needs.scores else None

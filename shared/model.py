@@ -59,9 +59,8 @@ class RewardModel(Packed):
 
     def forward(self, batch: Batch) -> Tensor:
         """→ (B, K) float32."""
-        return self.lm.score(self.states(batch).index_select(0, batch.ends.flatten())).float().view(batch.ends.shape)
-
-    logps = forward
+        values = self.lm.score(self.states(batch).index_select(0, batch.ends.flatten())).float()
+        return values.view(batch.ends.shape).clone()  # FSDP2's hooks need a tensor that is no view
 
     def plain(self, prompt: Tensor, completion: Tensor) -> Tensor:
         """r(x, y) by the stock forward pass."""
@@ -91,8 +90,8 @@ def _unloadable(path: str, error: Exception) -> UserError:
 
 
 def load_policy(path: str, place: Place) -> Policy:
-    """Load a causal language model in float32, check it, and shard it; raises UserError as `_load` does."""
-    return _load("AutoModelForCausalLM", Policy, path, place)
+    """Load a causal language model in float32, check it, and shard it; raises UserError as `load_model` does."""
+    return load_model("AutoModelForCausalLM", Policy, path, place)
 
 
 def load_reward_model(path: str, place: Place, tokenizer, seed: int) -> RewardModel:
@@ -106,12 +105,12 @@ def load_reward_model(path: str, place: Place, tokenizer, seed: int) -> RewardMo
     if tokenizer.pad_token_id is None:
         raise UserError(f"model {path}: a reward model needs a pad token other than the EOS; give its tokenizer one")
     torch.manual_seed(seed)
-    model = _load("AutoModelForSequenceClassification", RewardModel, path, place, new="score.weight", num_labels=1)
+    model = load_model("AutoModelForSequenceClassification", RewardModel, path, place, new="score.weight", num_labels=1)
     model.lm.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def _load(auto: str, kind: type[Packed], path: str, place: Place, new: str = "", **options) -> Packed:
+def load_model(auto: str, kind: type[Packed], path: str, place: Place, new: str = "", **options) -> Packed:
     """Load, check and shard a model; only the tensor `new` may be missing in its weights.
 
     Raises UserError where it cannot be loaded, a tensor is missing or not finite, or the architecture computes
@@ -150,7 +149,8 @@ def _check_packing(model: Packed, path: str) -> None:
     offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
     place = Place(0, 1, torch.device("cpu"), torch.float32)
     batches = Batches(Groups(ids.int(), offsets, torch.arange(2), {}), 2, 64, None, place)
-    packed = model.logps(next(iter(batches)))
+    batch = next(iter(batches))
+    packed = model(batch) if isinstance(model, RewardModel) else model.logps(batch)
     pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # the ids are arbitrary
     lm.eval().set_attn_implementation("sdpa")
     for row, (start, *ends) in enumerate(offsets.tolist()):

@@ -45,6 +45,7 @@ class Example:
     prompt: Text | None
     completions: list[Text]
     ordered: bool = True  # the completions' own order is the ranking
+    ended: list[bool] = field(default_factory=list)  # which completions end with an EOS; the others were cut off
     scores: list[list[float]] | None = None  # of each completion, one number per reward model
     samples: list[Text] = field(default_factory=list)  # completions drawn from π_ref
     finished: list[bool] = field(default_factory=list)  # which of them end with an EOS
@@ -309,6 +310,7 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
         try:
             prompt, completions = forms[form](row)
             example = Example(where, number, prompt, completions, row=row)
+            example.ended = _booleans(row, "finished" if "completions" in form else "", len(completions))
             _add_scores(example, row)
             _add_samples(example, row)
         except ValueError as error:
@@ -344,11 +346,16 @@ def _add_samples(example: Example, row: dict) -> None:
     if row.get("reference_samples") is None:
         return
     samples = _field(row, "reference_samples", list)
-    finished = row.get("reference_samples_finished") or [True] * len(samples)
     if not samples or not all(isinstance(sample, str) for sample in samples):
         raise ValueError("field 'reference_samples' must be a list of texts")
-    if not isinstance(finished, list) or [type(f) for f in finished] != [bool] * len(samples):
-        raise ValueError(f"field 'reference_samples_finished' must hold {len(samples)} booleans")
     chat = isinstance(example.prompt, list)
     example.samples = [[{"role": "assistant", "content": s}] if chat else s for s in samples]
-    example.finished = finished
+    example.finished = _booleans(row, "reference_samples_finished", len(samples))
+
+
+def _booleans(row: dict, name: str, n: int) -> list[bool]:
+    """The n booleans of a field, all true where it is absent."""
+    found = row.get(name) or [True] * n
+    if not isinstance(found, list) or [type(value) for value in found] != [bool] * n:
+        raise ValueError(f"field {name!r} must hold {n} booleans")
+    return found

@@ -341,6 +341,18 @@ def test_the_cache_follows_the_content(tmp_path: Path, plain, chat) -> None:  # 
     assert one(tmp_path, row, plain, ONE) == first[:2]
 
 
+def test_completions_that_were_cut_off_have_no_eos(tmp_path: Path, plain) -> None:  # noqa: ANN001
+    """`finished`, as scripts/sample.py writes it, follows its completion when scores order them."""
+    row = {"prompt": USER, "completions": [BAD, GOOD], "finished": [True, False], "scores": [0, 1]}
+    assert one(tmp_path, row, plain)[1:] == (ids(plain, GOOD), ids(plain, BAD) + [plain.eos_token_id])
+    samples = {"reference_samples": ["ok", "7"], "reference_samples_finished": [False, True]}
+    row = {"text": "I ok, 42", **samples}
+    found = one(tmp_path, row, plain, Needs(completions=1, samples=True))
+    assert found[2:] == (ids(plain, "ok"), ids(plain, "7") + [plain.eos_token_id])
+    with pytest.raises(UserError, match="field 'finished' must hold 2 booleans"):
+        one(tmp_path, {"prompt": USER, "completions": [BAD, GOOD], "finished": [1, 0]}, plain)
+
+
 def test_every_form_is_tested() -> None:
     rows = [*STRING_PAIRS, *CHAT_PAIRS, *(row for row, _ in SUPERVISED), {"chosen": "", "rejected": ""}, {"text": ""}]
     tested = {next(form for form in FORMS if all(name in row for name in form)) for row in rows}

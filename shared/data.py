@@ -61,6 +61,12 @@ class Groups:
     def completions(self) -> int:
         return self.offsets.shape[1] - 2
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt with one completion."""
+        lengths = self.offsets.diff(dim=1)
+        return int((lengths[:, :1] + lengths[:, 1:]).max())
+
 
 # ---------------------------------------------------------------- tokens
 

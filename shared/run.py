@@ -169,6 +169,11 @@ class Run:
                 raise UserError(
                     f"{source}: token id {int(groups.tokens.max())}, but the model embeds {config.vocab_size}"
                 )
+            if groups.longest > plain_length(config):
+                problem = (
+                    f"beyond {plain_length(config)} tokens the model's attention window or rotary embedding changes"
+                )
+                raise UserError(f"{source}: {groups.longest} tokens, but {problem}; give --max-length")
             self.report[name] = {"source": source, **groups.report}
             self.say(f"{name}: {source}: {describe(groups.report)}")
             seed = seed if args.shuffle else None
@@ -356,6 +361,15 @@ def preference_metrics(rewards: Tensor, logps: Tensor | None = None) -> dict[str
             metrics |= {f"{name}/chosen": values[:, 0], f"{name}/rejected": values[:, 1:].mean(1)}
     margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     return metrics | {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
+
+
+def plain_length(config) -> float:
+    """The length up to which every token sees all before it, at the same rotary frequencies, as packed rows assume."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = [getattr(config, "sliding_window", None)]
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
+    return min([limit for limit in limits if limit], default=math.inf)
 
 
 def example(groups: Groups, tokenizer) -> str:

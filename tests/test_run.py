@@ -121,6 +121,14 @@ def test_a_users_mistake_is_one_line(folder: Path, tmp_path: Path, options: dict
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
+def test_a_sliding_window_is_refused_where_it_would_matter(folder: Path, tmp_path: Path) -> None:
+    """Packed rows show a token all that comes before it; a window shorter than a row would not."""
+    model = worlds.make_model(tmp_path / "model", "mistral", seed=4, sliding_window=24)
+    ended = run(folder, tmp_path / "out", model=model)
+    assert ended.returncode == 2 and "beyond 24 tokens" in ended.stderr.splitlines()[-1]
+    assert run(folder, tmp_path / "short", model=model, max_length=24).returncode == 0
+
+
 def test_what_a_run_leaves(folder: Path, tmp_path: Path) -> None:
     """The files, a second run refused, and a finished run resumed to the same end; files are safetensors and JSON."""
     out = tmp_path / "out"

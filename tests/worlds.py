@@ -136,6 +136,7 @@ def make_config(architecture: str, vocab: int, **overrides):  # noqa: ANN201
     )
     own = {
         "llama": dict(sizes, num_key_value_heads=HEADS, tie_word_embeddings=False),
+        "mistral": dict(sizes, num_key_value_heads=KV_HEADS, tie_word_embeddings=False),
         "qwen2": dict(sizes, num_key_value_heads=KV_HEADS, tie_word_embeddings=True),
         "qwen3": dict(sizes, num_key_value_heads=KV_HEADS, head_dim=12, tie_word_embeddings=False),
         "gpt_neox": dict(sizes, hidden_dropout=0.1, rotary_pct=0.5, tie_word_embeddings=False),

@@ -66,8 +66,8 @@ def run(command: str) -> dict:
     """
     print(f"\n$ python {command}", flush=True)
     started = time.perf_counter()
-    # threads that spin while they wait make a step several times slower as soon as anything else needs a core
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    # threads that wait by spinning make a step ten times slower as soon as anything else needs a core: spin briefly
+    environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
     code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment).returncode
     if code:
         print(f"quickstart.py: stopped, exit code {code} from: python {command}", file=sys.stderr)

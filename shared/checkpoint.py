@@ -26,6 +26,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict, keep: int, place: Place) -> None:
     """Write `step`, then delete all but the newest `keep`. Raises StorageError; older checkpoints stay as they were."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = out / "checkpoints" / f"step-{step:06d}"
@@ -51,9 +52,11 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: di
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             _sync(final.parent)
-            for old in sorted(final.parent.glob("step-??????"))[:-keep]:
-                shutil.rmtree(old)
-    except OSError as error:
+            found = sorted(final.parent.glob("step-??????"))
+            for old in [*found[: found.index(final) + 1][:-keep], *found[found.index(final) + 1 :]]:
+                shutil.rmtree(old)  # those beyond this step are what a resumed run left behind, damaged
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"{final}: cannot be written ({error})") from None
 
 

@@ -214,14 +214,17 @@ class _Builder:
             raise Dropped("empty prompt")
         if not all(completions[:k]):
             raise Dropped("empty completion")
-        if limit and len(prompt) > limit:
-            prompt = prompt[:1] * (prompt[0] == bos and len(prompt) > limit + 1) + prompt[-limit:]
+        keep = int(prompt[0] == bos)
+        if limit and len(prompt) > limit + keep:
+            prompt = prompt[:keep] + prompt[-limit:]
             self.counts["prompts cut"] += 1
         room = self.max_length - len(prompt)
         if room < 1:
             raise Dropped("prompt too long")
         self._count_repeats(prompt, completions[:k])
         whole = [c + [eos] * end for c, end in zip(completions, example.ended[:k] + example.finished, strict=True)]
+        if not all(whole):
+            raise Dropped("empty sample")
         self.counts["completions cut"] += sum(len(c) > room for c in whole)
         self.rows.append(example.number)
         self.scores.extend(value for each in example.scores for value in each) if self.needs.scores else None
@@ -247,7 +250,8 @@ def load(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_lengt
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token; set one (its `eos_token`) so that completions can end")
-    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), source_hash(source)]
+    code = [source_hash(str(Path(__file__).with_name(name))) for name in ("rows.py", "data.py")]
+    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), source_hash(source), code]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = cache_directory() / f"tokens-{key}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:

@@ -59,7 +59,8 @@ class RewardModel(Packed):
 
     def forward(self, batch: Batch) -> Tensor:
         """→ (B, K) float32."""
-        values = self.lm.score(self.states(batch).index_select(0, batch.ends.flatten())).float()
+        states = self.states(batch).index_select(0, batch.ends.flatten())
+        values = torch.nn.functional.linear(states.float(), self.lm.score.weight.float())
         return values.view(batch.ends.shape).clone()  # FSDP2's hooks need a tensor that is no view
 
     def plain(self, prompt: Tensor, completion: Tensor) -> Tensor:
@@ -186,12 +187,10 @@ def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | N
     policy = load_policy(reference, place) if reference else model
     for batches in filter(None, sets):
         path = cache_directory() / f"reference-{_reference_key(policy, batches)}.safetensors"
-        if not from_main(path.exists()):
-            logps = _reference_pass(policy, batches)
-            if place.main:
-                write_tensors(path, {"ref_logps": logps})
-            dist.barrier()
-        batches.groups.ref_logps = read_tensors(path)[0]["ref_logps"]
+        cached = from_main(read_tensors(path)[0]["ref_logps"] if place.main and path.exists() else None)
+        batches.groups.ref_logps = _reference_pass(policy, batches) if cached is None else cached
+        if cached is None and place.main:
+            write_tensors(path, {"ref_logps": batches.groups.ref_logps})
 
 
 def _reference_pass(policy: Policy, batches: Batches) -> Tensor:
@@ -214,8 +213,9 @@ def _reference_key(policy: Policy, batches: Batches) -> str:
         digest.update(tensor.contiguous().numpy())
     hashes = [None] * place.world
     dist.all_gather_object(hashes, digest.hexdigest())
-    layout = [batches.budget, place.device.type, str(place.dtype), torch.__version__]
-    return hashlib.sha256(json.dumps([hashes, layout]).encode()).hexdigest()[:32]
+    layout = [batches.batch_size, batches.budget, place.device.type, str(place.dtype), torch.__version__]
+    config = {k: v for k, v in policy.lm.config.to_dict().items() if not k.startswith("_")}  # not where it lies
+    return hashlib.sha256(json.dumps([hashes, layout, config], default=str).encode()).hexdigest()[:32]
 
 
 # ---------------------------------------------------------------- the result

@@ -194,20 +194,28 @@ def _text(row: dict, name: str) -> Text:
 
 
 def _pair(row: dict) -> tuple[Text, list[Text]]:
-    """chosen and rejected, with or without a prompt of their own."""
-    prompt = _text(row, "prompt") if row.get("prompt") is not None else None
-    pair = [_text(row, "chosen"), _text(row, "rejected")]
-    if isinstance(pair[0], str) != isinstance(pair[1], str):
-        raise ValueError("fields 'chosen' and 'rejected' must both be text or both be messages")
-    if prompt is None:
-        return _split_transcripts(*pair) if isinstance(pair[0], str) else _split_messages(*pair)
+    """prompt, chosen and rejected; messages may repeat the prompt."""
+    prompt, pair = _text(row, "prompt"), _chosen_rejected(row)
     if isinstance(pair[0], list) and pair[0][0]["role"] != "assistant":
-        return _split_messages(*pair)  # the messages repeat the prompt
+        return _split_messages(*pair)
     if isinstance(pair[0], list) and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(pair[0], str) and isinstance(prompt, list):
         pair = [[{"role": "assistant", "content": completion}] for completion in pair]
     return prompt, pair
+
+
+def _chosen_rejected(row: dict) -> list[Text]:
+    pair = [_text(row, "chosen"), _text(row, "rejected")]
+    if isinstance(pair[0], str) != isinstance(pair[1], str):
+        raise ValueError("fields 'chosen' and 'rejected' must both be text or both be messages")
+    return pair
+
+
+def _transcripts(row: dict) -> tuple[Text, list[Text]]:
+    """chosen and rejected with the prompt inside."""
+    pair = _chosen_rejected(row)
+    return _split_transcripts(*pair) if isinstance(pair[0], str) else _split_messages(*pair)
 
 
 def _split_transcripts(chosen: str, rejected: str) -> tuple[Text, list[Text]]:
@@ -277,7 +285,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict], tuple[Text, list[Text]]]] = {
         [_field(row, "chosen"), _field(row, "rejected")],
     ),
     ("prompt", "chosen", "rejected"): _pair,
-    ("chosen", "rejected"): _pair,
+    ("chosen", "rejected"): _transcripts,
     ("prompt", "completions"): _completions,
     ("history", "human_ref_A", "human_ref_B", "labels"): _shp,
     ("messages",): lambda row: _last_turn(_messages(_field(row, "messages", list), "messages")),
@@ -310,7 +318,8 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
         try:
             prompt, completions = forms[form](row)
             example = Example(where, number, prompt, completions, row=row)
-            example.ended = _booleans(row, "finished" if "completions" in form else "", len(completions))
+            example.ordered = "completions" not in form
+            example.ended = _booleans(row if "completions" in form else {}, "finished", len(completions))
             _add_scores(example, row)
             _add_samples(example, row)
         except ValueError as error:
@@ -338,7 +347,7 @@ def _add_scores(example: Example, row: dict) -> None:
         )
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
         raise ValueError("field 'scores' must hold finite numbers")
-    example.scores, example.ordered = scores, "completions" not in row
+    example.scores = scores
 
 
 def _add_samples(example: Example, row: dict) -> None:

@@ -115,12 +115,11 @@ class Run:
 
     def __init__(self, args):
         self.args, self.place, self.out = args, setup(args.dtype), Path(args.output_dir)
-        self.algorithm, self.step, self.stopping = Path(sys.argv[0]).stem, 0, False
+        self.algorithm, self.step, self.signalled, self.stopping = Path(sys.argv[0]).stem, 0, False, False
         self.sums: dict[str, list[Tensor]] = {}  # of this step and process, on the device
         self.counts: Counter[str] = Counter()
         self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
         self.bar = self.events = None
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopping", True))
         if self.place.main:
             self._claim()
         Run.current = self
@@ -139,7 +138,7 @@ class Run:
         self._status("running", "")
 
     def _status(self, state: str, reason: str) -> None:
-        temporary = self.out / ".status.tmp"
+        temporary = self.out / f".status.{os.getpid()}.tmp"
         temporary.write_text(json.dumps({"state": state, "step": self.step, "reason": reason}))
         os.replace(temporary, self.out / "status.json")
 
@@ -179,7 +178,7 @@ class Run:
             seed = seed if args.shuffle else None
             found.append(Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place))
         self.say(example(found[0].groups, tokenizer))
-        self.last_step = found[0].last_step = args.max_steps or math.ceil(args.epochs * found[0].per_epoch)
+        self.last_step = found[0].last_step = args.max_steps or math.ceil(round(args.epochs * found[0].per_epoch, 6))
         return found[0], found[1]
 
     def say(self, text: str) -> None:
@@ -192,6 +191,7 @@ class Run:
     def steps(self, model: nn.Module, optimizer: Optimizer, train: Batches) -> Iterator[int]:
         """The steps still to do: 1 to S, or those after the newest checkpoint with --resume."""
         self.train, self.optimizer = train, optimizer
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))  # `check` agrees on it
         if self.args.resume and (path := checkpoint.newest(self.out, self.place)):
             self._restore(checkpoint.load(path, model, optimizer, self.place), path)
         if self.place.main:
@@ -205,7 +205,8 @@ class Run:
 
     def _restore(self, state: dict, path: Path) -> None:
         saved, now = state["args"], dataclasses.asdict(self.args)
-        free = FREE | ({"epochs", "max_steps"} if self.args.lr_schedule == "constant" else set())
+        same = self.args.lr_schedule == "constant" and now.get("gamma_start") == now.get("gamma_end")
+        free = FREE | ({"epochs", "max_steps"} if same else set())  # else the course depends on the last step
         changed = [f"{k} {saved.get(k)!r} → {now[k]!r}" for k in now if k not in free and saved.get(k) != now[k]]
         changed += [f"the {name} rows" for name, data in self.report.items() if state["data"][name] != data["tokens"]]
         if changed:
@@ -252,7 +253,7 @@ class Run:
 
     def check(self, step: int, grad_norm: Tensor) -> None:
         """Sum the step's metrics over the processes; a value that is not finite ends the run before the update."""
-        self.sums["stop"] = [torch.tensor(self.stopping, dtype=torch.double, device=self.place.device)]
+        self.sums["stop"] = [torch.tensor(self.signalled, dtype=torch.double, device=self.place.device)]
         totals = self._reduce()
         self.stopping = totals.pop("stop")[0] > 0
         self.grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)

@@ -180,6 +180,8 @@ def test_cutting(tmp_path: Path, plain) -> None:  # noqa: ANN001
     bos = [plain.bos_token_id]
     assert one(tmp_path, row, plain, **limited) == (bos + prompt[-4:], chosen[:3], rejected[:3])
     assert chosen[:3][-1] != plain.eos_token_id and rejected[:3][-1] == plain.eos_token_id
+    exactly = one(tmp_path, row, plain, max_prompt_length=len(prompt) - 1)
+    assert exactly[0] == prompt  # BOS and that many tokens: nothing to cut
     groups = load(write(tmp_path / "rows.jsonl", [row]), plain, RANKING, **limited)
     assert groups.report["prompts cut"] == 1 and groups.report["completions cut"] == 1
     # a completion that fills the room to its last token loses only its EOS, and is counted
@@ -276,6 +278,7 @@ MISTAKES = [
     ('{"a": 1}', "unknown columns a"),
     ('{"prompt": "a", "chosen": "b", "rejected": null}', "line 1: field 'rejected' is null"),
     ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}', "line 2: field 'rejected' is"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"chosen": "b", "rejected": "c"}', "line 2: field 'prompt'"),
     ('{"prompt": "a", "chosen": "b", "rejected": 3}', "line 1: field 'rejected' is of type int"),
     ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": ', "line 3: not valid JSON"),
     ("[1, 2", "not valid JSON"),

@@ -167,6 +167,21 @@ def test_a_damaged_checkpoint_is_passed_over(folder: Path, tmp_path: Path) -> No
     assert model == (out / "model.safetensors").read_bytes() and len(metrics.splitlines()) == 1
 
 
+def test_the_reference_cache_follows_the_models_configuration(folder: Path, tmp_path: Path) -> None:
+    """The same weights with other rotary frequencies are another model: step one is ln 2 all the same."""
+    model = worlds.make_model(tmp_path / "model", "llama", seed=4)
+    for base in (10000.0, 100.0):
+        config = json.loads((model / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] = base
+        (model / "config.json").write_text(json.dumps(config))
+        out = tmp_path / f"out-{base}"
+        options = {"batch_size": 8, "max_steps": 1, "log_every": 1, "output_dir": out, "model": model}
+        line = worlds.command("algos/dpo.py", 1, {**options, "train_data": folder / "pairs.jsonl"})
+        environment = worlds.environment(tmp_path / "one cache")
+        subprocess.run(line, cwd=worlds.ROOT, env=environment, check=True, capture_output=True, timeout=120)
+        assert worlds.training_lines(out / "metrics.jsonl")[0]["rewards/margins"] == 0
+
+
 def test_values_that_are_not_finite_end_with_exit_code_3(folder: Path, tmp_path: Path) -> None:
     ended = run(folder, tmp_path / "out", learning_rate=1e38, max_steps=5, save_every=1)
     assert ended.returncode == 3 and "step 2: loss" in ended.stderr and "Traceback" not in ended.stderr

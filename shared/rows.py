@@ -19,7 +19,6 @@ from shared import UserError
 ENDINGS = (".jsonl", ".json", ".parquet")
 SPLITTER = "\n\nAssistant:"  # the prompt of an HH transcript ends with its last one
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-MARK = "\U000f0000"  # stands in for special-token text in messages while a chat template renders them
 
 
 class Turn(str):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from shared import UserError
 from shared.data import Encoder
-from shared.rows import Text, Turn, first_line
+from shared.rows import Text, Turn
 from shared.run import command
 
 WINDOW = 4  # batches whose sequences are sorted by length together
@@ -163,24 +163,13 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 def load(path: str, dtype: str):
     """Model, tokenizer and the ids that end a completion, on this process's GPU if there is one."""
-    from transformers import AutoModelForCausalLM, logging
+    from shared.model import load_generator, load_tokenizer
 
-    from shared.model import load_tokenizer
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    tokenizer = load_tokenizer(path)[0]
-    try:
-        options = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-        model, found = AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
-        raise UserError(f"model {path}: cannot be loaded ({first_line(error)})") from None
-    if missing := sorted(map(str, found["missing_keys"])):
-        raise UserError(f"model {path}: missing in its weights: {', '.join(missing)}")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    tokenizer, model = load_tokenizer(path)[0], load_generator(path, getattr(torch, dtype), device)
     if not (ends := end_ids(model, tokenizer)):
         raise UserError(f"model {path}: the tokenizer has no EOS token; set one so that completions can end")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer, ends
+    return model, tokenizer, ends
 
 
 def room(model, max_new_tokens: int) -> int:

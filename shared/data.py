@@ -52,7 +52,7 @@ class Groups:
     rows: Tensor  # (n,) int64, the number of the group's row in its source, from 1
     report: dict  # what was read, kept, dropped and cut
     scores: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, K, R), one per reward model
-    ref_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, C), filled before training
+    ref_logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (n, C), or per token (total,); set in training
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -363,10 +363,11 @@ class Batch:
     spans: Spans  # who sees whom
     sources: Tensor  # (N,) positions whose hidden states predict the completion tokens
     targets: Tensor  # (N,) those tokens, completion by completion
+    where: Tensor  # (N,) their places in `Groups.tokens`
     lengths: Tensor  # (B, K) tokens of each completion
     ends: Tensor  # (B, K) position of its last one
     rows: Tensor  # (B,) which groups these are
-    ref_logps: Tensor  # (B, K), or empty without a reference pass
+    ref_logps: Tensor  # (B, K), or per token (N,), or empty without a reference pass
     scores: Tensor  # (B, K, R) of R reward models, or empty
     global_groups: int  # in the whole step, over all micro-batches and processes
     global_tokens: int  # completion tokens of the whole step
@@ -425,8 +426,8 @@ class Batches:
         groups, device = self.groups, self.place.device
         offsets = groups.offsets[rows]
         lengths = offsets.diff(dim=1)  # (B, 1 + K): prompt, completions
-        slices = [groups.tokens[a:b] for a, b in offsets[:, [0, -1]].tolist()]
-        ids = torch.cat(slices or [torch.zeros(1, dtype=torch.int32)]).long()
+        at = torch.cat([torch.arange(a, b) for a, b in offsets[:, [0, -1]].tolist()] or [torch.zeros(1).long()])
+        ids = groups.tokens[at].long()
         starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)  # of each piece, in the row
         prompts = lengths[:, :1]
         # a completion's positions go on from its prompt's end; its first token is predicted from there too
@@ -437,6 +438,10 @@ class Batches:
         is_completion = is_completion.repeat_interleave(lengths.flatten())
         prompt_end = (starts[:, :1] + prompts - 1).expand_as(lengths).flatten().repeat_interleave(lengths.flatten())
         sources = torch.where(within == 0, prompt_end, torch.arange(len(within)) - 1)[is_completion]
+        where = at[: len(within)][is_completion]
+        ref_logps = groups.ref_logps
+        if len(ref_logps):
+            ref_logps = ref_logps[where if ref_logps.dim() == 1 else rows]
         pieces = [(p, tuple(cs)) for p, *cs in lengths.tolist()] or [(1, ())]
         batch = Batch(
             input_ids=ids[None],
@@ -444,10 +449,11 @@ class Batches:
             spans=Spans.of(pieces, device, self.place.dtype),
             sources=sources,
             targets=ids[: len(within)][is_completion],
+            where=where,
             lengths=lengths[:, 1:],
             ends=(starts + lengths)[:, 1:] - 1,
             rows=rows,
-            ref_logps=groups.ref_logps[rows] if len(groups.ref_logps) else groups.ref_logps,
+            ref_logps=ref_logps,
             scores=groups.scores[rows] if len(groups.scores) else groups.scores,
             global_groups=global_groups,
             global_tokens=global_tokens,

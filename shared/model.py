@@ -173,11 +173,26 @@ def mean_reward(model: RewardModel, batches: Batches) -> float:
     return total / count
 
 
+def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """A causal language model as transformers has it, to generate with. Raises UserError where it cannot be loaded."""
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        raise _unloadable(path, error) from None
+    if missing := sorted(map(str, found["missing_keys"])):
+        raise UserError(f"model {path}: missing in its weights: {', '.join(missing)}")
+    return model.to(device).eval()
+
+
 # ---------------------------------------------------------------- the reference
 
 
-def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | None) -> None:
-    """Fill `groups.ref_logps` (n, K) of each set with log π_ref of all groups that the run uses.
+def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | None, per_token: bool = False) -> None:
+    """Fill `groups.ref_logps` of each set, (n, K) or per token, with log π_ref of all groups that the run uses.
 
     π_ref is the model as it is now, unless `reference` names another. It runs once, over training's own
     micro-batches, so that at the first step the log-ratios are exactly 0, and is cached by the content of all it
@@ -186,23 +201,28 @@ def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | N
     place = next(s for s in sets if s).place
     policy = load_policy(reference, place) if reference else model
     for batches in filter(None, sets):
-        path = cache_directory() / f"reference-{_reference_key(policy, batches)}.safetensors"
+        path = cache_directory() / f"reference-{_reference_key(policy, batches, per_token)}.safetensors"
         cached = from_main(read_tensors(path)[0]["ref_logps"] if place.main and path.exists() else None)
-        batches.groups.ref_logps = _reference_pass(policy, batches) if cached is None else cached
+        batches.groups.ref_logps = _reference_pass(policy, batches, per_token) if cached is None else cached
         if cached is None and place.main:
             write_tensors(path, {"ref_logps": batches.groups.ref_logps})
 
 
-def _reference_pass(policy: Policy, batches: Batches) -> Tensor:
-    logps = torch.zeros(len(batches.groups), batches.groups.completions, device=batches.place.device)
+def _reference_pass(policy: Policy, batches: Batches, per_token: bool) -> Tensor:
+    groups = batches.groups
+    shape = groups.tokens.shape if per_token else (len(groups), groups.completions)
+    logps = torch.zeros(shape, device=batches.place.device)
     with inference(policy):
         for step in tqdm(range(1, batches.used_steps + 1), "reference", disable=None if batches.place.main else True):
             for batch in batches(step):
-                logps[batch.rows] = policy.logps(batch)
+                if per_token:
+                    logps[batch.where] = policy(batch)
+                else:
+                    logps[batch.rows] = policy.logps(batch)
     return all_sum(logps).cpu()
 
 
-def _reference_key(policy: Policy, batches: Batches) -> str:
+def _reference_key(policy: Policy, batches: Batches, per_token: bool) -> str:
     """sha256 of everything that the reference's log-probs depend on; each process hashes its own shards."""
     groups, place, digest = batches.groups, batches.place, hashlib.sha256()
     for name, tensor in policy.state_dict().items():
@@ -213,7 +233,7 @@ def _reference_key(policy: Policy, batches: Batches) -> str:
         digest.update(tensor.contiguous().numpy())
     hashes = [None] * place.world
     dist.all_gather_object(hashes, digest.hexdigest())
-    layout = [batches.batch_size, batches.budget, place.device.type, str(place.dtype), torch.__version__]
+    layout = [per_token, batches.batch_size, batches.budget, place.device.type, str(place.dtype), torch.__version__]
     config = {k: v for k, v in policy.lm.config.to_dict().items() if not k.startswith("_")}  # not where it lies
     return hashlib.sha256(json.dumps([hashes, layout, config], default=str).encode()).hexdigest()[:32]
 

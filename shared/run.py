@@ -138,9 +138,13 @@ class Run:
         self._status("running", "")
 
     def _status(self, state: str, reason: str) -> None:
-        temporary = self.out / f".status.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps({"state": state, "step": self.step, "reason": reason}))
-        os.replace(temporary, self.out / "status.json")
+        self.write("status.json", json.dumps({"state": state, "step": self.step, "reason": reason}))
+
+    def write(self, name: str, text: str) -> None:
+        """A file of the output directory, which appears whole or not at all."""
+        temporary = self.out / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.out / name)
 
     def close(self, code: int, reason: str) -> None:
         """Write how the run ended to status.json."""
@@ -219,7 +223,7 @@ class Run:
         path = self.out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        path.write_text("".join(line + "\n" for line in kept))
+        self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def _write_run(self) -> None:
         versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers") if m in sys.modules}
@@ -235,7 +239,7 @@ class Run:
             "versions": {"python": platform.python_version(), **versions},
             "commit": commit,
         }
-        (self.out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+        self.write("run.json", json.dumps(run, indent=2) + "\n")
 
     def add(self, losses: Tensor, metrics: dict[str, Tensor]) -> None:
         """Sum up one micro-batch for the log, without waiting for the device."""

@@ -66,6 +66,8 @@ class Args:
     """of the order of the rows"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward and backward pass; weights and optimizer are float32"""
+    shard_size: int | None = None
+    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
 
     output_dir: str
     """where log, checkpoints and the trained model go"""

@@ -86,6 +86,8 @@ class Args:
     """of the order of the rows"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """of the forward and backward pass; weights and optimizer are float32"""
+    shard_size: int | None = None
+    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
 
     beam_widths: str = "1,2,5,10,20"
     """beams with which held-out prompts are decoded after training"""

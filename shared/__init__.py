@@ -1,5 +1,9 @@
 """The small layer under the algorithms. Here: the ways a run may end, which `run.command` turns into exit codes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """Arguments, data or model are wrong: exit 2, before the first step."""
@@ -13,5 +17,16 @@ class StorageError(Exception):
     """A checkpoint or a result could not be written or read: exit 4."""
 
 
-class Preempted(Exception):
-    """Asked to stop; the state is saved: exit 75."""
+class Preempted(BaseException):
+    """Asked to stop; the state is saved: exit 75. No `Exception`, so that nothing on the way takes it for an error."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A disk that is full, or not there, becomes a StorageError that names the path."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: cannot be written ({error})") from None

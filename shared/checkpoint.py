@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shared import StorageError
+from shared import StorageError, writing
 from shared.distributed import Place, all_sum, from_main
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -26,43 +26,56 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: dict, keep: int, place: Place) -> None:
     """Write `step`, then delete all but the newest `keep`. Raises StorageError; older checkpoints stay as they were."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = out / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_suffix(".tmp")
     if place.main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        with writing(temporary):
+            temporary.mkdir(parents=True)
     dist.barrier()
-    tensors = {}
-    for name, p in model.named_parameters():
+    tensors, writes = {}, place.rank < place.shards  # the others hold copies
+    for name, p in model.named_parameters() if writes else ():
         tensors[name] = _local(p.detach())
         tensors |= {f"{name}|{moment}": _local(optimizer.state[p][moment]) for moment in MOMENTS}
     try:
-        shard = temporary / f"rank-{place.rank:05d}-of-{place.world:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, shard)
-        if place.main:
-            (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-        entries = [None] * place.world
-        dist.all_gather_object(entries, _entries(shard, *[temporary / "state.json"] * place.main))
-        if place.main:
-            (temporary / "manifest.json").write_text(json.dumps({k: v for e in entries for k, v in e.items()}))
-            _sync(temporary / "manifest.json", temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            _sync(final.parent)
-            found = sorted(final.parent.glob("step-??????"))
-            for old in [*found[: found.index(final) + 1][:-keep], *found[found.index(final) + 1 :]]:
-                shutil.rmtree(old)  # those beyond this step are what a resumed run left behind, damaged
-    except (OSError, SafetensorError) as error:
+        with writing(final):
+            files = [temporary / f"rank-{place.rank:05d}-of-{place.shards:05d}.safetensors"] * writes
+            for file in files:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+            if place.main:
+                files.append(temporary / "state.json")
+                files[-1].write_text(json.dumps({"step": step, **state}))
+            entries = [None] * place.world
+            dist.all_gather_object(entries, _entries(*files))
+            if place.main:
+                _finish(temporary, final, {k: v for e in entries for k, v in e.items()}, keep)
+    except StorageError:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"{final}: cannot be written ({error})") from None
+        raise
+
+
+def _finish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
+    """The manifest, the rename, and then the rotation."""
+    (temporary / "manifest.json").write_text(json.dumps(manifest))
+    _sync(temporary / "manifest.json", temporary)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    found = _saved(final.parent)
+    for old in [*found[: found.index(final) + 1][:-keep], *found[found.index(final) + 1 :]]:
+        shutil.rmtree(old)  # those beyond this step are what a resumed run left behind, damaged
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: int(p.name[5:]))
 
 
 def newest(out: Path, place: Place) -> Path | None:
     """The newest checkpoint whose files are all as its manifest says; the damaged ones before it are named."""
-    for path in from_main(sorted((out / "checkpoints").glob("step-??????"), reverse=True)):
+    for path in from_main(_saved(out / "checkpoints")[::-1]):
         problem = _problem(path, place)
         if not all_sum(torch.tensor(float(bool(problem)), device=place.device)):
             return path
@@ -82,7 +95,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer, place: Place) -> di
         steps = torch.tensor(float(state["step"]), device=place.device)
         optimizer.state[p] = {"step": steps, **moments}
         targets = {name: p.detach()} | {f"{name}|{moment}": tensor for moment, tensor in moments.items()}
-        first = place.rank * -(-p.shape[0] // place.world)  # rows are dealt as torch.chunk deals them
+        first = place.rank % place.shards * -(-p.shape[0] // place.shards)  # rows are dealt as torch.chunk deals them
         for key, target in targets.items():
             local = _local(target)
             local.copy_(_rows(files, key, first, first + len(local)))
@@ -129,12 +142,14 @@ def _problem(path: Path, place: Place) -> str | None:
     """What is wrong with a checkpoint; each process reads its share of the files."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        entries = [(path / name, entry["bytes"], entry["sha256"]) for name, entry in sorted(manifest.items())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "no readable manifest.json"
-    for name, entry in sorted(manifest.items())[place.rank :: place.world]:
-        file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            return f"{name} is missing or of another size"
-        if _sha256(file) != entry["sha256"]:
-            return f"{name} has another sha256 than its manifest says"
+    if "state.json" not in manifest or len(entries) < 2:
+        return "manifest.json does not name all files"
+    for file, size, sha256 in entries[place.rank :: place.world]:
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{file.name} is missing or of another size"
+        if _sha256(file) != sha256:
+            return f"{file.name} has another sha256 than its manifest says"
     return None

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared import UserError
+from shared import UserError, writing
 from shared.attention import Spans
-from shared.distributed import Place
+from shared.distributed import Place, from_main
 from shared.rows import Dropped, Example, Text, Turn, files_of, first_line, parse
 
 MARK = "\U000f0000"  # stands in for special-token text while templates and tokenizers work around it
@@ -250,13 +250,16 @@ def load(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_lengt
     """
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token; set one (its `eos_token`) so that completions can end")
+    hashed = from_main(source_hash(source) if int(os.environ.get("RANK", 0)) == 0 else None)
     code = [source_hash(str(Path(__file__).with_name(name))) for name in ("rows.py", "data.py")]
-    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), source_hash(source), code]
+    settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), hashed, code]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = cache_directory() / f"tokens-{key}.safetensors"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        if not path.exists():
-            _write_groups(path, tokenise(source, tokenizer, needs, max_length, max_prompt_length))
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
+        build = tokenise(source, tokenizer, needs, max_length, max_prompt_length)
+        if source_hash(source) != hashed:
+            raise UserError(f"{source}: was changed while it was read; start again")
+        _write_groups(path, build)
     while not path.exists():
         time.sleep(0.1)
     return _read_groups(path, source)
@@ -296,7 +299,7 @@ def _read_groups(path: Path, source: str) -> Groups:
     report = json.loads(metadata["report"])
     if not report["kept"]:
         raise UserError(f"{source}: no usable row; {describe(report)}")
-    report["tokens"] = path.stem.partition("-")[2]  # the hash of content and settings
+    report["sha256"] = path.stem.partition("-")[2]  # the hash of content and settings
     return Groups(report=report, **tensors)
 
 
@@ -305,8 +308,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata)
-    os.replace(temporary, path)
+    with writing(path):
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -319,7 +323,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def describe(report: dict) -> str:
     """One line: rows 64, kept 61, dropped: identical completions 1, ...; duplicates 2."""
-    counts = {name: n for name, n in report.items() if name not in ("rows", "kept", "dropped", "tokens") and n}
+    counts = {name: n for name, n in report.items() if name not in ("rows", "kept", "dropped", "sha256") and n}
     parts = [f"rows {report['rows']}, kept {report['kept']}"]
     if report["dropped"]:
         parts[0] += ", dropped: " + ", ".join(f"{reason} {n}" for reason, n in sorted(report["dropped"].items()))
@@ -327,11 +331,9 @@ def describe(report: dict) -> str:
 
 
 def _tokenizer_hash(tokenizer) -> str:
-    parts = [
-        tokenizer.backend_tokenizer.to_str(),
-        str(tokenizer.chat_template),
-        str(tokenizer.special_tokens_map),
-    ]
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # the slow ones have none
+    model = backend.to_str() if backend else f"{type(tokenizer)} {sorted(tokenizer.get_vocab().items())}"
+    parts = [model, str(tokenizer.chat_template), str(tokenizer.special_tokens_map)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -372,6 +374,7 @@ class Batch:
     global_groups: int  # in the whole step, over all micro-batches and processes
     global_tokens: int  # completion tokens of the whole step
     progress: float  # of training: 0 at the first step, 1 at the last
+    last: bool = True  # of its step's micro-batches
 
 
 class Batches:
@@ -408,8 +411,11 @@ class Batches:
         offsets = self.groups.offsets[rows]
         tokens = int((offsets[:, -1] - offsets[:, 1]).sum())
         progress = (step - 1) / max(1, self.last_step - 1)
-        for bins in balance(self.sizes[rows].tolist(), self.budget, self.place.world):
-            yield self.pack(rows[bins[self.place.rank]], len(rows), tokens, progress)
+        micro_steps = balance(self.sizes[rows].tolist(), self.budget, self.place.world)
+        for bins in micro_steps:
+            batch = self.pack(rows[bins[self.place.rank]], len(rows), tokens, progress)
+            batch.last = bins is micro_steps[-1]
+            yield batch
 
     def __iter__(self) -> Iterator[Batch]:
         """This process's micro-batches of one pass over the groups that the run uses."""

@@ -1,32 +1,51 @@
 """One code path for one process, many under torchrun, and several machines: FSDP2 over a process group."""
 
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from shared import UserError
+
+TIMEOUT = float(os.environ.get("CLEANPO_TIMEOUT", 1800))  # seconds that a process waits for the others
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process computes: its rank of `world`, its device, and the dtype of its forward pass."""
+    """Where this process computes: its rank of `world`, its device, and the dtype of its forward pass.
+
+    The weights are cut over `shards` consecutive processes; the next ones hold a copy.
+    """
 
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
+    shards: int = 1
+    store: dist.Store | None = None  # which all processes read and write
 
     @property
     def main(self) -> bool:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
+    def silent(self) -> str:
+        """After a collective that timed out: the processes that have not noticed, which the others waited for."""
+        self.store.set(f"timed out {self.rank}", "")
+        time.sleep(10)
+        return ", ".join(str(rank) for rank in range(self.world) if not self.store.check([f"timed out {rank}"]))
 
-def setup(dtype: str) -> Place:
-    """Join the process group that torchrun describes, or make a group of one."""
+
+def setup(dtype: str, shard_size: int | None) -> Place:
+    """Join the process group that torchrun describes, or make a group of one. Raises UserError for a bad shard size."""
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -36,11 +55,25 @@ def setup(dtype: str) -> Place:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    return Place(dist.get_rank(), dist.get_world_size(), device, getattr(torch, dtype))
+        _end_with(os.getppid())
+        store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timedelta(seconds=TIMEOUT))
+    if shard_size and world % shard_size:
+        raise UserError(f"--shard-size {shard_size}: must divide the number of processes, {world}")
+    return Place(rank, world, device, getattr(torch, dtype), shard_size or world, store)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when torchrun has died: nothing else would."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> None:
@@ -48,11 +81,13 @@ def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(place.device.type, (place.world,))
+    copies = place.world // place.shards
+    mesh = init_device_mesh(place.device.type, (copies, place.shards), mesh_dim_names=("copies", "shards"))
+    mesh = mesh if copies > 1 else mesh["shards"]
     policy = MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, model):
         # one process has nothing to gather again
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=place.world > 1)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=place.shards > 1)
 
 
 @contextmanager
@@ -76,5 +111,6 @@ def all_sum(tensor: Tensor) -> Tensor:
 def from_main(value):
     """The first process's value, on every process."""
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
     return values[0]

@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shared import UserError
+from shared import UserError, writing
 from shared.attention import NAME, span_attention
 from shared.data import Batch, Batches, Groups, cache_directory, read_tensors, write_tensors
 from shared.distributed import Place, all_sum, from_main, inference, shard
@@ -30,6 +29,8 @@ class Packed(nn.Module):
 
     def states(self, batch: Batch) -> Tensor:
         """→ (T, H), the last hidden states of the packed row."""
+        if torch.is_grad_enabled():  # copies on other machines add up their gradients once per step
+            self.set_requires_all_reduce(batch.last)
         return self.lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, spans=batch.spans, use_cache=False
         ).last_hidden_state[0]
@@ -75,7 +76,7 @@ def load_tokenizer(path: str, reference: str | None = None):
     found = []
     for name in filter(None, (path, reference)):
         try:
-            found += [AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)]
+            found += [auto.from_pretrained(name, trust_remote_code=False) for auto in (AutoTokenizer, AutoConfig)]
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
             raise _unloadable(name, error) from None
     tokenizer, config, *other = found
@@ -117,17 +118,10 @@ def load_model(auto: str, kind: type[Packed], path: str, place: Place, new: str 
     Raises UserError where it cannot be loaded, a tensor is missing or not finite, or the architecture computes
     something that packed rows would not reproduce.
     """
-    import transformers
+    from transformers import AttentionInterface
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.AttentionInterface.register(NAME, span_attention)
-    options |= {"dtype": torch.float32, "attn_implementation": NAME, "output_loading_info": True}
-    try:
-        lm, found = getattr(transformers, auto).from_pretrained(path, **options)
-    except Exception as error:
-        raise _unloadable(path, error) from None
-    if missing := sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])} - {new}):
-        raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(missing)}")
+    AttentionInterface.register(NAME, span_attention)
+    lm = _from_pretrained(auto, path, new, dtype=torch.float32, attn_implementation=NAME, **options)
     for name, tensor in lm.named_parameters():
         if not tensor.isfinite().all():
             raise UserError(f"model {path}: {name} holds values that are not finite")
@@ -137,6 +131,7 @@ def load_model(auto: str, kind: type[Packed], path: str, place: Place, new: str 
     model = kind(lm.train())  # activation checkpointing works in training mode only
     if place.main:
         _check_packing(model, path)
+    model.sha256 = {"model": from_main(_weights_hash(lm) if place.main else None)}
     layers = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
     shard(model, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
     return model
@@ -175,17 +170,23 @@ def mean_reward(model: RewardModel, batches: Batches) -> float:
 
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """A causal language model as transformers has it, to generate with. Raises UserError where it cannot be loaded."""
-    from transformers import AutoModelForCausalLM, logging
+    return _from_pretrained("AutoModelForCausalLM", path, dtype=dtype).to(device).eval()
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+
+def _from_pretrained(auto: str, path: str, new: str = "", **options) -> nn.Module:
+    """A model of transformers, all of whose weights are in the file but perhaps the tensor `new`."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
+    options |= {"trust_remote_code": False, "output_loading_info": True}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    except Exception as error:
+        lm, found = getattr(transformers, auto).from_pretrained(path, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
         raise _unloadable(path, error) from None
-    if missing := sorted(map(str, found["missing_keys"])):
-        raise UserError(f"model {path}: missing in its weights: {', '.join(missing)}")
-    return model.to(device).eval()
+    if missing := sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])} - {new}):
+        raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(missing)}")
+    return lm
 
 
 # ---------------------------------------------------------------- the reference
@@ -200,6 +201,7 @@ def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | N
     """
     place = next(s for s in sets if s).place
     policy = load_policy(reference, place) if reference else model
+    model.sha256["reference"] = policy.sha256["model"]
     for batches in filter(None, sets):
         path = cache_directory() / f"reference-{_reference_key(policy, batches, per_token)}.safetensors"
         cached = from_main(read_tensors(path)[0]["ref_logps"] if place.main and path.exists() else None)
@@ -223,19 +225,24 @@ def _reference_pass(policy: Policy, batches: Batches, per_token: bool) -> Tensor
 
 
 def _reference_key(policy: Policy, batches: Batches, per_token: bool) -> str:
-    """sha256 of everything that the reference's log-probs depend on; each process hashes its own shards."""
+    """sha256 of everything that the reference's log-probs depend on."""
     groups, place, digest = batches.groups, batches.place, hashlib.sha256()
-    for name, tensor in policy.state_dict().items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        digest.update(name.encode())
-        digest.update(local.detach().cpu().contiguous().numpy())
     for tensor in (groups.tokens, groups.offsets, *map(batches.rows, range(1, batches.used_steps + 1))):
         digest.update(tensor.contiguous().numpy())
-    hashes = [None] * place.world
-    dist.all_gather_object(hashes, digest.hexdigest())
-    layout = [per_token, batches.batch_size, batches.budget, place.device.type, str(place.dtype), torch.__version__]
-    config = {k: v for k, v in policy.lm.config.to_dict().items() if not k.startswith("_")}  # not where it lies
-    return hashlib.sha256(json.dumps([hashes, layout, config], default=str).encode()).hexdigest()[:32]
+    layout = [per_token, batches.batch_size, batches.budget, place.world, place.device.type, str(place.dtype)]
+    key = [policy.sha256["model"], digest.hexdigest(), layout, torch.__version__]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+
+
+def _weights_hash(lm: nn.Module) -> str:
+    """sha256 of a model's weights and configuration."""
+    digest = hashlib.sha256()
+    for name, tensor in lm.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy())
+    config = {k: v for k, v in lm.config.to_dict().items() if not k.startswith("_")}  # not where it lies
+    digest.update(json.dumps(config, default=str).encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- the result
@@ -255,9 +262,10 @@ def export(model: Policy, tokenizer, run) -> None:
     if not place.main:
         return
     temporary = run.out / ".export"
-    model.lm.save_pretrained(temporary, state_dict=state)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(run.card())
-    for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-        os.replace(file, run.out / file.name)
-    temporary.rmdir()
+    with writing(run.out):
+        model.lm.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(run.card())
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(file, run.out / file.name)
+        temporary.rmdir()

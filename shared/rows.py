@@ -7,8 +7,8 @@ parse()   row → Example               the forms are told apart by their column
 import gzip
 import io
 import json
-import math
 import os
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shared import UserError
 
+LARGEST = 3.4e38  # float32
 ENDINGS = (".jsonl", ".json", ".parquet")
 SPLITTER = "\n\nAssistant:"  # the prompt of an HH transcript ends with its last one
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
@@ -69,6 +70,8 @@ def files_of(source: str) -> list:
         (source, None) if os.path.exists(source) else (source.rpartition(":")[::2] if ":" in source else (source, None))
     )
     where = Path(path)
+    if where.is_file() and split:
+        raise UserError(f"{source}: a file has no splits")
     if where.is_file():
         return [where]
     if where.is_dir() and not any((where / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
@@ -84,14 +87,11 @@ def _ending(path: Path) -> str | None:
 
 
 def _dataset(path: str, split: str | None):
-    import datasets
-
     try:
-        found = (
-            datasets.load_from_disk(path)
-            if os.path.isdir(path)
-            else datasets.load_dataset(path, split=split or "train")
-        )
+        import datasets
+
+        saved = os.path.isdir(path)
+        found = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=split or "train")
     except Exception as error:  # the hub's errors share no base class
         raise UserError(
             f"{path}: neither a file, a directory nor a data set on the hub ({first_line(error)})"
@@ -115,7 +115,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
                 if not isinstance(row, dict):
                     raise UserError(f"{where}: a row must be an object with named columns, not {type(row).__name__}")
                 yield where, row
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
@@ -138,7 +138,7 @@ def _json(path: Path, file) -> Iterator[tuple[int, dict]]:
     if first == b"[":
         try:
             rows = json.loads(file.read())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({first_line(error)})") from None
         yield from enumerate(rows, 1)
         return
@@ -149,7 +149,7 @@ def _json(path: Path, file) -> Iterator[tuple[int, dict]]:
             row = json.loads(line)
         except UnicodeDecodeError as error:
             raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: not valid JSON ({first_line(error)})") from None
         yield number, row
 
@@ -321,6 +321,9 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
             example.ended = _booleans(row if "completions" in form else {}, "finished", len(completions))
             _add_scores(example, row)
             _add_samples(example, row)
+            json.dumps([prompt, completions, example.samples], ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: a text holds half a character (a lone surrogate); remove it") from None
         except ValueError as error:
             raise UserError(f"{where}: {error} (form {' + '.join(form)})") from None
         except Dropped as reason:
@@ -344,8 +347,8 @@ def _add_scores(example: Example, row: dict) -> None:
         raise ValueError(
             f"field 'scores' must hold {len(example.completions)} numbers, or as many lists of equal length"
         )
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-        raise ValueError("field 'scores' must hold finite numbers")
+    if not all(isinstance(value, int | float) and abs(value) < LARGEST for value in numbers):
+        raise ValueError("field 'scores' must hold finite numbers of float32")
     example.scores = scores
 
 

@@ -1,5 +1,6 @@
 """What surrounds every training loop: command line, output directory, log, evaluation, status and exit codes."""
 
+import argparse
 import dataclasses
 import fcntl
 import json
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from shared import NonFinite, Preempted, StorageError, UserError, checkpoint
+from shared import NonFinite, Preempted, StorageError, UserError, checkpoint, writing
 from shared.data import Batch, Batches, Groups, Needs, describe, load
-from shared.distributed import all_sum, inference, setup
+from shared.distributed import all_sum, from_main, inference, setup
 
 EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75}
 # what may differ between a run and its resumption; all else would change the result
-FREE = {"output_dir", "resume", "micro_batch_tokens", "log_every", "eval_every", "save_every", "keep", "track"}
+FREE = "output_dir resume micro_batch_tokens shard_size log_every eval_every save_every keep track".split()
 
 # ---------------------------------------------------------------- command line
 
@@ -38,6 +39,8 @@ def command(main: Callable, arguments: type) -> None:
     code, reason = 0, ""
     try:
         args = parse(arguments, sys.modules[main.__module__].__doc__ or "")
+        if not hasattr(args, "output_dir"):  # a run checks its own, so that its status.json tells of them
+            check_arguments(args)
         main(args)
     except (UserError, NonFinite, StorageError, OSError, Preempted) as error:
         code, reason = next(c for kind, c in EXIT.items() if isinstance(error, kind)), str(error)
@@ -46,6 +49,8 @@ def command(main: Callable, arguments: type) -> None:
     except Exception as error:
         code, reason = 1, f"{type(error).__name__}: {error}"
         traceback.print_exc()
+        if Run.current is not None and "timed out" in reason.lower():
+            reason += f"; waited for rank {Run.current.place.silent()}"
     if Run.current is not None:
         Run.current.close(code, reason)
     sys.stdout.flush()
@@ -56,29 +61,42 @@ def command(main: Callable, arguments: type) -> None:
 
 
 def parse(arguments: type, doc: str):
-    """The dataclass from the command line; `--config run.json` gives defaults that flags override."""
-    argv, default = sys.argv[1:], {}
-    if "--config" in argv:
-        at = argv.index("--config")
-        path = argv[at + 1] if at + 1 < len(argv) else ""
+    """The dataclass from the command line; what `--config run.json` holds comes first, so that flags override it."""
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    file, argv = files.parse_known_args()
+    if file.config is not None:
         try:
-            values = json.loads(Path(path).read_text())
-            default = {"default": arguments(**values.get("args", values))}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--config {path}: not a run.json of this algorithm ({error})") from None
-        argv = argv[:at] + argv[at + 2 :]
-    args = tyro.cli(arguments, args=argv, description=doc.partition("\n")[0], **default)
-    check_arguments(args)
-    return args
+            values = json.loads(Path(file.config).read_text(encoding="utf-8"))
+            values = values.get("args", values)
+            if unknown := values.keys() - {field.name for field in dataclasses.fields(arguments)}:
+                raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+            argv = [*_words(values), *argv]
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"--config {file.config}: not a run.json of this algorithm ({error})") from None
+    return tyro.cli(arguments, args=argv, description=doc.partition("\n")[0])
+
+
+def _words(values: dict) -> list[str]:
+    """Arguments as a command line writes them."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 POSITIVE = (
-    "beta tau lam beta_r epsilon batch_size micro_batch_tokens epochs max_steps max_length max_prompt_length "
-    "max_grad_norm log_every keep num_completions reference_samples temperature top_p repetition_penalty "
-    "max_new_tokens batch_tokens max_rows num_prompts num_samples steps"
+    "beta tau lam beta_r epsilon batch_size micro_batch_tokens shard_size epochs max_steps max_length "
+    "max_prompt_length max_grad_norm log_every keep num_completions reference_samples temperature top_p "
+    "repetition_penalty max_new_tokens batch_tokens max_rows num_prompts num_samples steps"
 )
 AT_LEAST_0 = (
-    "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k"
+    "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k "
+    "proxy_beta"
 )
 
 
@@ -94,6 +112,8 @@ def check_arguments(args) -> None:
             )
         if name in ("label_smoothing", "epsilon") and value > 0.5:
             raise UserError(f"{flag}: must be at most 0.5, where a label says nothing")
+        if name == "seed" and value >= 2**32:
+            raise UserError(f"{flag}: must be below 2^32")
 
 
 def learning_rate(step: int, last_step: int, args) -> float:
@@ -114,28 +134,39 @@ class Run:
     current: "Run | None" = None
 
     def __init__(self, args):
-        self.args, self.place, self.out = args, setup(args.dtype), Path(args.output_dir)
+        self.args, self.place, self.out = args, setup(args.dtype, args.shard_size), Path(args.output_dir)
         self.algorithm, self.step, self.signalled, self.stopping = Path(sys.argv[0]).stem, 0, False, False
+        self.train: Batches | None = None
         self.sums: dict[str, list[Tensor]] = {}  # of this step and process, on the device
         self.counts: Counter[str] = Counter()
         self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
         self.bar = self.events = None
-        if self.place.main:
-            self._claim()
+        problem = from_main(self._claim() if self.place.main else None)
+        if problem:
+            raise UserError(f"--output-dir {self.out}: {problem}")
         Run.current = self
+        signal.signal(signal.SIGTERM, self._asked)
+        check_arguments(args)
 
-    def _claim(self) -> None:
+    def _claim(self) -> str | None:
+        """Lock the output directory; what is wrong with it."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / ".lock", "w")
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--output-dir {self.out}: another run is writing there") from None
+            return "another run is writing there"
         except OSError as error:
-            raise UserError(f"--output-dir {self.out}: cannot be written ({error.strerror})") from None
+            return f"cannot be written ({error.strerror})"
         if not self.args.resume and any((self.out / f).exists() for f in ("metrics.jsonl", "model.safetensors")):
-            raise UserError(f"--output-dir {self.out}: holds another run; give --resume or another directory")
+            return "holds another run; give --resume or another directory"
         self._status("running", "")
+
+    def _asked(self, *_) -> None:
+        """SIGTERM: before the first step there is nothing to save; after it, `check` and `evaluate` agree on it."""
+        self.signalled = True
+        if self.train is None:
+            raise Preempted("asked to stop before the first step; start again")
 
     def _status(self, state: str, reason: str) -> None:
         self.write("status.json", json.dumps({"state": state, "step": self.step, "reason": reason}))
@@ -143,16 +174,22 @@ class Run:
     def write(self, name: str, text: str) -> None:
         """A file of the output directory, which appears whole or not at all."""
         temporary = self.out / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.out / name)
+        with writing(self.out / name):
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.out / name)
 
     def close(self, code: int, reason: str) -> None:
         """Write how the run ended to status.json."""
         if self.bar is not None:
             self.bar.close()
         names = {0: "done", 2: "refused", 3: "not finite", 4: "storage", 75: "preempted"}
-        if self.place.main or code not in (0, 75):
-            self._status(names.get(code, "failed"), reason)
+        try:
+            state = json.loads((self.out / "status.json").read_text(encoding="utf-8"))["state"]
+            # the first process to end says why; the others may end for no other reason than that
+            if state == "running" and (code or self.place.main):
+                self._status(names.get(code, "failed"), reason)
+        except (StorageError, OSError, ValueError) as error:
+            print(f"{self.out}/status.json: cannot be written ({error})", file=sys.stderr)
 
     # -------- data
 
@@ -182,7 +219,9 @@ class Run:
             seed = seed if args.shuffle else None
             found.append(Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place))
         self.say(example(found[0].groups, tokenizer))
-        self.last_step = found[0].last_step = args.max_steps or math.ceil(round(args.epochs * found[0].per_epoch, 6))
+        self.last_step = found[0].last_step = args.max_steps or max(
+            1, math.ceil(round(args.epochs * found[0].per_epoch, 6))
+        )
         return found[0], found[1]
 
     def say(self, text: str) -> None:
@@ -195,9 +234,8 @@ class Run:
     def steps(self, model: nn.Module, optimizer: Optimizer, train: Batches) -> Iterator[int]:
         """The steps still to do: 1 to S, or those after the newest checkpoint with --resume."""
         self.train, self.optimizer = train, optimizer
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))  # `check` agrees on it
         if self.args.resume and (path := checkpoint.newest(self.out, self.place)):
-            self._restore(checkpoint.load(path, model, optimizer, self.place), path)
+            self._restore(checkpoint.load(path, model, optimizer, self.place), model, path)
         if self.place.main:
             self._keep_lines()
             self._write_run()
@@ -207,12 +245,16 @@ class Run:
         self.clock, self.tokens = time.perf_counter(), 0
         yield from range(self.step + 1, self.last_step + 1)
 
-    def _restore(self, state: dict, path: Path) -> None:
-        saved, now = state["args"], dataclasses.asdict(self.args)
+    def _restore(self, state: dict, model: nn.Module, path: Path) -> None:
+        now = {"algorithm": self.algorithm, **dataclasses.asdict(self.args)}
+        saved = {"algorithm": state["algorithm"], **state["args"]}
         same = self.args.lr_schedule == "constant" and now.get("gamma_start") == now.get("gamma_end")
-        free = FREE | ({"epochs", "max_steps"} if same else set())  # else the course depends on the last step
+        free = FREE + (["epochs", "max_steps"] if same else [])  # else the course depends on the last step
         changed = [f"{k} {saved.get(k)!r} → {now[k]!r}" for k in now if k not in free and saved.get(k) != now[k]]
-        changed += [f"the {name} rows" for name, data in self.report.items() if state["data"][name] != data["tokens"]]
+        changed += [
+            f"the {name} rows" for name, data in self.report.items() if state["data"].get(name) != data["sha256"]
+        ]
+        changed += [f"the {name}'s weights" for name, sha in model.sha256.items() if state["weights"].get(name) != sha]
         if changed:
             raise UserError(f"--resume: {path} was written by another run: {', '.join(changed)}")
         self.step, self.totals = state["step"], state["totals"]
@@ -248,29 +290,38 @@ class Run:
             self.counts[name] += values.numel()
 
     def _reduce(self) -> dict[str, tuple[float, float]]:
-        """Sum and count of each metric over the processes, in one exchange."""
+        """Sum and count of each metric over the processes, in one exchange, with whether one was asked to stop."""
+        self.sums["stop"] = [torch.tensor(self.signalled, dtype=torch.double, device=self.place.device)]
         names, (sums, counts) = list(self.sums), (self.sums, self.counts)
         self.sums, self.counts = {}, Counter()
         local = torch.stack([torch.stack(sums[name]).sum() for name in names])
         both = torch.stack([local, local.new_tensor([counts[name] for name in names])])
-        return dict(zip(names, zip(*all_sum(both).tolist(), strict=True), strict=True))
+        totals = dict(zip(names, zip(*all_sum(both).tolist(), strict=True), strict=True))
+        self.stopping = totals.pop("stop")[0] > 0
+        return totals
 
     def check(self, step: int, grad_norm: Tensor) -> None:
         """Sum the step's metrics over the processes; a value that is not finite ends the run before the update."""
-        self.sums["stop"] = [torch.tensor(self.signalled, dtype=torch.double, device=self.place.device)]
-        totals = self._reduce()
-        self.stopping = totals.pop("stop")[0] > 0
+        losses, totals = self.sums["loss"], self._reduce()
         self.grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
         loss = totals["loss"][0] / totals["loss"][1]
         if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            rows = self.train.groups.rows[self.train.rows(step)].tolist()
-            problem = f"step {step}: loss {loss}, gradient norm {self.grad_norm}; rows {rows}"
+            problem = f"step {step}: loss {loss}, gradient norm {self.grad_norm}; {self._blame(step, losses)}"
             raise NonFinite(f"{problem}; the weights were not updated")
         for name, (total, count) in totals.items():
             before = self.totals.get(name, (0.0, 0.0))
             self.totals[name] = [before[0] + total, before[1] + count]
         self.tokens += int(self.train.sizes[self.train.rows(step)].sum())
         self.step = step
+
+    def _blame(self, step: int, losses: list[Tensor]) -> str:
+        """Which processes had which rows in micro-batches whose loss is not finite; else all rows of the step."""
+        batches, groups = self.train(step), self.train.groups
+        bad = [batch.rows.cpu() for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
+        found = [None] * self.place.world
+        dist.all_gather_object(found, [row for rows in bad for row in groups.rows[rows].tolist()])
+        named = [f"rank {rank}, rows {rows}" for rank, rows in enumerate(found) if rows]
+        return "; ".join(named) or f"all ranks, rows {groups.rows[self.train.rows(step)].tolist()}"
 
     def log(self, step: int) -> None:
         """Every `log_every` steps one line: the means over all groups since the last one, the rest as of this step."""
@@ -318,8 +369,9 @@ class Run:
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Every `save_every` steps, and when asked to stop, a checkpoint of everything that the next step needs."""
         if self.stopping or self.due(self.args.save_every, step):
-            data = {name: report["tokens"] for name, report in self.report.items()}
-            state = {"args": dataclasses.asdict(self.args), "data": data, "totals": self.totals}
+            data = {name: report["sha256"] for name, report in self.report.items()}
+            args, weights = dataclasses.asdict(self.args), model.sha256
+            state = {"algorithm": self.algorithm, "args": args, "data": data, "weights": weights, "totals": self.totals}
             checkpoint.save(self.out, step, model, optimizer, state, self.args.keep, self.place)
         if self.stopping:
             raise Preempted(f"asked to stop; saved at step {step}, continue with --resume")
@@ -333,8 +385,9 @@ class Run:
 
     def _write(self, line: dict) -> None:
         if self.place.main:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            with writing(self.out / "metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as file:
+                finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+                file.write(json.dumps(finite) + "\n")
             for name in line.keys() - {"step"} if self.events else ():
                 self.events.add_scalar(name, line[name], line["step"])
 

@@ -205,7 +205,7 @@ def test_rows_are_dropped_for_counted_reasons(tmp_path: Path, plain) -> None:  #
     ]
     groups = load(write(tmp_path / "rows.jsonl", rows), plain, RANKING, 100, None)
     assert groups.report == {
-        "tokens": groups.report["tokens"],
+        "sha256": groups.report["sha256"],
         "rows": 8,
         "kept": 4,
         "dropped": {"empty completion": 2, "identical completions": 1, "prompt too long": 1},

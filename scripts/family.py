@@ -1,17 +1,17 @@
 """Every algorithm on the embedded world, from the same model and rows, in one table.
 
-Reads what `scripts/quickstart.py` left in a directory: `sft/`, `pairs.jsonl`, `held_out_pairs.jsonl` and `world/`.
-Trains a reward model and an ensemble of three on random halves of its pairs, adds scores and samples of the SFT model
-to the rows, trains all algorithms on them, compares the policies on held-out prompts, and writes all of it into
-`family/` there: `family.json` and `family.md` with the table, `results.json` of scripts/evaluate.py, every model.
+Makes the world, an SFT model, a reward model and an ensemble of three on random halves of its rows, pairs of the SFT
+model's own completions with their scores and with samples of it, trains all algorithms on them, and compares the
+policies on held-out prompts. Each stage is a command of its own, shown as it starts, that also works by hand.
+`family.md` and `family.json` hold the tables, `results.json` what scripts/evaluate.py writes.
 
-A reward model needs many more pairs than a policy, which has learnt before to look a fact up in the post: to the
-policies' pairs come 20,000 of made-up summaries with more or fewer wrong facts, whose preferences are drawn alike.
+The reward models learn from rankings of four made-up summaries, drawn from the oracle by Plackett-Luce: their task,
+to look every fact up in the post, needs many more of them than a policy that can do it already.
 
 The best that any reward model can do on pairs that Bradley-Terry drew is stated beside its accuracy: the mean over
 held-out pairs of max(σ(Δr), σ(-Δr)), Δr from the oracle.
 
-    python scripts/family.py --run-dir runs/quickstart
+    python scripts/family.py
 """
 
 import json
@@ -19,7 +19,6 @@ import os
 import random
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,10 +33,9 @@ import torch
 from shared import UserError
 from shared.run import command
 
-INPUTS = ("sft/config.json", "pairs.jsonl", "held_out_pairs.jsonl", "world/prompts.jsonl", "world/held_out.jsonl")
 RECORD = "family.json"  # the commands that were run and the numbers; it also marks the directory as this program's own
 MODELS = 3  # of the ensemble
-MADE_UP = 20_000  # more pairs for the reward models
+RANKED = 40_000  # rows of the reward model
 # policy → algorithm, rows, options. The oracle's rewards are in nats of preference, so that the optimum of DPO and of
 # the distillation losses is π_ref exp(r/β); exo gets the same one with β_π β_r = β. IPO's gap is that of a reward gap
 # of 1 (τ = β/2), and ε about the share of pairs that the noise turned around.
@@ -57,89 +55,86 @@ POLICIES = {
 class Args:
     """Every algorithm on the embedded world, in one table."""
 
-    run_dir: Path = Path("runs/quickstart")
-    """directory that `quickstart.py` has written"""
+    output_dir: Path = quickstart.ROOT / "runs" / "family"
+    """where everything is written; what an earlier run of this program left there is removed"""
     steps: int = 60
-    """optimizer steps of every policy, of 64 rows each; the reward model takes 5 times, those of the ensemble 3 times
-    as many"""
+    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times, the reward model 10 times, those of the
+    ensemble 5 times as many"""
     num_prompts: int = 256
     """held-out prompts, with 4 completions of every policy"""
     max_rows: int | None = None
-    """take no more pairs and prompts, to try the program out"""
+    """take no more rows and prompts, to try the program out"""
     seed: int = 0
-    """of the halves, the order of the rows, the draws and the bootstrap"""
+    """of the world, the halves, the order of the rows, the draws and the bootstrap"""
 
 
-def train(algorithm: str, rows: str, steps: int, rate: float, seed: int, name: str, options: str) -> str:
+def train(algorithm: str, model: str, rows: str, steps: int, rate: float, seed: int, name: str, options: str) -> str:
     """The command line of one training, whose result is {out}/`name`."""
-    fixed = f"--max-steps {steps} --learning-rate {rate} --warmup-steps {steps // 6} --save-every 0 --seed {seed}"
+    fixed = f"--max-steps {steps} --learning-rate {rate} --warmup-steps {steps // 12} --save-every 0 --seed {seed}"
     return (
-        f"algos/{algorithm}.py --model {{run}}/sft --train-data {{out}}/{rows}.jsonl --output-dir {{out}}/{name} "
+        f"algos/{algorithm}.py --model {{out}}/{model} --train-data {{out}}/{rows}.jsonl --output-dir {{out}}/{name} "
         f"{fixed} {options}"
     )
 
 
 def stages(args: Args) -> list[str]:
-    """The command lines, in order, with {run} and {out} for the directories."""
-    most = f" --max-rows {args.max_rows}" if args.max_rows else ""
-    eval_data = "--eval-data {run}/held_out_pairs.jsonl"
-    lines = [train("rm", "rm_pairs", 5 * args.steps, 2e-3, args.seed, "rm", eval_data)]
-    lines += [
-        train("rm", f"half_{i}", 3 * args.steps, 2e-3, args.seed + i, f"rm_{i}", eval_data) for i in range(MODELS)
-    ]
+    """The command lines, in order, with {out} for the directory."""
+    seed, most, four = args.seed, args.max_rows or 4096, min(args.max_rows or 2048, 2048)
+    draw = f"scripts/sample.py --model {{out}}/sft --max-new-tokens 40 --seed {seed}"
+    eval_data, rate = "--eval-data {out}/held_out_pairs.jsonl", 1e-3
     ensemble = " ".join(f"{{out}}/rm_{i}" for i in range(MODELS))
-    draw = f"scripts/sample.py --model {{run}}/sft --max-new-tokens 40 --seed {args.seed}"
-    four = f"--num-completions 4 --max-rows {args.max_rows or 2048}"
-    lines += [
-        "scripts/score.py --rows {run}/held_out_pairs.jsonl --output {out}/held_out.jsonl --reward-models {out}/rm "
-        + ensemble,
+    lines = [
+        f"scripts/notices.py world --output-dir {{out}}/world --sft-rows {args.max_rows or 64_000} --seed {seed}",
+        train("sft", "world/base", "world/sft", 16 * args.steps, 2e-3, seed, "sft", "--log-every 50"),
+        f"{draw} --num-completions 2 --rows {{out}}/world/prompts.jsonl --max-rows {most} --output {{out}}/two.jsonl",
+        f"scripts/notices.py prefer --rows {{out}}/two.jsonl --output {{out}}/pairs.jsonl --seed {seed}",
+        f"{draw} --num-completions 2 --rows {{out}}/world/held_out.jsonl --output {{out}}/held_out_two.jsonl",
+        "scripts/notices.py prefer --rows {out}/held_out_two.jsonl --output {out}/held_out_pairs.jsonl",
+        train("rm", "sft", "ranked", 10 * args.steps, rate, seed, "rm", eval_data),
+        *(train("rm", "sft", f"half_{i}", 5 * args.steps, rate, seed + i, f"rm_{i}", eval_data) for i in range(MODELS)),
+        "scripts/score.py --rows {out}/held_out_pairs.jsonl --output {out}/held_out_scored.jsonl "
+        f"--reward-models {{out}}/rm {ensemble}",
         "scripts/score.py --rows {out}/pairs.jsonl --output {out}/scored.jsonl --reward-models {out}/rm",
         f"scripts/score.py --rows {{out}}/pairs.jsonl --output {{out}}/ensemble.jsonl --reward-models {ensemble}",
-        f"{draw} --rows {{out}}/pairs.jsonl --output {{out}}/reference.jsonl --reference-samples 1{most}",
-        f"{draw} --rows {{run}}/world/prompts.jsonl --output {{out}}/four.jsonl {four}",
+        f"{draw} --reference-samples 1 --rows {{out}}/pairs.jsonl --output {{out}}/reference.jsonl",
+        f"{draw} --num-completions 4 --rows {{out}}/world/prompts.jsonl --max-rows {four} --output {{out}}/four.jsonl",
         "scripts/score.py --rows {out}/four.jsonl --output {out}/four_scored.jsonl --reward-models {out}/rm",
     ]
-    lines += [
-        train(algorithm, rows, args.steps, 1e-4, args.seed, name, options)
-        for name, (algorithm, rows, options) in POLICIES.items()
-    ]
-    named = " ".join(["sft={run}/sft", *(f"{name}={{out}}/{name}" for name in POLICIES)])
+    for name, (algorithm, rows, options) in POLICIES.items():
+        lines.append(train(algorithm, "sft", rows, args.steps, 1e-4, seed, name, options))
+    named = " ".join(f"{name}={{out}}/{name}" for name in ("sft", *POLICIES))
     return [
         *lines,
-        f"scripts/evaluate.py --policies {named} --rows {{run}}/world/held_out.jsonl --output {{out}}/results.json "
-        f"--max-new-tokens 40 --num-prompts {args.num_prompts} --seed {args.seed}",
+        f"scripts/evaluate.py --policies {named} --rows {{out}}/world/held_out.jsonl --output {{out}}/results.json "
+        f"--max-new-tokens 40 --num-prompts {args.num_prompts} --seed {seed}",
     ]
 
 
-def prepare(run: Path, out: Path, args: Args) -> None:
-    """An empty directory with the pairs, more for the reward models, and random halves of those for the ensemble.
+def prepare(out: Path, args: Args) -> None:
+    """An empty directory with the rankings that the reward models learn from, and random halves for the ensemble.
 
-    Raises UserError where the quickstart's files are missing, or another program's are in the way.
+    Raises UserError where files that are not this program's are in the way.
     """
-    for name in INPUTS:
-        if not (run / name).exists():
-            raise UserError(f"--run-dir {run}: {name} is missing; run scripts/quickstart.py first")
-    if out.exists() and not (out / RECORD).exists():
-        raise UserError(f"{out}: is there, but not from this program; move it away")
+    if out.exists() and any(out.iterdir()) and not (out / RECORD).exists():
+        raise UserError(f"--output-dir {out}: holds something that is not from this program; give another one")
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
+    out.mkdir(parents=True)
     record(out, {})
-    lines = (run / "pairs.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[: args.max_rows]
     rng = random.Random(f"family {args.seed}")  # other posts than those of `notices.py world`
-    more = [json.dumps(row) + "\n" for row in made_up(min(MADE_UP, args.max_rows or sys.maxsize), rng)]
-    files = {"pairs": lines, "rm_pairs": lines + more}
-    files |= {f"half_{i}": rng.sample(lines + more, (len(lines) + len(more)) // 2) for i in range(MODELS)}
+    lines = [json.dumps(row) + "\n" for row in ranked(min(RANKED, args.max_rows or RANKED), rng)]
+    files = {"ranked": lines} | {f"half_{i}": rng.sample(lines, len(lines) // 2) for i in range(MODELS)}
     for name, some in files.items():
         (out / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
 
 
-def made_up(n: int, rng: random.Random) -> Iterator[dict]:
-    """Pairs of summaries of n new posts that differ in their facts, and which of them the oracle preferred."""
+def ranked(n: int, rng: random.Random) -> Iterator[dict]:
+    """n posts with four different summaries each, in an order that the oracle's preferences draw."""
     for prompt, kind in islice(notices.unique_notices(rng), n):
-        superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
-        completions = [notices.make_summary(prompt, kind, rng, rng.choice((0.0, 0.5)), superfluous) for _ in range(2)]
-        if completions[0] != completions[1]:
-            yield notices.prefer_row({"prompt": prompt, "completions": completions}, rng)
+        summaries: dict[str, None] = {}
+        while len(summaries) < 4:
+            superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
+            summaries[notices.make_summary(prompt, kind, rng, rng.choice((0.0, 0.2, 0.5)), superfluous)] = None
+        yield notices.prefer_row({"prompt": prompt, "completions": list(summaries)}, rng)
 
 
 def record(out: Path, contents: dict) -> None:
@@ -177,16 +172,14 @@ def markdown(models: dict, policies: dict) -> str:
 
 def main(args: Args) -> None:
     """All stages, then the tables."""
-    started, run, commands = time.perf_counter(), args.run_dir.resolve(), []
-    out = run / "family"
-    prepare(run, out, args)
-    inside = run.relative_to(quickstart.ROOT) if run.is_relative_to(quickstart.ROOT) else run
-    words = {"run": shlex.quote(str(inside)), "out": shlex.quote(str(inside / "family"))}
+    started, out, commands = time.perf_counter(), args.output_dir.resolve(), []
+    prepare(out, args)
+    shown_out = shlex.quote(str(out.relative_to(quickstart.ROOT) if out.is_relative_to(quickstart.ROOT) else out))
     for line in stages(args):
-        commands.append(quickstart.run(line.format(**words)))
+        commands.append(quickstart.run(line.format(out=shown_out)))
         record(out, {"commands": commands})
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (out / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (out / "held_out_scored.jsonl").read_text(encoding="utf-8").splitlines()]
     models = reward_models(rows, args.seed)
     policies = {
         name: {key: policy[key] for key in ("reward", "kl", "length", "win_rate")}

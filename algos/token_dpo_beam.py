@@ -186,8 +186,8 @@ def beam_searches(
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     running, finished, cache = [[(0, [], 0.0)] for _ in prompts], [[] for _ in prompts], None
     while True:
-        positions = (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]
-        out = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        places = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]}
+        out = model(ids, **places, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = out.logits[:, -1].float(), out.past_key_values
         if logits.isnan().any():
             raise NonFinite("beam search: the model's logits are not numbers")

@@ -188,6 +188,11 @@ def table(results: dict) -> str:
     for name, policy in results["policies"].items():
         cells = [(policy[key], form) for key, form in columns.items()]
         lines.append([name, *(f"{c['mean']:{f}} [{c['interval'][0]:{f}}, {c['interval'][1]:{f}}]" for c, f in cells)])
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Cells in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(row).rstrip() for row in rows)

@@ -11,6 +11,10 @@ without the interruption; under torchrun every process draws for its share of th
 The defaults sample from the policy's own distribution: whatever the model directory's generation_config says
 about temperature, top-k and the like is not used.
 
+With `--proxy`, a small tuned model and what it was tuned from steer the policy, which may be much larger, at every
+token: π(a|s) ∝ π_model(a|s) (π_proxy(a|s) / π_proxy-reference(a|s))^β, Eq 14 of arXiv 2404.12358. Temperature, top-k
+and top-p apply to that; the repetition penalty to the policy's own logits, before.
+
     python scripts/sample.py --model runs/sft --rows runs/world/prompts.jsonl --output runs/samples.jsonl \\
         --num-completions 2 --max-new-tokens 64
 """
@@ -19,15 +23,19 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import streaming
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
+from algos.token_dpo_beam import proxy_logps
 from shared import UserError
 from shared.data import Encoder
 from shared.rows import Text, Turn
@@ -80,6 +88,12 @@ class Args(Sampling):
     """completions per prompt, as `reference_samples` beside what the rows hold"""
     max_rows: int | None = None
     """take the first rows only"""
+    proxy: str | None = None
+    """directory or hub id of a tuned model that steers the policy"""
+    proxy_reference: str | None = None
+    """directory or hub id of what the proxy was tuned from"""
+    beta: float | None = None
+    """how far the proxy steers, the exponent β; 0 is the policy itself"""
 
 
 def make_batches(lengths: list[int], batch_size: int, batch_tokens: int) -> Iterator[list[int]]:
@@ -94,22 +108,51 @@ def make_batches(lengths: list[int], batch_size: int, batch_tokens: int) -> Iter
     yield batch
 
 
-def generate(model, prompts: list[list[int]], config) -> list[list[int]]:
-    """New token ids of each prompt, up to and including the first EOS, by the `GenerationConfig` alone."""
+class Steering:
+    """What `generate` draws from in place of the policy's own distribution: Eq 14 of arXiv 2404.12358.
+
+    pair: the proxy and its reference; mask (B, T): 1 for the prompts' tokens, 0 for the padding on their left.
+    """
+
+    def __init__(self, pair: list, beta: float, mask: Tensor):
+        self.pair, self.beta, self.mask, self.seen, self.caches = pair, beta, mask, 0, [None, None]
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """All tokens so far (B, T), the policy's logits of the next one (B, V) → log π (B, V)."""
+        new, self.seen = slice(self.seen, None), input_ids.shape[1]
+        mask = F.pad(self.mask, (0, self.seen - self.mask.shape[1]), value=1)
+        places = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, new]}
+        found = [logits]
+        for i, model in enumerate(self.pair):
+            past = {"past_key_values": self.caches[i], "use_cache": True}
+            out = model(input_ids[:, new], **places, **past, logits_to_keep=1)
+            self.caches[i] = out.past_key_values
+            found.append(out.logits[:, -1].float())
+        shared = min(x.shape[1] for x in found)  # models of one family pad their embeddings to different sizes
+        logps = proxy_logps(*(x[:, :shared].log_softmax(-1) for x in found), self.beta)
+        return F.pad(logps, (0, logits.shape[1] - shared), value=-torch.inf)
+
+
+def generate(model, prompts: list[list[int]], config, steer: Callable | None = None) -> list[list[int]]:
+    """New token ids of each prompt, up to and including the first EOS, by the `GenerationConfig` alone.
+
+    steer: makes a `Steering` of the mask.
+    """
     from transformers import GenerationConfig
 
     width = max(map(len, prompts))
     # The mask hides the padding from the model, but not from the repetition penalty: a token that the prompt
     # holds anyway changes nothing there.
     input_ids = [[ids[0]] * (width - len(ids)) + ids for ids in prompts]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
     # `generate` fills what a given config leaves open from the model's own, so that one steps aside.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output = model.generate(
             torch.tensor(input_ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            attention_mask=mask,
             generation_config=config,
+            logits_processor=[steer(mask)] if steer else None,
         )
     finally:
         model.generation_config = own
@@ -136,6 +179,7 @@ def draw(
     how: Sampling,
     window: int = 0,
     progress: str | None = None,
+    steer: Callable | None = None,
 ) -> Iterator[list[list[int]]]:
     """Yields `count` completions of each prompt, token ids with the EOS that ended them, in order.
 
@@ -151,7 +195,7 @@ def draw(
     batches = list(make_batches(lengths, how.batch_size, how.batch_tokens))
     for number, batch in enumerate(tqdm(batches, progress, unit="batch", disable=progress is None)):
         torch.manual_seed(random.Random(f"{how.seed} {window} {number}").getrandbits(63))
-        drawn |= zip(batch, generate(model, [prompts[i // count] for i in batch], config), strict=True)
+        drawn |= zip(batch, generate(model, [prompts[i // count] for i in batch], config, steer), strict=True)
     for i in range(len(prompts)):
         yield [drawn[i * count + k] for k in range(count)]
 
@@ -170,6 +214,18 @@ def load(path: str, dtype: str):
     if not (ends := end_ids(model, tokenizer)):
         raise UserError(f"model {path}: the tokenizer has no EOS token; set one so that completions can end")
     return model, tokenizer, ends
+
+
+def load_pair(proxy: str, reference: str, dtype: str, tokenizer) -> tuple[list, set[int]]:
+    """Proxy and reference, and the ids that end their completions. Raises UserError where ids mean other tokens."""
+    pair, ends = [], set()
+    for flag, path in {"--proxy": proxy, "--proxy-reference": reference}.items():
+        model, own, more = load(path, dtype)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{flag} {path}: has another tokenizer than the policy that it would steer")
+        pair.append(model)
+        ends.update(more)
+    return pair, ends
 
 
 def room(model, max_new_tokens: int) -> int:
@@ -191,12 +247,18 @@ def main(args: Args) -> None:
     """Reads the rows, samples, writes rows."""
     if (args.num_completions is None) == (args.reference_samples is None):
         raise UserError("give either --num-completions or --reference-samples")
-    total, made_with = streaming.check(args.rows, args.max_rows), streaming.settings(args, args.model)
+    proxy = [args.proxy, args.proxy_reference]
+    if len({value is None for value in (*proxy, args.beta)}) > 1:
+        raise UserError("--proxy, --proxy-reference and --beta go together: give all three or none")
+    total, paths = streaming.check(args.rows, args.max_rows), [args.model, *filter(None, proxy)]
+    made_with = streaming.settings(args, *paths)
     model, tokenizer, ends = load(args.model, args.dtype)
+    pair, more = load_pair(*proxy, args.dtype, tokenizer) if args.proxy else ([], ())
+    ends, steer = sorted({*ends, *more}), partial(Steering, pair, args.beta) if pair else None
     per_prompt, encoder, dropped = args.num_completions or args.reference_samples, Encoder(tokenizer), Counter()
 
     def compute(number: int, window: list[streaming.Row]) -> Iterator[dict]:
-        drawn = draw(model, ends, [row.prompt for row in window], per_prompt, args, number)
+        drawn = draw(model, ends, [row.prompt for row in window], per_prompt, args, number, steer=steer)
         for row, ids in zip(window, drawn, strict=True):
             texts, finished = [decode(tokenizer, y) for y in ids], [y[-1] in ends for y in ids]
             if args.num_completions:
@@ -205,7 +267,8 @@ def main(args: Args) -> None:
                 yield row.own | {"reference_samples": texts, "reference_samples_finished": finished}
 
     examples = streaming.read(args.rows, dropped, args.max_rows)
-    rows = streaming.encode(examples, tokenizer, dropped, room(model, args.max_new_tokens))
+    space = min(room(m, args.max_new_tokens) for m in (model, *pair))
+    rows = streaming.encode(examples, tokenizer, dropped, space)
     size = max(1, WINDOW * args.batch_size // per_prompt)
     kept = streaming.write(args.output, made_with, rows, size, compute, total)
     if int(os.environ.get("RANK", 0)) == 0:

@@ -112,6 +112,16 @@ def over_groups(model, compute: Callable, groups: Groups, budget: int, place: Pl
     return values.cpu().double()
 
 
+def token_logps(policy, groups: Groups, budget: int, place: Place) -> list[list[Tensor]]:
+    """log π of each token of each completion: n groups of K tensors (T,), float64."""
+    logps = torch.zeros(groups.tokens.shape, device=place.device)
+    with inference(policy):
+        for batch in Batches(groups, 256, budget, None, place):
+            logps[batch.where] = policy(batch)
+    logps = logps.cpu().double()
+    return [[logps[a:b] for a, b in zip(ends, ends[1:], strict=False)] for ends in groups.offsets[:, 1:].tolist()]
+
+
 @contextmanager
 def alone(dtype: str) -> Iterator[Place]:
     """A process group of this process only, on its own device, also under torchrun."""

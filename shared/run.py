@@ -39,7 +39,7 @@ def command(main: Callable, arguments: type) -> None:
     code, reason = 0, ""
     try:
         args = parse(arguments, sys.modules[main.__module__].__doc__ or "")
-        if not hasattr(args, "output_dir"):  # a run checks its own, so that its status.json tells of them
+        if not hasattr(args, "resume"):  # a `Run` checks its own, so that its status.json tells of them
             check_arguments(args)
         main(args)
     except (UserError, NonFinite, StorageError, OSError, Preempted) as error:
@@ -89,31 +89,27 @@ def _words(values: dict) -> list[str]:
     return words
 
 
-POSITIVE = (
+ABOVE_0 = (
     "beta tau lam beta_r epsilon batch_size micro_batch_tokens shard_size epochs max_steps max_length "
     "max_prompt_length max_grad_norm log_every keep num_completions reference_samples temperature top_p "
     "repetition_penalty max_new_tokens batch_tokens max_rows num_prompts num_samples steps"
-)
+).split()
 AT_LEAST_0 = (
-    "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k "
-    "proxy_beta"
-)
+    "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k"
+).split()
+AT_MOST = {"label_smoothing": 0.5, "epsilon": 0.5, "top_p": 1, "seed": 2**32 - 1}  # at 0.5 a label says nothing
 
 
 def check_arguments(args) -> None:
     """Numbers out of their range end the run before anything is loaded."""
+    above_0 = set(ABOVE_0) - ({"beta"} if hasattr(args, "proxy") else set())  # a proxy may steer by nothing
     for name, value in vars(args).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name not in POSITIVE.split() + AT_LEAST_0.split() or value is None:
+        if value is None or name not in ABOVE_0 + AT_LEAST_0:
             continue
-        if not math.isfinite(value) or value < 0 or (value == 0 and name in POSITIVE.split()):
-            raise UserError(
-                f"{flag}: must be a finite number {'above' if name in POSITIVE.split() else 'of at least'} 0"
-            )
-        if name in ("label_smoothing", "epsilon") and value > 0.5:
-            raise UserError(f"{flag}: must be at most 0.5, where a label says nothing")
-        if name == "seed" and value >= 2**32:
-            raise UserError(f"{flag}: must be below 2^32")
+        least, most = "above" if name in above_0 else "of at least", AT_MOST.get(name, math.inf)
+        if not 0 <= value <= most or value == math.inf or (value == 0 and name in above_0):
+            most = "" if most == math.inf else f" and at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number {least} 0{most}")
 
 
 def learning_rate(step: int, last_step: int, args) -> float:

@@ -12,7 +12,7 @@ In half precision on a GPU the whole list is one variable-length flash call; els
 
 import inspect
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import accumulate
 
 import torch
@@ -27,7 +27,7 @@ class Spans:
     """Who sees whom in a packed row: for each group, the prompt's length P >= 1 and the completions' lengths C_k."""
 
     groups: list[tuple[int, tuple[int, ...]]]
-    mask: Tensor  # (C, P + C) for the largest C and P, additive; every later completion's mask is a slice of it
+    dtype: torch.dtype  # of the mask
     key_index: Tensor  # (sum of key lengths,) positions in the row, the prompt's once per completion
     cu_queries: Tensor  # (segments + 1,) int32, cumulative query lengths
     cu_keys: Tensor  # (segments + 1,) int32
@@ -45,17 +45,23 @@ class Spans:
                 keys.append(p + c)
                 own = start + p + sum(cs[:k])
                 index += [torch.arange(start, start + p), torch.arange(own, own + c)]
-        later = [(p, max(cs[1:])) for p, cs in groups if len(cs) > 1]
-        p, c = (max(column) for column in zip(*later, strict=True)) if later else (0, 0)
         return cls(
             groups=groups,
-            mask=torch.full((c, p + c), float("-inf"), dtype=dtype).triu(p + 1).to(device),
+            dtype=dtype,
             key_index=torch.cat(index).to(device),
             cu_queries=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
             cu_keys=torch.tensor([0, *accumulate(keys)], dtype=torch.int32, device=device),
             max_queries=max(queries),
             max_keys=max(keys),
         )
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """(C, P + C) for the largest C and P, additive; every later completion's mask is a slice of it."""
+        later = [(p, max(cs[1:])) for p, cs in self.groups if len(cs) > 1]
+        p, c = (max(column) for column in zip(*later, strict=True)) if later else (0, 0)
+        shape, device = (c, p + c), self.key_index.device
+        return torch.full(shape, float("-inf"), dtype=self.dtype, device=device).triu(p + 1)
 
 
 def span_attention(module, query, key, value, attention_mask, spans: Spans, scaling=None, **_) -> tuple[Tensor, None]:

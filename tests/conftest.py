@@ -1,5 +1,9 @@
-"""A neutral environment for every test: no hub, an own cache, `scripts` and the repository importable."""
+"""A neutral environment for every test: no hub, an own cache, `scripts` and the repository importable.
 
+`--all` runs the slow tests too. `--fault-table PATH` writes what became of each numbered fault of tests/faults.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +17,9 @@ for folder in (ROOT / "scripts", ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+OUTCOMES = ("skipped", "passed", "failed")  # a fault with several tests has the last of theirs
+faults: dict[str, str] = {}
+
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -20,3 +27,34 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
     os.environ["XDG_CACHE_HOME"] = str(cache)
     return cache
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the slow tests too")
+    parser.addoption("--fault-table", metavar="PATH", help="write {fault: passed, failed or skipped} as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(*numbers): the faults of tests/faults that a test is about")
+    config.addinivalue_line("markers", "slow: runs with --all only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # a report carries these from a worker to the main process
+        item.user_properties += [("fault", str(n)) for mark in item.iter_markers("fault") for n in mark.args]
+    if not config.getoption("--all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or not report.passed:
+        for _, fault in (found for found in report.user_properties if found[0] == "fault"):
+            faults[fault] = max(faults.get(fault, "skipped"), report.outcome, key=OUTCOMES.index)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--fault-table")
+    if path and not hasattr(session.config, "workerinput"):  # the main process of pytest-xdist has all reports
+        Path(path).write_text(json.dumps(faults, indent=1) + "\n")

@@ -207,6 +207,29 @@ def dpo(beta: float, label_smoothing: float = 0.0) -> Loss:
     return preference(each(lambda scored: _dpo(scored, beta, label_smoothing)), implicit(beta))
 
 
+def token_dpo(beta: float) -> Loss:
+    """log(1 + exp(Σ r_l − Σ r_w)) of the tokens' rewards, their means, and the share of those below 0."""
+
+    def rewards(scored: Scored) -> list[Tensor]:
+        return [beta * (o - r) for o, r in zip(scored.token_logps, scored.ref_token_logps, strict=True)]
+
+    def per_group(scored: Scored) -> Tensor:
+        chosen, rejected = rewards(scored)
+        return (rejected.sum() - chosen.sum()).exp().log1p()
+
+    plain = preference(each(per_group), implicit(beta))
+
+    def loss(batch: Sequence[Scored], step: int) -> tuple[Tensor, dict[str, float]]:
+        value, metrics = plain(batch, step)
+        for k, name in enumerate(("chosen", "rejected")):
+            tokens = [rewards(scored)[k].tolist() for scored in batch]
+            metrics[f"token_rewards/{name}"] = mean(mean(r) for r in tokens)
+            metrics[f"negative_tokens/{name}"] = mean(mean(x < 0 for x in r) for r in tokens)
+        return value, metrics
+
+    return loss
+
+
 def ipo(tau: float) -> Loss:
     """(h − 1/(2τ))², and τ times the log-ratio as the reward."""
 

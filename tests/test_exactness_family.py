@@ -16,6 +16,7 @@ ENSEMBLE_GAMMA_START, ENSEMBLE_GAMMA_END = 0.0005, 0.005  # small enough that γ
 ENSEMBLE_SEED = 30
 REWARD_METRICS = (*PAIR_METRICS[:3], "rewards/accuracies")
 ALL_METRICS = (*PAIR_METRICS, "rewards/accuracies")
+TOKEN_METRICS = [f"{name}/{side}" for name in ("token_rewards", "negative_tokens") for side in ("chosen", "rejected")]
 ROWS = STEPS * BATCH
 
 
@@ -89,6 +90,15 @@ def test_ipo(folder: Path, tmp_path: Path) -> None:
     lines = check(folder, "ipo", "pairs.jsonl", reference.ipo(0.2), tmp_path / "out", tau=0.2)
     at_reference(lines)
     assert lines[0]["loss"] == pytest.approx(1 / (4 * 0.2**2), rel=1e-6)
+
+
+def test_token_dpo_beam(folder: Path, tmp_path: Path) -> None:
+    """What is logged of the tokens, too; nothing is decoded without held-out rows."""
+    keys, options = (*ALL_METRICS, *TOKEN_METRICS), dict(beta=BETA, max_new_tokens=4)
+    lines = check(folder, "token_dpo_beam", "pairs.jsonl", reference.token_dpo(BETA), tmp_path / "out", keys, **options)
+    at_reference(lines)
+    assert all(lines[0][key] == 0 != lines[1][key] for key in TOKEN_METRICS)
+    assert not (tmp_path / "out" / "beams.jsonl").exists()
 
 
 @pytest.mark.parametrize("kl", ["reverse", "forward"])

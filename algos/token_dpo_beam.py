@@ -10,13 +10,11 @@ Details the equations leave open:
    over a completion, r is β ρ of algos/dpo.py: the loss and its gradient are DPO's.
 2. π_ref is the model as training starts, or `--reference`; its token log-probs are computed once, before step one.
 3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, into beams.jsonl.
-4. Scores are not divided by the length, as in Eq 13. Appendix C states top-k 50 for its beams, but a search for the
-   argmax samples nothing: here all tokens take part.
+4. Scores are not divided by the length, as in Eq 13; all tokens take part (appendix C states top-k 50).
 5. The paper does not say how a beam search ends. Here, of the best continuations of a step, those that end and are
    among the `width` best are finished, the `width` best others go on, until none of them can overtake the `width`
    best finished ones (transformers' `generate` does the same). Equal scores: the better beam, then the lower id.
-6. Errors in the paper: Eq 9 has π* for π_θ; V*(s_0) in Eq 13 has the wrong sign; section 3.3 leaves out 1/β and
-   β log Z; Eq 15 is not Eq 14 in general.
+6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; 1/β and β log Z left out in section 3.3.
 
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
@@ -88,6 +86,8 @@ class Args:
     """of the forward and backward pass; weights and optimizer are float32"""
     shard_size: int | None = None
     """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    activation_checkpointing: bool = False
+    """compute each layer's activations again in the backward pass instead of keeping them"""
 
     beam_widths: str = "1,2,5,10,20"
     """beams with which held-out prompts are decoded after training"""
@@ -272,7 +272,7 @@ def main(args: Args) -> None:
     run, widths = Run(args), parse_widths(args.beam_widths)
     tokenizer, config = load_tokenizer(args.model, args.reference)
     train, held_out = run.load_batches(tokenizer, config, Needs(completions=2))
-    model = load_policy(args.model, run.place)
+    model = load_policy(args.model, run.place, args.activation_checkpointing)
     add_reference_logps(args.reference, model, train, held_out, per_token=True)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True

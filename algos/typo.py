@@ -75,6 +75,8 @@ class Args:
     """of the forward and backward pass; weights and optimizer are float32"""
     shard_size: int | None = None
     """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    activation_checkpointing: bool = False
+    """compute each layer's activations again in the backward pass instead of keeping them"""
 
     output_dir: str
     """where log, checkpoints and the trained model go"""
@@ -108,7 +110,7 @@ def main(args: Args) -> None:
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model)
     train, held_out = run.load_batches(tokenizer, config, Needs(completions=2, samples=True))
-    model = load_policy(args.model, run.place)
+    model = load_policy(args.model, run.place, args.activation_checkpointing)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
     )

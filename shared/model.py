@@ -91,12 +91,12 @@ def _unloadable(path: str, error: Exception) -> UserError:
     return UserError(f"model {path}: {'no such directory' if missing else f'cannot be loaded ({first_line(error)})'}")
 
 
-def load_policy(path: str, place: Place) -> Policy:
+def load_policy(path: str, place: Place, checkpointing: bool = False) -> Policy:
     """Load a causal language model in float32, check it, and shard it; raises UserError as `load_model` does."""
-    return load_model("AutoModelForCausalLM", Policy, path, place)
+    return load_model("AutoModelForCausalLM", Policy, path, place, checkpointing)
 
 
-def load_reward_model(path: str, place: Place, tokenizer, seed: int) -> RewardModel:
+def load_reward_model(path: str, place: Place, checkpointing: bool, tokenizer, seed: int) -> RewardModel:
     """The same for a sequence classifier with one label; a language model gets a new head, drawn by `seed`.
 
     The classifier finds a completion's end by its pad token: that must not be the EOS, which ends it.
@@ -107,12 +107,15 @@ def load_reward_model(path: str, place: Place, tokenizer, seed: int) -> RewardMo
     if tokenizer.pad_token_id is None:
         raise UserError(f"model {path}: a reward model needs a pad token other than the EOS; give its tokenizer one")
     torch.manual_seed(seed)
-    model = load_model("AutoModelForSequenceClassification", RewardModel, path, place, new="score.weight", num_labels=1)
+    kind = ("AutoModelForSequenceClassification", RewardModel)
+    model = load_model(*kind, path, place, checkpointing, new="score.weight", num_labels=1)
     model.lm.config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def load_model(auto: str, kind: type[Packed], path: str, place: Place, new: str = "", **options) -> Packed:
+def load_model(
+    auto: str, kind: type[Packed], path: str, place: Place, checkpointing: bool = False, new: str = "", **options
+) -> Packed:
     """Load, check and shard a model; only the tensor `new` may be missing in its weights.
 
     Raises UserError where it cannot be loaded, a tensor is missing or not finite, or the architecture computes
@@ -128,6 +131,8 @@ def load_model(auto: str, kind: type[Packed], path: str, place: Place, new: str 
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    if checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = kind(lm.train())  # activation checkpointing works in training mode only
     if place.main:
         _check_packing(model, path)

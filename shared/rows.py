@@ -100,6 +100,8 @@ def _dataset(path: str, split: str | None):
         if (split or "train") not in found:
             raise UserError(f"{path}: no split {split or 'train'!r}; there are {', '.join(found)}")
         found = found[split or "train"]
+    elif saved and split:
+        raise UserError(f"{path}: a data set without splits, but {split!r} was asked for")
     return found
 
 

@@ -29,7 +29,8 @@ from shared.distributed import all_sum, from_main, inference, setup
 
 EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75}
 # what may differ between a run and its resumption; all else would change the result
-FREE = "output_dir resume micro_batch_tokens shard_size log_every eval_every save_every keep track".split()
+FREE = "output_dir resume micro_batch_tokens shard_size activation_checkpointing".split()
+FREE += "log_every eval_every save_every keep track".split()
 
 # ---------------------------------------------------------------- command line
 
@@ -101,9 +102,11 @@ AT_MOST = {"label_smoothing": 0.5, "epsilon": 0.5, "top_p": 1, "seed": 2**32 - 1
 
 
 def check_arguments(args) -> None:
-    """Numbers out of their range end the run before anything is loaded."""
+    """Numbers out of their range, and empty names, end the run before anything is loaded."""
     above_0 = set(ABOVE_0) - ({"beta"} if hasattr(args, "proxy") else set())  # a proxy may steer by nothing
     for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"--{name.replace('_', '-')}: must not be empty")
         if value is None or name not in ABOVE_0 + AT_LEAST_0:
             continue
         least, most = "above" if name in above_0 else "of at least", AT_MOST.get(name, math.inf)
@@ -130,6 +133,8 @@ class Run:
     current: "Run | None" = None
 
     def __init__(self, args):
+        if not args.output_dir:
+            raise UserError("--output-dir: must not be empty")
         self.args, self.place, self.out = args, setup(args.dtype, args.shard_size), Path(args.output_dir)
         self.algorithm, self.step, self.signalled, self.stopping = Path(sys.argv[0]).stem, 0, False, False
         self.train: Batches | None = None

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import reference
+import streaming
 import torch
 import worlds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shared.data import Batches, Needs, load
+from shared.model import load_policy
 
 STEPS, BATCH, BETA, RATE, DECAY, CLIP = 3, 4, 0.1, 1e-3, 0.1, 1.0
 OPTIONS = dict(
@@ -161,3 +165,22 @@ def test_another_reference_and_evaluations(folder: Path, tmp_path: Path) -> None
     wanted = reference.evaluate(model, other, trained, held, loss)
     for key in ("loss", *PAIR_METRICS):
         assert evaluations[-1][f"eval/{key}"] == pytest.approx(wanted[key], rel=1e-4, abs=1e-3), key
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing(folder: Path) -> None:
+    """The same gradients to the bit, from fewer saved activations."""
+    tokenizer, found = AutoTokenizer.from_pretrained(make_model(folder, "qwen3")), []
+    groups = load(str(folder / "rows4.jsonl"), tokenizer, Needs(), 512, None)
+    with streaming.alone("float32") as place:
+        for checkpointing in (False, True):
+            policy, kept = load_policy(str(folder / "qwen3"), place, checkpointing), []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda x, kept=kept: (kept.append(x.numel()), x)[1], lambda x: x
+            ):
+                loss = policy.logps(next(Batches(groups, BATCH, 1 << 20, None, place)(1))).sum()
+            loss.backward()
+            gradients = [p.grad.full_tensor() for p in policy.parameters()]
+            found.append((gradients, sum(kept)))
+    (plain, much), (again, little) = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert little < 0.7 * much

@@ -11,9 +11,9 @@ Details the equations leave open:
 2. π_ref is the model as training starts, or `--reference`; its token log-probs are computed once, before step one.
 3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, into beams.jsonl.
 4. Scores are not divided by the length, as in Eq 13; all tokens take part (appendix C states top-k 50).
-5. The paper does not say how a beam search ends. Here, of the best continuations of a step, those that end and are
-   among the `width` best are finished, the `width` best others go on, until none of them can overtake the `width`
-   best finished ones (transformers' `generate` does the same). Equal scores: the better beam, then the lower id.
+5. The paper does not say how a beam search ends. Here, of a step's best continuations, those that end and are among
+   the `width` best are finished, the `width` best others go on, until none can overtake the `width` best finished
+   ones (so does transformers' `generate`). Equal scores: the better beam, then the lower id.
 6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; 1/β and β log Z left out in section 3.3.
 
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -39,8 +40,6 @@ from shared.data import Batch, Batches, Needs
 from shared.logprobs import sequence_logps
 from shared.model import Policy, add_reference_logps, export, load_generator, load_policy, load_tokenizer
 from shared.run import Run, command, learning_rate, preference_metrics
-
-SEQUENCES = 128  # decoded together
 
 
 @dataclass(kw_only=True)
@@ -188,12 +187,11 @@ def beam_searches(
     while True:
         places = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]}
         out = model(ids, **places, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = out.logits[:, -1].float(), out.past_key_values
-        if logits.isnan().any():
+        found, cache = likeliest(out.logits[:, -1].float(), min(2 * width, out.logits.shape[-1])), out.past_key_values
+        if found[0].isnan().any():
             raise NonFinite("beam search: the model's logits are not numbers")
-        sizes = [len(beams) for beams in running]
-        pieces = [x.split(sizes) for x in likeliest(logits, min(2 * width, logits.shape[1]))]
-        rows = []  # of the cache, that the next step continues
+        sizes, rows = [len(beams) for beams in running], []  # rows of the cache that the next step continues
+        pieces = [x.split(sizes) for x in found]
         for i, (logps, tokens) in enumerate(zip(*pieces, strict=True)):
             ended, going = advance(running[i], logps, tokens, width, ends)
             finished[i] = sorted(finished[i] + ended, key=value, reverse=True)[:width]
@@ -204,9 +202,9 @@ def beam_searches(
             running[i] = going
         if not rows:
             return [[(y, logp) for _, y, logp in beams] for beams in finished]
-        rows = torch.tensor(rows, device=model.device)
+        if rows != list(range(sum(sizes))):
+            cache.batch_select_indices(torch.tensor(rows, device=model.device))
         ids = torch.tensor([[y[-1]] for beams in running for _, y, _ in beams], device=model.device)
-        cache.batch_select_indices(rows)
         mask = torch.cat([mask[rows], torch.ones_like(ids)], 1)
 
 
@@ -220,58 +218,58 @@ def beam_search(
     greedy, a width of |V|^max_new_tokens exhaustive. Raises NonFinite where the model's logits are NaN.
     """
     prompt = torch.as_tensor(prompt_ids).flatten().tolist()
+    if not prompt or width < 1 or max_new_tokens < 1:
+        raise ValueError("beam search needs a prompt, and a width and max_new_tokens of at least 1")
     return beam_searches(model, [prompt], width, max_new_tokens, eos_token_id, length_penalty)[0]
 
 
-def parse_widths(beam_widths: str) -> list[int]:
-    """`--beam-widths` as numbers."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", beam_widths):
-        raise UserError(f"--beam-widths {beam_widths}: must be numbers of at least 1 with commas between, as 1,2,5")
-    return [int(width) for width in beam_widths.split(",")]
-
-
-def beam_row(prompt: list[int], widths: list[int], best: list[tuple[list[int], float]], tokenizer) -> dict:
-    """The best completion of each width, as scripts/score.py reads it too."""
-    return {
-        "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
-        "widths": widths,
-        "completions": [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in best],
-        "finished": [ids[-1] == tokenizer.eos_token_id for ids, _ in best],
-        "logps": [logp for _, logp in best],
-        "lengths": [len(ids) for ids, _ in best],
-    }
-
-
-def decode(held_out: Batches | None, widths: list[int], tokenizer, run: Run) -> None:
-    """Beam search from held-out prompts with the exported model, into beams.jsonl."""
+def held_out_prompts(held_out: Batches | None, config, args: Args) -> dict[int, list[int]]:
+    """Row → ids of the prompts to decode. Raises UserError for bad widths, or no room for `--max-new-tokens`."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.beam_widths):
+        raise UserError(f"--beam-widths {args.beam_widths}: must be numbers above 0 with commas between, as 1,2,5")
     if held_out is None:
+        return {}
+    groups, positions = held_out.groups, getattr(config, "max_position_embeddings", sys.maxsize)
+    slices = zip(groups.rows.tolist(), groups.offsets[: args.num_prompts, :2].tolist(), strict=False)
+    prompts = {row: groups.tokens[a:b].tolist() for row, (a, b) in slices if b - a <= positions - args.max_new_tokens}
+    if not prompts:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: no prompt of --eval-data leaves room for that many")
+    return prompts
+
+
+def decode(prompts: dict[int, list[int]], tokenizer, run: Run) -> None:
+    """The best completion of each width from each prompt, by the exported model, into beams.jsonl."""
+    if not prompts:
         return
-    args, place, tokens, rows = run.args, run.place, held_out.groups.tokens, []
+    text = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    args, place, eos, lines = run.args, run.place, tokenizer.eos_token_id, []
+    widths = [int(width) for width in args.beam_widths.split(",")]
     dist.barrier()  # until the model is written
     model = load_generator(str(run.out), place.dtype, place.device)
-    room = getattr(model.config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
-    places = held_out.groups.offsets[: args.num_prompts, :2].tolist()
-    prompts = [tokens[a:b].tolist() for a, b in places if b - a <= room]
-    run.say(f"beam search from {len(prompts)} held-out prompts that leave room for --max-new-tokens")
-    mine, size = prompts[place.rank :: place.world], max(1, SEQUENCES // max(widths))
+    mine, size = list(prompts.items())[place.rank :: place.world], max(1, 128 // max(widths))  # sequences at a time
     for start in tqdm(range(0, len(mine), size), "beam search", disable=None if place.main else True):
-        some = mine[start : start + size]
-        found = [beam_searches(model, some, w, args.max_new_tokens, tokenizer.eos_token_id) for w in widths]
-        rows += [beam_row(x, widths, [ys[i][0] for ys in found], tokenizer) for i, x in enumerate(some)]
+        some = dict(mine[start : start + size])
+        searches = [beam_searches(model, [*some.values()], width, args.max_new_tokens, eos) for width in widths]
+        for (row, prompt), *found in zip(some.items(), *searches, strict=True):
+            ys, logps = zip(*(hypotheses[0] for hypotheses in found), strict=True)
+            line = {"row": row, "prompt": text(prompt), "widths": widths, "completions": [*map(text, ys)]}
+            finished = [y[-1] == eos for y in ys]
+            lines.append(line | {"finished": finished, "logps": logps, "lengths": [*map(len, ys)]})
     parts = [None] * place.world
-    dist.all_gather_object(parts, rows)
-    rows = [parts[i % place.world][i // place.world] for i in range(len(prompts))]
+    dist.all_gather_object(parts, lines)
+    lines = [parts[i % place.world][i // place.world] for i in range(len(prompts))]
     if place.main:
-        run.write("beams.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    for i, width in enumerate(widths if rows else []):
-        logp, length = (sum(row[name][i] for row in rows) / len(rows) for name in ("logps", "lengths"))
-        run.say(f"beams {width}: log π(y|x) {logp:.4g} nats, {length:.4g} tokens")
+        run.write("beams.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    for i, width in enumerate(widths):
+        logp, length = (sum(line[name][i] for line in lines) / len(lines) for name in ("logps", "lengths"))
+        run.say(f"{len(lines)} prompts, {width} beams: log π(y|x) {logp:.4g} nats, {length:.4g} tokens")
 
 
 def main(args: Args) -> None:
-    run, widths = Run(args), parse_widths(args.beam_widths)
+    run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
     train, held_out = run.load_batches(tokenizer, config, Needs(completions=2))
+    prompts = held_out_prompts(held_out, config, args)
     model = load_policy(args.model, run.place, args.activation_checkpointing)
     add_reference_logps(args.reference, model, train, held_out, per_token=True)
     optimizer = torch.optim.AdamW(
@@ -293,7 +291,7 @@ def main(args: Args) -> None:
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
     export(model, tokenizer, run)
-    decode(held_out, widths, tokenizer, run)
+    decode(prompts, tokenizer, run)
 
 
 if __name__ == "__main__":

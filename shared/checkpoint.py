@@ -84,22 +84,26 @@ def newest(out: Path, place: Place) -> Path | None:
     return None
 
 
-def load(path: Path, model: nn.Module, optimizer: Optimizer, place: Place) -> dict:
-    """Read this process's rows of every tensor, whatever number of processes wrote them; returns the saved state."""
+def read_state(path: Path) -> dict:
+    """Everything but the tensors."""
+    return json.loads((path / "state.json").read_text())
+
+
+def load(path: Path, step: int, model: nn.Module, optimizer: Optimizer, place: Place) -> None:
+    """Read this process's rows of every tensor, whatever number of processes wrote them."""
     from safetensors import safe_open
 
-    state = json.loads((path / "state.json").read_text())
-    files = [safe_open(f, "pt") for f in sorted(path.glob("rank-*.safetensors"))]
+    names = sorted(json.loads((path / "manifest.json").read_text()))
+    files = [safe_open(path / name, "pt") for name in names if name.startswith("rank-")]
     for name, p in model.named_parameters():
         moments = {moment: torch.zeros_like(p, requires_grad=False) for moment in MOMENTS}
-        steps = torch.tensor(float(state["step"]), device=place.device)
+        steps = torch.tensor(float(step), device=place.device)
         optimizer.state[p] = {"step": steps, **moments}
         targets = {name: p.detach()} | {f"{name}|{moment}": tensor for moment, tensor in moments.items()}
         first = place.rank % place.shards * -(-p.shape[0] // place.shards)  # rows are dealt as torch.chunk deals them
         for key, target in targets.items():
             local = _local(target)
             local.copy_(_rows(files, key, first, first + len(local)))
-    return state
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -478,7 +478,7 @@ def balance(sizes: list[int], budget: int, world: int) -> list[list[list[int]]]:
     placed first, each into the emptiest bin; a group larger than the budget has a bin to itself.
     """
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-    micro_steps = max(1, math.ceil(sum(sizes) / (budget * world)))
+    micro_steps = max(1, math.ceil(min(sum(sizes) / budget, len(sizes)) / world))
     while True:
         heap = [(0, bin, []) for bin in range(micro_steps * world)]
         for i in order:

@@ -87,7 +87,7 @@ def load_tokenizer(path: str, reference: str | None = None):
 
 def _unloadable(path: str, error: Exception) -> UserError:
     local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
-    missing = local and not Path(path).is_dir()
+    missing = local and not Path(path).exists()
     return UserError(f"model {path}: {'no such directory' if missing else f'cannot be loaded ({first_line(error)})'}")
 
 
@@ -135,7 +135,13 @@ def load_model(
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = kind(lm.train())  # activation checkpointing works in training mode only
     if place.main:
-        _check_packing(model, path)
+        try:
+            agrees = _packing_agrees(model)
+        except Exception as error:  # what an architecture lacks shows itself in many ways
+            raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
+        if not agrees:
+            problem = "packed rows give other values than it does"
+            raise UserError(f"model {path}: {type(lm).__name__} is not supported: {problem}")
     model.sha256 = {"model": from_main(_weights_hash(lm) if place.main else None)}
     layers = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
     shard(model, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
@@ -143,8 +149,8 @@ def load_model(
 
 
 @torch.no_grad()
-def _check_packing(model: Packed, path: str) -> None:
-    """Packed rows must give what a plain forward pass does: sliding windows or soft-capped logits would not."""
+def _packing_agrees(model: Packed) -> bool:
+    """Whether packed rows give what a plain forward pass does: sliding windows or soft-capped logits would not."""
     lm = model.lm
     ids = torch.randint(lm.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0))
     offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
@@ -154,14 +160,13 @@ def _check_packing(model: Packed, path: str) -> None:
     packed = model(batch) if isinstance(model, RewardModel) else model.logps(batch)
     pad, lm.config.pad_token_id = lm.config.pad_token_id, None  # the ids are arbitrary
     lm.eval().set_attn_implementation("sdpa")
+    plain = torch.zeros_like(packed)
     for row, (start, *ends) in enumerate(offsets.tolist()):
         for k, (a, b) in enumerate(zip(ends, ends[1:], strict=False)):
-            plain = model.plain(ids[start : ends[0]], ids[a:b])
-            if not torch.allclose(packed[row, k], plain, rtol=1e-4, atol=1e-3):
-                kind = type(lm).__name__
-                raise UserError(f"model {path}: {kind} is not supported: packed rows give other values than it does")
+            plain[row, k] = model.plain(ids[start : ends[0]], ids[a:b])
     lm.train().set_attn_implementation(NAME)
     lm.config.pad_token_id = pad
+    return torch.allclose(packed, plain, rtol=1e-4, atol=1e-3)
 
 
 def mean_reward(model: RewardModel, batches: Batches) -> float:
@@ -171,6 +176,17 @@ def mean_reward(model: RewardModel, batches: Batches) -> float:
         rewards = torch.cat([model(batch).flatten() for step in steps for batch in batches(step)])
     total, count = all_sum(rewards.new_tensor([rewards.sum(), len(rewards)], dtype=torch.double)).tolist()
     return total / count
+
+
+def _damaged(path: str) -> str | None:
+    """The first file of weights that cannot be opened."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except (OSError, SafetensorError):
+            return str(file)
 
 
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
@@ -184,12 +200,13 @@ def _from_pretrained(auto: str, path: str, new: str = "", **options) -> nn.Modul
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
-    options |= {"trust_remote_code": False, "output_loading_info": True}
+    options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         lm, found = getattr(transformers, auto).from_pretrained(path, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
-        raise _unloadable(path, error) from None
-    if missing := sorted({str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])} - {new}):
+        raise _unloadable(_damaged(path) or path, error) from None
+    misshapen = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    if missing := sorted({*found["missing_keys"], *misshapen} - {new}):
         raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(missing)}")
     return lm
 

@@ -236,7 +236,8 @@ class Run:
         """The steps still to do: 1 to S, or those after the newest checkpoint with --resume."""
         self.train, self.optimizer = train, optimizer
         if self.args.resume and (path := checkpoint.newest(self.out, self.place)):
-            self._restore(checkpoint.load(path, model, optimizer, self.place), model, path)
+            self._restore(checkpoint.read_state(path), model, path)
+            checkpoint.load(path, self.step, model, optimizer, self.place)
         if self.place.main:
             self._keep_lines()
             self._write_run()

@@ -353,7 +353,10 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.last_step)
 
     def evaluate(self, step: int, objective: Callable, model: nn.Module, held_out: Iterable[Batch] | None) -> None:
-        """The objective over all held-out rows, without gradients, as one line of `eval/` metrics."""
+        """The objective over all held-out rows, without gradients, as one line of `eval/` metrics.
+
+        When asked to stop it is given up, so that there is time to save.
+        """
         if self.args.eval_data is None or not self.due(self.args.eval_every, step):
             return
         started = time.perf_counter()
@@ -361,6 +364,10 @@ class Run:
             for batch in held_out:
                 batch.progress = (step - 1) / max(1, self.last_step - 1)
                 self.add(*objective(model, batch, self.args))
+                self.stopping = self.stopping or all_sum(torch.tensor(float(self.signalled))) > 0
+                if self.stopping:
+                    self.sums, self.counts = {}, Counter()
+                    return
         line = {"step": step, **{f"eval/{name}": value for name, value in _means(self._reduce()).items()}}
         self._write(line)
         self.say(

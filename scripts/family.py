@@ -3,7 +3,8 @@
 Makes the world, an SFT model, a reward model and an ensemble of three on random halves of its rows, pairs of the SFT
 model's own completions with their scores and with samples of it, trains all algorithms on them, and compares the
 policies on held-out prompts. Each stage is a command of its own, shown as it starts, that also works by hand.
-`family.md` and `family.json` hold the tables, `results.json` what scripts/evaluate.py writes.
+`family.md` and `family.json` hold the tables, `results.json` what scripts/evaluate.py writes. Interrupted, it goes on
+behind the last stage that was finished, as long as the arguments are the same.
 
 The reward models learn from rankings of four made-up summaries, drawn from the oracle by Plackett-Luce: their task,
 to look every fact up in the post, needs many more of them than a policy that can do it already.
@@ -19,7 +20,6 @@ import os
 import random
 import shlex
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -56,7 +56,7 @@ class Args:
     """Every algorithm on the embedded world, in one table."""
 
     output_dir: Path = quickstart.ROOT / "runs" / "family"
-    """where everything is written; what an earlier run of this program left there is removed"""
+    """where everything is written; what an earlier run with other arguments left there is removed"""
     steps: int = 60
     """optimizer steps of every policy, of 64 rows each; SFT takes 16 times, the reward model 10 times, those of the
     ensemble 5 times as many"""
@@ -127,6 +127,18 @@ def prepare(out: Path, args: Args) -> None:
         (out / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
 
 
+def finished(out: Path, lines: list[str]) -> list[dict]:
+    """What an interrupted run of the same command lines has recorded; of the stage behind it nothing is left."""
+    path = out / RECORD
+    commands = json.loads(path.read_text(encoding="utf-8")).get("commands", []) if path.exists() else []
+    if [f"python {line}" for line in lines[: len(commands)]] != [command["command"] for command in commands]:
+        return []
+    words = shlex.split(lines[len(commands)]) if 0 < len(commands) < len(lines) else []
+    if "--output-dir" in words:
+        shutil.rmtree(quickstart.ROOT / words[words.index("--output-dir") + 1], ignore_errors=True)
+    return commands
+
+
 def ranked(n: int, rng: random.Random) -> Iterator[dict]:
     """n posts with four different summaries each, in an order that the oracle's preferences draw."""
     for prompt, kind in islice(notices.unique_notices(rng), n):
@@ -172,11 +184,14 @@ def markdown(models: dict, policies: dict) -> str:
 
 def main(args: Args) -> None:
     """All stages, then the tables."""
-    started, out, commands = time.perf_counter(), args.output_dir.resolve(), []
-    prepare(out, args)
+    out = args.output_dir.resolve()
     shown_out = shlex.quote(str(out.relative_to(quickstart.ROOT) if out.is_relative_to(quickstart.ROOT) else out))
-    for line in stages(args):
-        commands.append(quickstart.run(line.format(out=shown_out)))
+    lines = [line.format(out=shown_out) for line in stages(args)]
+    commands = finished(out, lines)
+    if not commands:
+        prepare(out, args)
+    for line in lines[len(commands) :]:
+        commands.append(quickstart.run(line))
         record(out, {"commands": commands})
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (out / "held_out_scored.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -185,7 +200,7 @@ def main(args: Args) -> None:
         name: {key: policy[key] for key in ("reward", "kl", "length", "win_rate")}
         for name, policy in results["policies"].items()
     }
-    seconds = time.perf_counter() - started
+    seconds = sum(command["seconds"] for command in commands)
     record(out, {"commands": commands, "seconds": seconds, "reward_models": models, "policies": policies})
     (out / "family.md").write_text(markdown(models, policies), encoding="utf-8")
     print(f"\n{markdown(models, policies)}\n{seconds:.0f} s in all; the same in {out / 'family.md'}")

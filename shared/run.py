@@ -165,8 +165,8 @@ class Run:
 
     def _asked(self, *_) -> None:
         """SIGTERM: before the first step there is nothing to save; after it, `check` and `evaluate` agree on it."""
-        self.signalled = True
-        if self.train is None:
+        first, self.signalled = not self.signalled, True
+        if first and self.train is None:
             raise Preempted("asked to stop before the first step; start again")
 
     def _status(self, state: str, reason: str) -> None:

@@ -138,6 +138,7 @@ class Run:
         self.args, self.place, self.out = args, setup(args.dtype, args.shard_size), Path(args.output_dir)
         self.algorithm, self.step, self.signalled, self.stopping = Path(sys.argv[0]).stem, 0, False, False
         self.train: Batches | None = None
+        self.over = False  # the last step is done and saved
         self.sums: dict[str, list[Tensor]] = {}  # of this step and process, on the device
         self.counts: Counter[str] = Counter()
         self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
@@ -164,10 +165,13 @@ class Run:
         self._status("running", "")
 
     def _asked(self, *_) -> None:
-        """SIGTERM: before the first step there is nothing to save; after it, `check` and `evaluate` agree on it."""
+        """SIGTERM: before the first step there is nothing to save, after the last all is; between, `check` and
+        `evaluate` agree on it."""
         first, self.signalled = not self.signalled, True
         if first and self.train is None:
             raise Preempted("asked to stop before the first step; start again")
+        if first and self.over and self.args.save_every:
+            raise Preempted("asked to stop after the last step; continue with --resume")
 
     def _status(self, state: str, reason: str) -> None:
         self.write("status.json", json.dumps({"state": state, "step": self.step, "reason": reason}))
@@ -246,6 +250,7 @@ class Run:
         self.bar = tqdm(total=self.last_step, initial=self.step, desc="train", disable=hidden)
         self.clock, self.tokens = time.perf_counter(), 0
         yield from range(self.step + 1, self.last_step + 1)
+        self.over = True
 
     def _restore(self, state: dict, model: nn.Module, path: Path) -> None:
         now = {"algorithm": self.algorithm, **dataclasses.asdict(self.args)}

@@ -1,9 +1,9 @@
 """A neutral environment for every test: no hub, an own cache, `scripts` and the repository importable.
 
-`--all` runs the slow tests too. `--fault-table PATH` writes what became of each numbered fault of tests/faults.
+`--all` runs the slow tests too. `--fault-table PATH` writes what became of each fault of tests/faults into the last
+column of a Markdown table, as docs/reliability.md has one.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +18,7 @@ for folder in (ROOT / "scripts", ROOT):
         sys.path.insert(0, str(folder))
 
 OUTCOMES = ("skipped", "passed", "failed")  # a fault with several tests has the last of theirs
+SIGNS = {"skipped": "not tested", "passed": "✓", "failed": "✗"}
 faults: dict[str, str] = {}
 
 
@@ -31,7 +32,7 @@ def isolated_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the slow tests too")
-    parser.addoption("--fault-table", metavar="PATH", help="write {fault: passed, failed or skipped} as JSON")
+    parser.addoption("--fault-table", metavar="PATH", help="fill in the last column of its table")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,4 +58,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--fault-table")
     if path and not hasattr(session.config, "workerinput"):  # the main process of pytest-xdist has all reports
-        Path(path).write_text(json.dumps(faults, indent=1) + "\n")
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        for i, line in enumerate(lines):
+            cells = line.split("|")
+            fault = cells[1].strip(" ²") if len(cells) == 7 else None
+            if fault in faults:
+                lines[i] = "|".join([*cells[:-2], f" {SIGNS[faults[fault]]} ", ""])
+        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ anything is compared, loss and gradient norm of steps one and two must agree.
     ÷ ours     seconds or memory over ours of the same round: median [least, most]
 
 TRL and the plain loop pad; each number of `--against-batch` is tried on two steps, and the fastest one is measured.
+The loop's lines add up, each with all tricks above it; the one trick left after the last, prefix sharing, makes ours.
 Random weights and rows of random words serve as well as real ones: nothing depends on what they are.
 
     python scripts/benchmark.py --profile hh --against trl

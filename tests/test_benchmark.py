@@ -48,7 +48,7 @@ def measured(spec: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
 # ---------------------------------------------------------------- a run
 
 
-def test_a_run_reports_every_step_and_its_time_and_memory(measured: dict, isolated_cache: Path) -> None:
+def test_a_run_reports_every_step_and_its_time_and_memory(measured: dict) -> None:
     steps = math.ceil(ROWS / BATCH)
     assert len(measured["result"]) == len(measured["updates"]) == steps
     assert measured["result"][0][0] == pytest.approx(math.log(2), rel=1e-6)
@@ -56,7 +56,6 @@ def test_a_run_reports_every_step_and_its_time_and_memory(measured: dict, isolat
     assert measured["updates"] == sorted(measured["updates"])
     assert 2**26 < measured["libraries"] < measured["memory"] < 2**33
     assert measured["threads"] >= 1 and measured["device"]
-    assert not list(isolated_cache.rglob("reference-*"))  # its caches were its own, and empty
 
 
 @pytest.mark.parametrize("tricks", range(len(benchmark.LADDER)))

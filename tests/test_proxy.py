@@ -207,7 +207,7 @@ def test_another_vocabulary_is_refused(pair, message, models, rows, tmp_path):
 
 def test_beta_may_be_0_but_not_below(models):
     def args(beta):
-        return sample.Args(model="", rows="", output="", beta=beta)
+        return sample.Args(model="m", rows="r", output="o", beta=beta)
 
     check_arguments(args(0.0))
     for beta in (-0.5, float("inf"), float("nan")):

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import figures
 import torch
-import tyro
+from figures import BLUE, GREEN, GREY, ORANGE, canvas, label
 from torch import Tensor
 
 from algos.distill_dpo import distill_loss
@@ -32,9 +33,7 @@ from algos.exo import dpo_rw_loss, exo_loss
 from algos.ipo import ipo_loss
 from algos.pessimistic_dpo import pessimistic_loss
 from algos.typo import typo_loss
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+from shared.run import command
 
 
 @dataclass(kw_only=True)
@@ -542,28 +541,6 @@ def check_step_one() -> list[Check]:
 # ---------------------------------------------------------------- figures
 
 
-def canvas(mosaic: list[list[str]], size: tuple[float, float]):
-    """A figure without a display, and its axes by letter."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplot_mosaic(mosaic)
-    for one in axes.values():
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def label(axes, title: str, x: str, y: str) -> None:
-    """Title, labels with units, and a legend where there is something to tell apart."""
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
-
-
 def draw_typo(path: Path) -> None:
     figure, axes = canvas([[*"aabbcc"], [*"dddeee"]], (11, 6.5))
     pi_star, ref = SETTINGS["interpolation"]
@@ -693,6 +670,7 @@ FIGURES = {"typo.png": draw_typo, "distillation.png": draw_distillation, "exo.pn
 
 
 def main(args: Args) -> None:
+    figures.check()
     wrong = 0
     for section in SECTIONS:
         print("", inspect.cleandoc(section.__doc__), "", f"{'':78}{'expected':>26}{'got':>26}", sep="\n")
@@ -709,4 +687,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command(main, Args)

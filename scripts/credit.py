@@ -28,8 +28,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import bandits
 import evaluate
+import figures
 import notices
 import streaming
 import torch
@@ -185,17 +185,17 @@ def draw(path: Path, rewards: dict[str, Tensor], wrong: Tensor, measures: dict[s
     panels = list(range(len(rewards)))
     mosaic = [panels[i : i + PANELS] for i in panels[::PANELS]]
     mosaic[-1] += ["."] * (len(mosaic[0]) - len(mosaic[-1]))
-    figure, axes = bandits.canvas(mosaic, (4.2 * len(mosaic[0]), 3.2 * len(mosaic)))
+    figure, axes = figures.canvas(mosaic, (4.2 * len(mosaic[0]), 3.2 * len(mosaic)))
     for i, (name, values) in enumerate(rewards.items()):
         one = values[:, :2]
         limits = float(one.min()), float(one.max())
-        for kind, some, color in (("correct", ~wrong, bandits.BLUE), ("wrong", wrong, bandits.ORANGE)):
+        for kind, some, color in (("correct", ~wrong, figures.BLUE), ("wrong", wrong, figures.ORANGE)):
             found = one[some[:, :2]]
             share = torch.full_like(found, 1 / len(found))
             axes[i].hist(found, 40, range=limits, weights=share, color=color, alpha=0.6, label=f"{kind} facts")
         unit = "log π_ref of a token (nats)" if name == BASELINE else "log π_θ - log π_ref of a token (nats)"
         title = f"{name}: AUROC {shown(measures[name]['one_error'], '.3f')}"
-        bandits.label(axes[i], title, unit, "share of the kind's tokens")
+        figures.label(axes[i], title, unit, "share of the kind's tokens")
     figure.savefig(path, format="png", dpi=150)
 
 
@@ -203,6 +203,7 @@ def main(args: Args) -> None:
     """Corrupt, compare, write both files, print the table."""
     if args.output.suffix != ".json":
         raise UserError(f"--output {args.output}: must end in .json; the figure goes beside it in .png")
+    figures.check()
     policies = evaluate.named_policies(args.policies)
     prompts, copies, wrong = read(str(args.rows), args.num_prompts, args.seed)
     evaluate.check_tokenizers(list(policies.values()), args.reference)

@@ -140,12 +140,11 @@ def finished(out: Path, lines: list[str]) -> list[dict]:
 
 
 def ranked(n: int, rng: random.Random) -> Iterator[dict]:
-    """n posts with four different summaries each, in an order that the oracle's preferences draw."""
+    """n posts with four different demonstrations each, in an order that the oracle's preferences draw."""
     for prompt, kind in islice(notices.unique_notices(rng), n):
         summaries: dict[str, None] = {}
         while len(summaries) < 4:
-            superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
-            summaries[notices.make_summary(prompt, kind, rng, rng.choice((0.0, 0.2, 0.5)), superfluous)] = None
+            summaries[notices.make_sft_row(prompt, kind, rng)["completion"]] = None
         yield notices.prefer_row({"prompt": prompt, "completions": list(summaries)}, rng)
 
 

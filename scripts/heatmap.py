@@ -11,7 +11,6 @@ run from right to left or join need matplotlib 3.11 in the PNG.
 """
 
 import html
-import importlib.util
 import math
 import os
 import re
@@ -24,7 +23,9 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
+import figures
 import streaming
+from figures import GREY
 
 from algos.token_dpo_beam import token_rewards
 from shared import NonFinite, UserError
@@ -32,8 +33,7 @@ from shared.model import load_policy, load_tokenizer
 from shared.run import command, plain_length
 
 MICRO_BATCH_TOKENS = 8_192
-BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # Okabe and Ito's, which stay apart for colour-blind readers
-GREY = "#666666"
+BLUE, ORANGE = (tuple(bytes.fromhex(color[1:])) for color in (figures.BLUE, figures.ORANGE))
 STRONGEST = 0.7  # opacity of a colour at the end of the scale: text stays readable on it
 HIDDEN = re.compile(r"[\x00-\x1f\x7f]|[^\S ]| (?=\s|$)")  # a blank between words shows as it is
 
@@ -429,8 +429,7 @@ def main(args: Args) -> None:
     """Compute the rewards, write both pictures."""
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output}: must end in .html")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('the PNG needs matplotlib: pip install "cleanpo[plot]"')
+    figures.check()
     dropped: Counter = Counter()
     rows, tokenizer = encode(args, dropped)
     counts = streaming.summary(args.rows, len(rows), dropped)

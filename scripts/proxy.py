@@ -9,7 +9,6 @@ For every β of `--betas`, and for the proxy by itself, completions of held-out 
         --rows runs/world/held_out.jsonl --output runs/proxy.json --max-new-tokens 40
 """
 
-import importlib.util
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import evaluate
 import family
+import figures
 import sample
 import torch
 
@@ -81,23 +81,21 @@ def sweep(args: Args) -> dict:
 
 def draw_picture(betas: tuple[float, ...], policies: list[dict], path: Path) -> None:
     """Reward against β with its intervals, and the proxy's as a line."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(4.6, 3), layout="constrained").add_subplot(xlabel="β, exponent of Eq 14", ylabel="reward")
+    figure, panels = figures.canvas([["reward"]], (4.6, 3))
+    axes = panels["reward"]
     *steered, proxy = [policy["reward"] for policy in policies]
     bars = [[abs(reward["interval"][end] - reward["mean"]) for reward in steered] for end in (0, 1)]
     axes.errorbar(betas, [reward["mean"] for reward in steered], bars, fmt="o-", capsize=3, label="steered policy")
-    axes.axhline(proxy["mean"], color="#666666", linestyle="--", label="proxy by itself")
-    axes.legend(frameon=False)
-    axes.figure.savefig(path, format="png", dpi=150)
+    axes.axhline(proxy["mean"], color=figures.GREY, linestyle="--", label="proxy by itself")
+    figures.label(axes, "", "β, exponent of Eq 14", "reward")
+    figure.savefig(path, format="png", dpi=150)
 
 
 def main(args: Args) -> None:
     """Sample and score at every β, write the results and the picture, print the table."""
     if not all(math.isfinite(beta) and beta >= 0 for beta in args.betas):
         raise UserError(f"--betas {' '.join(map(str, args.betas))}: must be finite numbers of at least 0")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('the picture needs matplotlib: pip install "cleanpo[plot]"')
+    figures.check()
     results, files = sweep(args), (args.output.with_suffix(".png"), args.output)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = [path.with_name(f"{path.name}.tmp") for path in files]

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import notices
 import tyro
+from figures import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 from shared import UserError
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#666666"
 POLICY_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
 MEASURES = {
     "reward": ("Reward", "oracle reward, at most 5", ".2f"),

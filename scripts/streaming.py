@@ -32,6 +32,7 @@ from shared import UserError
 from shared.data import Batches, Encoder, Groups, describe, source_hash
 from shared.distributed import Place, inference
 from shared.rows import PROMPT_FORMS, Dropped, Example, parse
+from shared.run import check_fit
 
 CHUNK = 256  # rows that are tokenised together
 
@@ -104,6 +105,7 @@ def make_groups(rows: list[Row]) -> Groups:
 
 def over_groups(model, compute: Callable, groups: Groups, budget: int, place: Place) -> Tensor:
     """(n, K), what `compute`, the model or a method of it, gives each completion of a batch (B, K)."""
+    check_fit(groups, model.lm.config, "rows")
     batches = Batches(groups, 256, budget, None, place)
     values = torch.zeros(len(groups), groups.completions, device=place.device)
     with inference(model):
@@ -114,6 +116,7 @@ def over_groups(model, compute: Callable, groups: Groups, budget: int, place: Pl
 
 def token_logps(policy, groups: Groups, budget: int, place: Place) -> list[list[Tensor]]:
     """log π of each token of each completion: n groups of K tensors (T,), float64."""
+    check_fit(groups, policy.lm.config, "rows")
     logps = torch.zeros(groups.tokens.shape, device=place.device)
     with inference(policy):
         for batch in Batches(groups, 256, budget, None, place):

@@ -17,7 +17,6 @@ are 95% bootstrap percentiles; those of Fig. 3 are the range over seeds.
     python scripts/token_figures.py --run-dir runs/quickstart
 """
 
-import importlib.util
 import json
 import os
 import shlex
@@ -29,8 +28,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import bandits
 import evaluate
+import figures
 import notices
 import quickstart
 import torch
@@ -57,7 +56,7 @@ SAMPLES = 2  # of π_ref per prompt, for Eq 16
 SEQUENCES = 64  # whose logits over the vocabulary are in memory together
 MEASURES = {"reward": "oracle reward (facts)", "win_rate": "win rate against chosen", "length": "length (tokens)"}
 REWARDS = ("chosen", "average", "rejected")  # implicit rewards, and the mean of both
-COLORS = (bandits.BLUE, bandits.GREEN, bandits.ORANGE)
+COLORS = (figures.BLUE, figures.GREEN, figures.ORANGE)
 
 
 @dataclass(kw_only=True)
@@ -111,8 +110,7 @@ def prepare(run: Path, out: Path, args: Args) -> None:
             raise UserError(f"--run-dir {run}: {name} is missing; run scripts/quickstart.py first")
     if out.exists() and not (out / RECORD).exists():
         raise UserError(f"{out}: is there, but not from this program; move it away")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('the figures need matplotlib: pip install "cleanpo[plot]"')
+    figures.check()
     found = islice(parse(str(run / "held_out_pairs.jsonl"), Counter(), PROMPT_FORMS), args.num_prompts)
     rows = [{"prompt": e.prompt, **dict(zip(("chosen", "rejected"), e.completions, strict=False))} for e in found]
     evaluate.score("notices", [row["prompt"] for row in rows], [""] * len(rows))
@@ -348,7 +346,7 @@ def markdown(results: dict) -> str:
 
 def draw_beams(path: Path, beams: dict[str, dict]) -> None:
     """Fig. 2: one panel per measure, one line per β, 95% intervals."""
-    figure, axes = bandits.canvas([[measure] for measure in MEASURES], (3.4, 6))
+    figure, axes = figures.canvas([[measure] for measure in MEASURES], (3.4, 6))
     for i, (beta, numbers) in enumerate(beams.items()):
         at = [width * 1.08 ** (i - 1) for width in WIDTHS]  # side by side
         for measure, panel in axes.items():
@@ -361,23 +359,23 @@ def draw_beams(path: Path, beams: dict[str, dict]) -> None:
         panel.set_xscale("log")
         panel.set_xticks(WIDTHS, WIDTHS)
         panel.minorticks_off()
-        bandits.label(panel, "", "beams" if measure == "length" else "", MEASURES[measure])
+        figures.label(panel, "", "beams" if measure == "length" else "", MEASURES[measure])
     figure.savefig(path, format="png", dpi=300)
 
 
 def draw_likelihoods(path: Path, runs: dict[str, list[dict]], checks: dict[str, dict]) -> None:
     """Fig. 3: one panel per π_ref, a thin line per run and a thick one for their mean."""
-    figure, axes = bandits.canvas([[start] for start in STARTS], (3.4, 5))
+    figure, axes = figures.canvas([[start] for start in STARTS], (3.4, 5))
     for start, panel in axes.items():
         steps, first = runs[start][0]["step"], start == "sft"
-        panel.axhline(0, color=bandits.GREY, linewidth=0.8)
+        panel.axhline(0, color=figures.GREY, linewidth=0.8)
         for color, style, name in zip(COLORS, ("-", ":", "--"), REWARDS, strict=True):
             values = torch.tensor([run[name] for run in runs[start]])  # (seeds, evaluations)
             panel.plot(steps, values.T, style, color=color, linewidth=0.6, alpha=0.6)
             panel.plot(steps, values.mean(0), style, color=color, label=name if first else None)
         ends, name = checks[start]["expected"], "−β KL(π_ref ‖ π)" if first else None
         panel.plot([steps[-1]] * len(ends), ends, "k*", markersize=4, clip_on=False, label=name)
-        bandits.label(panel, STARTS[start], "" if first else "optimizer steps", "implicit reward (nats)")
+        figures.label(panel, STARTS[start], "" if first else "optimizer steps", "implicit reward (nats)")
     axes["preferred"].sharey(axes["sft"])
     figure.savefig(path, format="png", dpi=300)
 

@@ -210,15 +210,7 @@ class Run:
                 found.append(None)
                 continue
             groups = load(source, tokenizer, needs, length, args.max_prompt_length)
-            if int(groups.tokens.max()) >= config.vocab_size:
-                raise UserError(
-                    f"{source}: token id {int(groups.tokens.max())}, but the model embeds {config.vocab_size}"
-                )
-            if groups.longest > plain_length(config):
-                problem = (
-                    f"beyond {plain_length(config)} tokens the model's attention window or rotary embedding changes"
-                )
-                raise UserError(f"{source}: {groups.longest} tokens, but {problem}; give --max-length")
+            check_fit(groups, config, source)
             self.report[name] = {"source": source, **groups.report}
             self.say(f"{name}: {source}: {describe(groups.report)}")
             seed = seed if args.shuffle else None
@@ -442,6 +434,16 @@ def plain_length(config) -> float:
     if rope.get("rope_type") in ("dynamic", "longrope"):
         limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
     return min([limit for limit in limits if limit], default=math.inf)
+
+
+def check_fit(groups: Groups, config, source: str) -> None:
+    """Raises UserError for a token without an embedding, or more of them than the model sees as packed rows do."""
+    largest, longest, most = int(groups.tokens.max()), groups.longest, plain_length(config)
+    if largest >= config.vocab_size:
+        raise UserError(f"{source}: token id {largest}, but the model embeds {config.vocab_size}")
+    if longest > most:
+        problem = f"beyond {most} tokens the model's attention window or rotary embedding changes"
+        raise UserError(f"{source}: {longest} tokens, but {problem}; give --max-length")
 
 
 def example(groups: Groups, tokenizer) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
+import figures
 import heatmap
 import notices
 import pytest
@@ -439,7 +440,7 @@ def test_mistakes_have_a_line_each(models: list[Path], tmp_path: Path, monkeypat
     tokenizer.eos_token = None
     tokenizer.save_pretrained(other)
     fails([pair], [other, other], tmp_path, "other: the tokenizer has no EOS token")
-    monkeypatch.setattr(heatmap.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
     fails([pair], models, tmp_path, r"matplotlib: pip install \"cleanpo\[plot\]\"")
 
 

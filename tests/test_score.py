@@ -168,6 +168,25 @@ def test_a_prompt_without_room_is_dropped_and_counted(
 
 
 @pytest.mark.parametrize(
+    ("architecture", "options", "message"),
+    [("mistral", {"sliding_window": 24}, "beyond 24 tokens"), ("llama", {"vocab_size": 380}, "the model embeds 380")],
+)
+def test_a_model_that_packed_rows_do_not_fit(architecture: str, options: dict, message: str, tmp_path: Path) -> None:
+    """A window shorter than a row, which packed rows would not have; a token without an embedding."""
+    base = worlds.make_model(
+        tmp_path / "base", architecture, **({"vocab": 380} if "vocab_size" in options else options)
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=2)
+    model.save_pretrained(tmp_path / "model")
+    worlds.make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = worlds.make_rows(20, seed=4, path=tmp_path / "rows.jsonl") and tmp_path / "rows.jsonl"
+    with pytest.raises(UserError, match=message):
+        run(rows, tmp_path / "out.jsonl", tmp_path / "model")
+    short = worlds.write_jsonl(tmp_path / "short.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    assert len(run(short, tmp_path / "out.jsonl", tmp_path / "model")) == 1
+
+
+@pytest.mark.parametrize(
     ("row", "options", "message"),
     [
         ({"prompt": "lo", "chosen": "a", "rejected": "b"}, {"models": [3]}, "no trained head"),

@@ -64,6 +64,19 @@ def kill_in_export(moves: int) -> None:
     os.replace = replace
 
 
+def terminate_in_export() -> None:
+    """SIGTERM when the exported model is about to be written."""
+    from transformers import PreTrainedModel
+
+    plain = PreTrainedModel.save_pretrained
+
+    def save_pretrained(*words, **options) -> None:  # noqa: ANN002, ANN003
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(*words, **options)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
 def answer_yes() -> None:
     """Somebody who types "y" at every question."""
     sys.stdin = io.StringIO("y\n" * 9)

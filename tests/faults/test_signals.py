@@ -77,6 +77,20 @@ def test_one_rank_is_asked_to_stop(
     same(out, longer_through("dpo", 2))
 
 
+@fault(22)
+@pytest.mark.parametrize("saved", [True, pytest.param(False, marks=slow)])
+def test_asked_to_stop_after_the_last_step(world: dict, through: Path, tmp_path: Path, saved: bool) -> None:
+    """Where the last step is saved the export can wait for --resume; else it is what must not be lost."""
+    out, options = tmp_path / "out", {**world, "save_every": 12 if saved else 0}
+    process = start(out, hook=hooks.terminate_in_export, **options)
+    assert process.end(60) == (75 if saved else 0) and "Traceback" not in process.log, process.log[-3000:]
+    if saved:
+        assert preempted(process) == 12
+        run(out, resume=True, **options)
+    same(out, through)
+    assert not (out / ".export").exists()
+
+
 @fault(23)
 @slow
 def test_torchrun_is_asked_to_stop(longer: dict, longer_through: Callable[..., Path], tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain, islice, product
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import quickstart
@@ -222,14 +223,19 @@ def make_model(path: Path, shape: str, tokenizer) -> None:
 # ---------------------------------------------------------------- contenders: import, and return what is measured
 
 
-def ours(spec: dict) -> Training:
-    """The algorithm's own file → a function that trains and returns loss and gradient norm of each step."""
+def own(spec: dict) -> tuple[ModuleType, object]:
+    """The algorithm's own file, which keeps the trained model to itself, and its arguments."""
     module = importlib.import_module(f"algos.{spec['algorithm']}")
     module.export = lambda *_: None
     names = "model train_data output_dir batch_size micro_batch_tokens learning_rate dtype"
     common = {name: spec[name] for name in names.split()}
     fixed = dict(lr_schedule="constant", shuffle=False, log_every=1, save_every=0)
-    args = module.Args(**common, **fixed, **OPTIONS.get(spec["algorithm"], {}))
+    return module, module.Args(**common, **(fixed | OPTIONS.get(spec["algorithm"], {}) | spec.get("options", {})))
+
+
+def ours(spec: dict) -> Training:
+    """The algorithm's own file → a function that trains and returns loss and gradient norm of each step."""
+    module, args = own(spec)
 
     def train() -> list[tuple[float, float]]:
         module.main(args)
@@ -307,7 +313,8 @@ def naive(spec: dict) -> Training:
                 norm = clip_grad_norm_(policy.parameters(), CLIP)
                 optimizer.step()
                 optimizer.zero_grad()
-                found.append((sum(losses).item(), float(norm.full_tensor() if packed else norm)))
+                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                found.append((sum(losses).item(), float(norm)))
         return found
 
     return train

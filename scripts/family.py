@@ -58,8 +58,8 @@ class Args:
     output_dir: Path = quickstart.ROOT / "runs" / "family"
     """where everything is written; what an earlier run with other arguments left there is removed"""
     steps: int = 60
-    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times, the reward model 10 times, those of the
-    ensemble 5 times as many"""
+    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times as many, the reward model 40 times, those of
+    the ensemble 20 times, of 16 rows each"""
     num_prompts: int = 256
     """held-out prompts, with 4 completions of every policy"""
     max_rows: int | None = None
@@ -81,7 +81,7 @@ def stages(args: Args) -> list[str]:
     """The command lines, in order, with {out} for the directory."""
     seed, most, four = args.seed, args.max_rows or 4096, min(args.max_rows or 2048, 2048)
     draw = f"scripts/sample.py --model {{out}}/sft --max-new-tokens 40 --seed {seed}"
-    eval_data, rate = "--eval-data {out}/held_out_pairs.jsonl", 1e-3
+    small, rate = "--batch-size 16 --log-every 100 --eval-every 400 --eval-data {out}/held_out_pairs.jsonl", 5e-4
     ensemble = " ".join(f"{{out}}/rm_{i}" for i in range(MODELS))
     lines = [
         f"scripts/notices.py world --output-dir {{out}}/world --sft-rows {args.max_rows or 64_000} --seed {seed}",
@@ -90,8 +90,8 @@ def stages(args: Args) -> list[str]:
         f"scripts/notices.py prefer --rows {{out}}/two.jsonl --output {{out}}/pairs.jsonl --seed {seed}",
         f"{draw} --num-completions 2 --rows {{out}}/world/held_out.jsonl --output {{out}}/held_out_two.jsonl",
         "scripts/notices.py prefer --rows {out}/held_out_two.jsonl --output {out}/held_out_pairs.jsonl",
-        train("rm", "sft", "ranked", 10 * args.steps, rate, seed, "rm", eval_data),
-        *(train("rm", "sft", f"half_{i}", 5 * args.steps, rate, seed + i, f"rm_{i}", eval_data) for i in range(MODELS)),
+        train("rm", "sft", "ranked", 40 * args.steps, rate, seed, "rm", small),
+        *(train("rm", "sft", f"half_{i}", 20 * args.steps, rate, seed + i, f"rm_{i}", small) for i in range(MODELS)),
         "scripts/score.py --rows {out}/held_out_pairs.jsonl --output {out}/held_out_scored.jsonl "
         f"--reward-models {{out}}/rm {ensemble}",
         "scripts/score.py --rows {out}/pairs.jsonl --output {out}/scored.jsonl --reward-models {out}/rm",
@@ -140,11 +140,12 @@ def finished(out: Path, lines: list[str]) -> list[dict]:
 
 
 def ranked(n: int, rng: random.Random) -> Iterator[dict]:
-    """n posts with four different demonstrations each, in an order that the oracle's preferences draw."""
+    """n posts with four different summaries each, in an order that the oracle's preferences draw."""
     for prompt, kind in islice(notices.unique_notices(rng), n):
         summaries: dict[str, None] = {}
         while len(summaries) < 4:
-            summaries[notices.make_sft_row(prompt, kind, rng)["completion"]] = None
+            superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
+            summaries[notices.make_summary(prompt, kind, rng, rng.choice((0.0, 0.2, 0.5)), superfluous)] = None
         yield notices.prefer_row({"prompt": prompt, "completions": list(summaries)}, rng)
 
 

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,11 +76,17 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> None:
-    """FSDP2 in place: float32 master weights cut over the processes, compute in `place.dtype`, gradients in float32."""
+def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> Callable[[bool], None]:
+    """FSDP2 in place: float32 master weights cut over the processes, compute in `place.dtype`, gradients in float32.
+
+    → what every forward pass that has a backward pass calls first, with whether it is its step's last: what can wait
+    until then, gradients' exchange between copies or their one copy's way through FSDP's buffers, does.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    if place.world == 1 and place.dtype == torch.float32:
+        return lambda last: None  # nothing to cut, nothing to cast
     copies = place.world // place.shards
     mesh = init_device_mesh(place.device.type, (copies, place.shards), mesh_dim_names=("copies", "shards"))
     mesh = mesh if copies > 1 else mesh["shards"]
@@ -88,6 +94,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> None:
     for module in (*blocks, model):
         # one process has nothing to gather again
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=place.shards > 1)
+    return model.set_requires_all_reduce if place.shards > 1 else model.set_requires_gradient_sync
 
 
 @contextmanager

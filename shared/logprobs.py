@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-# logits alive at a time, in float32: 16 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
-CHUNK = {"cpu": 2**22, "cuda": 2**27}
+# logits alive at a time, in float32: 4 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
+CHUNK = {"cpu": 2**20, "cuda": 2**27}
+TOKENS = 64  # at least, however large the vocabulary: each chunk passes once over the head's weights
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -41,7 +42,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, CHUNK[hidden.device.type] // len(weight))
+    size = max(TOKENS, CHUNK[hidden.device.type] // len(weight))
     return [slice(i, i + size) for i in range(0, len(hidden), size)]
 
 

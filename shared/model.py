@@ -29,8 +29,8 @@ class Packed(nn.Module):
 
     def states(self, batch: Batch) -> Tensor:
         """→ (T, H), the last hidden states of the packed row."""
-        if torch.is_grad_enabled():  # copies on other machines add up their gradients once per step
-            self.set_requires_all_reduce(batch.last)
+        if torch.is_grad_enabled():
+            self.before(batch.last)
         return self.lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, spans=batch.spans, use_cache=False
         ).last_hidden_state[0]
@@ -144,7 +144,7 @@ def load_model(
             raise UserError(f"model {path}: {type(lm).__name__} is not supported: {problem}")
     model.sha256 = {"model": from_main(_weights_hash(lm) if place.main else None)}
     layers = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
-    shard(model, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
+    model.before = shard(model, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
     return model
 
 

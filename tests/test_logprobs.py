@@ -11,6 +11,7 @@ from shared.logprobs import sequence_logps, token_logps
 @pytest.mark.parametrize("chunk", [1, 7 * 50, 10**6])  # one token at a time, a ragged last chunk, all at once
 def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, bias: bool) -> None:
     monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(logprobs, "TOKENS", 1)
     torch.manual_seed(0)
     inputs = [torch.randn(23, 8), torch.randn(50, 8)] + [torch.randn(50)] * bias
     targets, upstream = torch.randint(50, (23,)), torch.randn(23)

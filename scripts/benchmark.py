@@ -124,7 +124,7 @@ class Args:
     """rows, each used once"""
     batch_size: int = 16
     """rows per optimizer step"""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """most tokens in one forward pass of ours"""
     against: Literal["trl", "naive"] | None = None
     """compare dpo with TRL's trainer, or with a plain loop"""
@@ -548,6 +548,7 @@ def tune(contenders: dict[str, dict], args: Args, scratch: Path) -> dict[str, di
     with open(contenders["ours"]["train_data"], encoding="utf-8") as file:
         two.write_text("".join(islice(file, 2 * args.batch_size)), encoding="utf-8")
     wanted = measure("ours", contenders["ours"] | {"train_data": str(two)}, scratch)
+    tried["ours"] = {key: wanted[key] for key in ("seconds", "memory")}
     for name, spec in list(contenders.items())[1:]:
         fastest = math.inf
         for size in args.against_batch if spec.get("tricks") != len(LADDER) - 1 else [None]:

@@ -6,7 +6,7 @@ Every point is a run of `algos/dpo.py` on random rows, in processes of its own, 
     again      the same at the next start, when the tokens are in the cache
     step       mean seconds of the steps after the first
     memory     most resident memory of a process, the largest of them, without what the libraries take
-    saving     seconds of writing one checkpoint, its bytes, and what memory grows by meanwhile
+    saving     seconds of writing one checkpoint, its bytes, and how far it lifts the most resident memory
 
     python scripts/growth.py
 """

@@ -85,8 +85,9 @@ def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> Callable[[
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if place.world == 1 and place.dtype == torch.float32:
-        return lambda last: None  # nothing to cut, nothing to cast
+    if place.world == 1 and place.dtype == torch.float32:  # nothing to cut, nothing to cast
+        model.to(place.device)
+        return lambda last: None
     copies = place.world // place.shards
     mesh = init_device_mesh(place.device.type, (copies, place.shards), mesh_dim_names=("copies", "shards"))
     mesh = mesh if copies > 1 else mesh["shards"]

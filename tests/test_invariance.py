@@ -1,6 +1,8 @@
-"""The numbers do not depend on processes, on the micro-batch budget, or on being killed and resumed."""
+"""DPO's numbers do not depend on processes, on the micro-batch budget, or on being killed and resumed.
 
-import random
+Those of the other algorithms: tests/faults/test_numbers.py and test_sizes.py.
+"""
+
 import signal
 import time
 from collections.abc import Callable
@@ -8,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import reference
-import torch
 import worlds
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 BATCH, STEPS, ROWS = 16, 20, 97  # the last batch of an epoch has one row
 HUGE = 1 << 20
@@ -34,42 +35,18 @@ Run = Callable[..., list[dict]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with grouped heads, pairs, and supervised rows."""
+    """A tiny Llama with grouped heads, and pairs."""
     path = tmp_path_factory.mktemp("invariance")
     worlds.make_model(path / "model", "llama", seed=4, num_key_value_heads=2, initializer_range=0.15)
     worlds.make_rows(ROWS, seed=20, k=2, path=path / "pairs.jsonl")
     worlds.make_rows(9, seed=22, k=2, path=path / "held_out.jsonl")
-    worlds.make_rows(ROWS, seed=21, k=1, path=path / "supervised.jsonl")
-    worlds.write_jsonl(path / "family.jsonl", family_rows())
-    make_reward_model(path / "model", path / "reward")
     return path
-
-
-def make_reward_model(body: Path, directory: Path) -> None:
-    """A sequence classifier with a head far from zero, so that rewards differ."""
-    torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(body, num_labels=1, dtype=torch.float32)
-    torch.nn.init.normal_(model.score.weight, std=0.3)
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(body).save_pretrained(directory)
 
 
 def launch(folder: Path, script: str, output_dir: Path, processes: int, budget: int, **options: object) -> list[dict]:
     """One run with this file's settings."""
-    data = folder / ("supervised.jsonl" if script.endswith("sft.py") else "pairs.jsonl")
-    options = {**OPTIONS, "model": folder / "model", "train_data": data, **options}
+    options = {**OPTIONS, "model": folder / "model", "train_data": folder / "pairs.jsonl", **options}
     return worlds.run(script, output_dir, processes, micro_batch_tokens=budget, **options)
-
-
-def family_rows() -> list[dict]:
-    """Completions with scores of three reward models, and a sample of π_ref, cut off in every third row."""
-    rng, rows = random.Random(23), []
-    for i, pair in enumerate(worlds.make_rows(4 * BATCH, seed=23, k=2)):
-        row = {"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]}
-        row["scores"] = [[rng.gauss(0, 1) for _ in range(3)] for _ in range(2)]
-        row |= {"reference_samples": [worlds.text(rng, rng.randint(1, 30))], "reference_samples_finished": [i % 3 > 0]}
-        rows.append(row)
-    return rows
 
 
 def eighth(folder: Path, data: str) -> int:
@@ -112,38 +89,6 @@ def test_a_process_without_groups(folder: Path, tmp_path: Path) -> None:
     alone = launch(folder, "algos/dpo.py", tmp_path / "one", 1, HUGE, **options)
     lines = launch(folder, "algos/dpo.py", tmp_path / "two", 2, HUGE, **options)
     agree(lines, alone, 4, ("loss", "grad_norm"))
-
-
-def test_sft_processes_and_micro_batches(folder: Path, tmp_path: Path) -> None:
-    """The mean per token of the global batch, however it is cut; step 7 has one row for two processes."""
-    options = dict(max_steps=8)
-    alone = launch(folder, "algos/sft.py", tmp_path / "one", 1, HUGE, **options)
-    lines = launch(folder, "algos/sft.py", tmp_path / "two", 2, eighth(folder, "supervised.jsonl"), **options)
-    agree(lines, alone, 8, ("loss", "grad_norm"))
-
-
-@pytest.mark.parametrize(
-    "algorithm,options",
-    [
-        ("ipo", dict(tau=0.2)),
-        ("exo", dict(beta=0.1, beta_r=0.7)),
-        ("typo", dict(lam=0.3)),
-        ("distill_dpo", dict(beta=0.1)),
-        ("pessimistic_dpo", dict(beta=0.1, gamma_start=0.01, gamma_end=0.1)),
-        ("ensemble_dpo", dict(beta=0.1, gamma_start=0.0005, gamma_end=0.005)),
-        ("rm", {}),
-    ],
-)
-def test_family_processes_and_micro_batches(folder: Path, tmp_path: Path, algorithm: str, options: dict) -> None:
-    """γ runs, and e-DPO's minimum is over the whole batch, however it is cut."""
-    model, script = folder / ("reward" if algorithm == "rm" else "model"), f"algos/{algorithm}.py"
-    options = dict(options, model=model, train_data=folder / "family.jsonl", max_steps=4)
-    alone = launch(folder, script, tmp_path / "one", 1, HUGE, **options)
-    lines = launch(folder, script, tmp_path / "two", 2, eighth(folder, "family.jsonl"), **options)
-    agree(lines, alone, 4, ("loss", "grad_norm"))
-    margins = [[line["rewards/margins"] for line in run] for run in (lines, alone)]
-    assert margins[0] == pytest.approx(margins[1], rel=1e-4, abs=1e-4)
-    assert len({line["loss"] for line in lines}) == 4
 
 
 def untimed(path: Path) -> list[dict]:

@@ -34,7 +34,7 @@ def test_the_same_seed_twice(world: dict, through_of: Callable[..., Path], tmp_p
 
 
 @fault(28)
-@every_algorithm
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_one_and_two_ranks(through_of: Callable[..., Path], algorithm: str) -> None:
     close(through_of(algorithm, 2), through_of(algorithm, 1), SPREAD[algorithm == "dpo"])
 

@@ -49,8 +49,13 @@ def agree(ours: list[dict], theirs: list[dict]) -> None:
 
 
 @fault("a")
-@slow
-@pytest.mark.parametrize("algorithm, k", [*((name, 2) for name in ALGORITHMS), *((name, 4) for name in RANKED)])
+@pytest.mark.parametrize(
+    "algorithm, k",
+    [
+        *(pytest.param(name, 2, marks=[slow] * (name != "ensemble_dpo")) for name in ALGORITHMS),
+        *(pytest.param(name, 4, marks=slow) for name in RANKED),
+    ],
+)
 def test_any_number_of_processes(sized: dict[int, dict], tmp_path: Path, algorithm: str, k: int) -> None:
     """1, 2 and 4 processes; and 2 up to step 7, 4 up to step 13, then 1."""
     options = {**sized[k], **OPTIONS.get(algorithm, {}), "script": f"algos/{algorithm}.py", "seconds": 300}

@@ -77,7 +77,11 @@ def test_any_number_of_processes(sized: dict[int, dict], tmp_path: Path, algorit
 @slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bfloat16(sized: dict[int, dict], tmp_path: Path, algorithm: str) -> None:
-    """Losses within rounding of float32 on one process and on two; weights and optimizer are float32."""
+    """Losses within rounding of float32 on one process and on two; weights and optimizer are float32.
+
+    Log-probs of some ten nats are rounded by some hundredths; ipo's loss changes by up to ten for each nat.
+    """
+    most = 0.05 if algorithm == "ipo" else 0.02
     options = {**sized[2], **OPTIONS.get(algorithm, {}), "script": f"algos/{algorithm}.py", "save_every": STEPS}
     run(tmp_path / "float32", **options)
     wanted = [line["loss"] for line in lines(tmp_path / "float32")]
@@ -85,7 +89,7 @@ def test_bfloat16(sized: dict[int, dict], tmp_path: Path, algorithm: str) -> Non
         out = tmp_path / f"{processes}"
         run(out, processes=processes, dtype="bfloat16", **options)
         found = [line["loss"] for line in lines(out)]
-        assert found == pytest.approx(wanted, rel=0.02, abs=0.02)
+        assert found == pytest.approx(wanted, rel=most, abs=most)
         assert found[1:] != wanted[1:]
         for path in (out / "model.safetensors", *(out / "checkpoints").glob("*/*.safetensors")):
             with safe_open(path, "pt") as file:

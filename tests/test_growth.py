@@ -25,8 +25,8 @@ def test_a_point(processes: int, tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^first: failed: .*--batch-size 0"):
-        growth.point(tmp_path, PROFILE, SHAPE, rows=12, batch=4, options={"batch_size": 0})
+    with pytest.raises(UserError, match="^first: failed: .*--max-steps -1"):
+        growth.point(tmp_path, PROFILE, SHAPE, rows=12, batch=4, options={"max_steps": -1})
 
 
 def test_tables_have_the_columns_of_their_points() -> None:

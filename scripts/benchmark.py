@@ -230,7 +230,7 @@ def own(spec: dict) -> tuple[ModuleType, object]:
     names = "model train_data output_dir batch_size micro_batch_tokens learning_rate dtype"
     common = {name: spec[name] for name in names.split()}
     fixed = dict(lr_schedule="constant", shuffle=False, log_every=1, save_every=0)
-    return module, module.Args(**common, **(fixed | OPTIONS.get(spec["algorithm"], {}) | spec.get("options", {})))
+    return module, module.Args(**(common | fixed | OPTIONS.get(spec["algorithm"], {}) | spec.get("options", {})))
 
 
 def ours(spec: dict) -> Training:

@@ -1,6 +1,7 @@
 """How time and memory of training grow: with the length of a row, completions, vocabulary, rows, and processes.
 
-Every point is a run of `algos/dpo.py` on random rows, in processes of its own, with empty caches. Of each:
+Every point is a run of `algos/dpo.py` on random rows, in processes of its own, with empty caches. Memory that is freed
+goes back to the system (MALLOC_MMAP_THRESHOLD_), so that what is seen is what is needed. Of each:
 
     first      seconds to the end of the first update: rows and weights loaded, tokenised, π_ref's log-probs computed
     again      the same at the next start, when the tokens are in the cache
@@ -34,6 +35,7 @@ SMALL = (8_192, 256, 4, 8, 8, 688)  # vocabulary, width, layers, heads, their ke
 THIN = (64, 4, 4, 4, 172)  # behind a vocabulary
 LARGE = (8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outweigh all else
 HH = benchmark.PROFILES["hh"]
+SAVING = {"save_every": 1, "micro_batch_tokens": 256}  # so small that weights and optimizer are most of the memory
 # what grows → points of: its value, what the run has that others have not
 SWEEPS: dict[str, list[tuple[int, dict]]] = {
     "tokens of a prompt and of a completion": [
@@ -43,7 +45,7 @@ SWEEPS: dict[str, list[tuple[int, dict]]] = {
     "completions": [(k, {"k": k, "rows": 96 // k, "batch": 32 // k}) for k in (2, 4, 8, 16)],
     "vocabulary": [(v, {"shape": (v, *THIN)}) for v in (8_192, 32_768, 131_072)],
     "rows": [(n, {"rows": n, "options": {"max_steps": 2}, "again": True}) for n in (1_000, 10_000, 100_000)],
-    "processes": [(n, {"shape": LARGE, "processes": n, "options": {"save_every": 1}}) for n in (1, 2, 4)],
+    "processes": [(n, {"shape": LARGE, "processes": n, "rows": 12, "batch": 4, "options": SAVING}) for n in (1, 2, 4)],
 }
 COLUMNS = {
     "first (s)": ("first", ".2f"),
@@ -105,11 +107,10 @@ def launch(spec: dict, processes: int, folder: Path, name: str) -> dict:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     line = [sys.executable, *(torchrun if processes > 1 else []), __file__, "worker"]
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    spec = spec | {"output_dir": str(folder / name)}
-    done = subprocess.run(
-        [*line, json.dumps(spec)], env=environment | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True
-    )
+    environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    words = [*line, json.dumps(spec | {"output_dir": str(folder / name)})]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or len(found) != processes:
         raise UserError(f"{name}: failed: {(done.stderr.strip().splitlines() or ['it wrote nothing'])[-1]}")

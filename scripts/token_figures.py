@@ -259,7 +259,8 @@ def claim(text: str, found: dict, sign: int, form: str = ".3f") -> dict:
     """A number of which the paper states that it is above 0 (sign 1), below (-1) or neither (0), and what was found."""
     low, high = found["interval"]
     side = (low > 0) - (high < 0)
-    verdict = "as in the paper" if side == sign else "NOT as in the paper" if side else "not resolved"
+    resolved = side or low == high
+    verdict = "as in the paper" if side == sign else "NOT as in the paper" if resolved else "not resolved"
     return {"statement": f"{text} {('= 0', '> 0', '< 0')[sign]}", "found": shown(found, form), "verdict": verdict}
 
 
@@ -352,7 +353,7 @@ def draw_beams(path: Path, beams: dict[str, dict]) -> None:
         for measure, panel in axes.items():
             means = torch.tensor([number["mean"] for number in numbers[measure]])
             ends = torch.tensor([number["interval"] for number in numbers[measure]])
-            name = f"β = {beta}" if measure == "reward" else None
+            name = f"β = {beta}" if measure == "length" else None
             look = {"color": COLORS[i], "marker": "os^"[i], "markersize": 4, "capsize": 2, "label": name}
             panel.errorbar(at, means, (ends - means[:, None]).abs().T, **look)
     for measure, panel in axes.items():
@@ -360,6 +361,8 @@ def draw_beams(path: Path, beams: dict[str, dict]) -> None:
         panel.set_xticks(WIDTHS, WIDTHS)
         panel.minorticks_off()
         figures.label(panel, "", "beams" if measure == "length" else "", MEASURES[measure])
+    panel.get_legend().remove()  # lines run through every corner of a panel
+    figure.legend(loc="outside upper center", ncols=len(beams), fontsize=8, frameon=False)
     figure.savefig(path, format="png", dpi=300)
 
 

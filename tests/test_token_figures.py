@@ -126,6 +126,8 @@ def test_statements_of_figure_2_are_differences_on_the_same_prompts() -> None:
         ((-0.1, 0.2), 0, "as in the paper"),
         ((-0.1, 0.2), 1, "not resolved"),
         ((0.0, 0.2), -1, "not resolved"),
+        ((0.0, 0.0), 1, "NOT as in the paper"),
+        ((0.0, 0.0), 0, "as in the paper"),
     ],
 )
 def test_verdicts(interval: tuple, sign: int, verdict: str) -> None:

@@ -34,7 +34,7 @@ from torch import Tensor
 from shared import UserError
 from shared.model import load_policy, load_tokenizer
 from shared.rows import PROMPT_FORMS, Example, Text, parse
-from shared.run import command
+from shared.run import command, plain_length
 
 RESAMPLES = 2_000
 SHOWN_PROMPTS = 6  # whose completions are kept as text
@@ -117,7 +117,8 @@ def draw(path: str, prompts: list[Text], args: Args) -> tuple[list[list[int]], S
     """The token ids of the prompts, and `args.num_samples` completions of each from the policy in `path`."""
     model, tokenizer, ends = sample.load(path, args.dtype)
     examples = make_examples(prompts, [[]] * len(prompts), [[]] * len(prompts))
-    rows = encode(path, examples, tokenizer, sample.room(model, args.max_new_tokens), completions=False)
+    room = min(sample.room(model, args.max_new_tokens), plain_length(model.config) - args.max_new_tokens + 1)
+    rows = encode(path, examples, tokenizer, room, completions=False)
     encoded = [row.prompt for row in rows]
     ids = list(sample.draw(model, ends, encoded, args.num_samples, args, progress=f"sample {path}"))
     texts = [[sample.decode(tokenizer, y) for y in row] for row in ids]

@@ -4,7 +4,7 @@ Every point is a run of `algos/dpo.py` on random rows, in processes of its own, 
 goes back to the system (MALLOC_MMAP_THRESHOLD_), so that what is seen is what is needed. Of each:
 
     first      seconds to the end of the first update: rows and weights loaded, tokenised, π_ref's log-probs computed
-    again      the same at the next start, when the tokens are in the cache
+    again      the same at the next start, when tokens and log-probs of π_ref are in the cache
     step       mean seconds of the steps after the first
     memory     most resident memory of a process, the largest of them, without what the libraries take
     saving     seconds of writing one checkpoint, its bytes, and how far it lifts the most resident memory
@@ -26,6 +26,7 @@ from pathlib import Path
 import benchmark
 import figures
 import quickstart
+import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from shared import UserError, checkpoint
@@ -85,6 +86,7 @@ def worker(spec: dict) -> None:
     def save(out: Path, step: int, *words: object) -> None:
         before, began = benchmark.resident("VmHWM"), time.perf_counter()
         plain(out, step, *words)
+        dist.barrier()  # the first process has still to rename it
         files = (out / "checkpoints" / f"step-{step:06d}").glob("*")
         size = sum(file.stat().st_size for file in files) if step == 1 else 0
         saves.append((time.perf_counter() - began, benchmark.resident("VmHWM") - before, size))

@@ -31,7 +31,7 @@ import torch
 
 from shared import UserError
 from shared.distributed import Place
-from shared.run import command
+from shared.run import command, plain_length
 
 WINDOW = 256  # rows that are cut into micro-batches together
 
@@ -98,7 +98,7 @@ def load(paths: list[str], place: Place) -> Models:
         if tokenizer.get_vocab() != tokenizers[0].get_vocab():
             raise UserError(f"model {path}: has another tokenizer than {paths[0]}; score with each by itself")
         models.append(load_model("AutoModelForSequenceClassification", RewardModel, path, place, num_labels=1))
-        room = min(room, getattr(config, "max_position_embeddings", None) or room)
+        room = min(room, getattr(config, "max_position_embeddings", None) or room, plain_length(config))
     if tokenizers[0].eos_token_id is None:
         raise UserError(f"model {paths[0]}: the tokenizer has no EOS token; set one so that completions can end")
     return Models(models, tokenizers[0], room, place)

@@ -1,4 +1,4 @@
-"""One code path for one process, many under torchrun, and several machines: FSDP2 over a process group."""
+"""One process, many under torchrun, and several machines: a process group, and FSDP2 where there is what to cut."""
 
 import os
 import threading
@@ -79,13 +79,16 @@ def _end_with(parent: int) -> None:
 def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> Callable[[bool], None]:
     """FSDP2 in place: float32 master weights cut over the processes, compute in `place.dtype`, gradients in float32.
 
-    → what every forward pass that has a backward pass calls first, with whether it is its step's last: what can wait
-    until then, gradients' exchange between copies or their one copy's way through FSDP's buffers, does.
+    One process in float32 has nothing to cut and nothing to cast, and stays without. → a function to call before each
+    forward pass that has a backward pass, with whether that is its step's last one: until then copies do not exchange
+    their gradients, and those of uncut weights are only added up.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if place.world == 1 and place.dtype == torch.float32:  # nothing to cut, nothing to cast
+    if place.world == 1 and place.dtype == torch.float32:
+        for p in model.parameters():  # what was read from a file is a view of it, which changes as the file does
+            p.data = p.data.to(place.device, copy=True)
         model.to(place.device)
         return lambda last: None
     copies = place.world // place.shards
@@ -93,7 +96,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> Callable[[
     mesh = mesh if copies > 1 else mesh["shards"]
     policy = MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*blocks, model):
-        # one process has nothing to gather again
+        # uncut weights need not be gathered again
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=place.shards > 1)
     return model.set_requires_all_reduce if place.shards > 1 else model.set_requires_gradient_sync
 

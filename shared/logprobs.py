@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-# logits alive at a time, in float32: 4 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
+# bytes / 4 of logits alive at a time: 4 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
-TOKENS = 64  # at least, however large the vocabulary: each chunk passes once over the head's weights
+TOKENS = 64  # of a chunk at least, however large the vocabulary: each reads the head's weights anew
 
 
 class _TokenLogps(torch.autograd.Function):

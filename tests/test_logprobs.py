@@ -47,6 +47,11 @@ def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
     assert vocabulary <= Largest.size <= logprobs.CHUNK["cpu"] < tokens * vocabulary
 
 
+def test_a_chunk_has_enough_tokens_for_any_vocabulary() -> None:
+    sizes = [part.stop - part.start for part in logprobs._chunks(torch.empty(130, 1), torch.empty(2**20, 1))]
+    assert sizes == [64] * 3  # the last one is longer than what is left
+
+
 def test_sequence_logps_sum_each_completion() -> None:
     lengths = torch.tensor([[2, 1], [3, 4]])
     values = torch.randn(10, dtype=torch.float32, requires_grad=True)

@@ -167,23 +167,27 @@ def test_a_prompt_without_room_is_dropped_and_counted(
     assert "rows 2, kept 1, dropped: prompt too long 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options", "message"),
-    [("mistral", {"sliding_window": 24}, "beyond 24 tokens"), ("llama", {"vocab_size": 380}, "the model embeds 380")],
-)
-def test_a_model_that_packed_rows_do_not_fit(architecture: str, options: dict, message: str, tmp_path: Path) -> None:
-    """A window shorter than a row, which packed rows would not have; a token without an embedding."""
-    base = worlds.make_model(
-        tmp_path / "base", architecture, **({"vocab": 380} if "vocab_size" in options else options)
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=2)
-    model.save_pretrained(tmp_path / "model")
-    worlds.make_tokenizer().save_pretrained(tmp_path / "model")
-    rows = worlds.make_rows(20, seed=4, path=tmp_path / "rows.jsonl") and tmp_path / "rows.jsonl"
-    with pytest.raises(UserError, match=message):
-        run(rows, tmp_path / "out.jsonl", tmp_path / "model")
-    short = worlds.write_jsonl(tmp_path / "short.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    assert len(run(short, tmp_path / "out.jsonl", tmp_path / "model")) == 1
+def test_a_model_that_packed_rows_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A window shorter than a row, which packed rows would not have, is where rows end; a token needs an embedding."""
+    rows = [{"prompt": "lo " * n, "chosen": "do " * 40, "rejected": "fi"} for n in (2, 30)]
+    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", rows)
+    for name, architecture, options in (
+        ("window", "mistral", {"sliding_window": 24}),
+        ("few", "llama", {"vocab": 380}),
+    ):
+        base = worlds.make_model(tmp_path / "base", architecture, **options)
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=2)
+        model.save_pretrained(tmp_path / name)
+        worlds.make_tokenizer().save_pretrained(tmp_path / name)
+    (row,) = run(rows, tmp_path / "out.jsonl", tmp_path / "window")
+    assert "rows 2, kept 1, dropped: prompt too long 1" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "window")
+    ids = tokenizer("lo " * 2).input_ids + tokenizer("do " * 40, add_special_tokens=False).input_ids
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "window").eval()
+    assert row["score_chosen"] == pytest.approx(model(torch.tensor([ids[:24]])).logits.item(), abs=1e-5)
+    pairs = worlds.make_rows(20, seed=4, path=tmp_path / "pairs.jsonl") and tmp_path / "pairs.jsonl"
+    with pytest.raises(UserError, match="the model embeds 380"):
+        run(pairs, tmp_path / "out.jsonl", tmp_path / "few")
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,14 @@ def agree(ours: list[dict], theirs: list[dict]) -> None:
     ],
 )
 def test_any_number_of_processes(sized: dict[int, dict], tmp_path: Path, algorithm: str, k: int) -> None:
-    """1, 2 and 4 processes; and 2 up to step 7, 4 up to step 13, then 1."""
+    """1, 2 and 4 processes; 2 with a copy of the weights each, 4 with two halves; 2 to step 7, 4 to step 13, then 1."""
     options = {**sized[k], **OPTIONS.get(algorithm, {}), "script": f"algos/{algorithm}.py", "seconds": 300}
     outs = {processes: tmp_path / f"{processes}" for processes in (1, 2, 4)}
     for processes, out in outs.items():
         run(out, processes=processes, **options)
+    copies = [tmp_path / f"{processes}-copies" for processes in (2, 4)]
+    for processes, out in zip((2, 4), copies, strict=True):
+        run(out, processes=processes, shard_size=processes // 2, **options)
     four = cut(outs[2], tmp_path / "two-four", 7)
     assert "step-000007\n" in run(four, processes=4, resume=True, **options).log
     assert len(list((four / "checkpoints" / "step-000013").glob("rank-*"))) == 4
@@ -69,7 +72,7 @@ def test_any_number_of_processes(sized: dict[int, dict], tmp_path: Path, algorit
     assert "step-000013\n" in run(back, resume=True, **options).log
     alone = lines(outs[1])
     assert len({line["loss"] for line in alone}) == STEPS
-    for out in (outs[2], outs[4], four, back):
+    for out in (outs[2], outs[4], *copies, four, back):
         agree(lines(out), alone)
 
 
@@ -84,11 +87,12 @@ def test_bfloat16(sized: dict[int, dict], tmp_path: Path, algorithm: str) -> Non
     most = 0.05 if algorithm == "ipo" else 0.02
     options = {**sized[2], **OPTIONS.get(algorithm, {}), "script": f"algos/{algorithm}.py", "save_every": STEPS}
     run(tmp_path / "float32", **options)
-    wanted = [line["loss"] for line in lines(tmp_path / "float32")]
+    wanted, (norm, *_) = ([line[name] for line in lines(tmp_path / "float32")] for name in ("loss", "grad_norm"))
     for processes in (1, 2):
         out = tmp_path / f"{processes}"
         run(out, processes=processes, dtype="bfloat16", **options)
         found = [line["loss"] for line in lines(out)]
+        assert lines(out)[0]["grad_norm"] == pytest.approx(norm, rel=0.05)
         assert found == pytest.approx(wanted, rel=most, abs=most)
         assert found[1:] != wanted[1:]
         for path in (out / "model.safetensors", *(out / "checkpoints").glob("*/*.safetensors")):

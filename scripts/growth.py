@@ -76,7 +76,7 @@ class Args:
 
 
 def worker(spec: dict) -> None:
-    """One run of one process; a line of JSON says what was measured."""
+    """One run of one process; a file beside the output directory says what was measured."""
     for name in benchmark.MODULES.split():
         import_module(name)
     (module, args), ends, saves = benchmark.own(spec), [], []
@@ -100,7 +100,7 @@ def worker(spec: dict) -> None:
         seconds, extra, size = zip(*saves, strict=True)
         found["step"] -= sum(seconds[:-1]) / (len(ends) - 1)
         found |= {"saving": min(seconds), "checkpoint": size[0] / 1e6, "extra": max(extra) / 1e6}
-    print(json.dumps(found), flush=True)
+    Path(f"{spec['output_dir']}.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
     os._exit(0)  # gloo's threads can abort an ordinary interpreter exit
 
 
@@ -113,7 +113,7 @@ def launch(spec: dict, processes: int, folder: Path, name: str) -> dict:
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
     words = [*line, json.dumps(spec | {"output_dir": str(folder / name)})]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}.*.json")]
     if done.returncode or len(found) != processes:
         raise UserError(f"{name}: failed: {(done.stderr.strip().splitlines() or ['it wrote nothing'])[-1]}")
     return {key: max(one[key] for one in found) for key in found[0]}
@@ -157,14 +157,16 @@ def markdown(machine: dict, sweeps: dict[str, list[dict]]) -> str:
 
 
 def draw(path: Path, sweeps: dict[str, list[dict]]) -> None:
-    """Step time and memory of every sweep, on logarithmic axes."""
+    """Step time and memory of every sweep."""
     names = list(sweeps)
     mosaic = [[f"{name}, {what}" for name in names] for what in ("step", "memory")]
     figure, axes = figures.canvas(mosaic, (3.1 * len(names), 5.2))
     for name, points in sweeps.items():
         for what, unit, color in (("step", "step (s)", figures.BLUE), ("memory", "memory (MB)", figures.ORANGE)):
             panel = axes[f"{name}, {what}"]
-            panel.loglog([one["value"] for one in points], [one[what] for one in points], "o-", color=color)
+            panel.plot([one["value"] for one in points], [one[what] for one in points], "o-", color=color)
+            panel.set_xscale("log")
+            panel.set_ylim(bottom=0)
             panel.set_xticks([one["value"] for one in points], [f"{one['value']:,}" for one in points], minor=False)
             panel.minorticks_off()
             figures.label(panel, "", name, unit if name == names[0] else "")
@@ -177,16 +179,17 @@ def main(args: Args) -> None:
     if unknown := set(args.sweeps) - set(SWEEPS):
         raise UserError(f"--sweeps {unknown.pop()!r}: must be of {', '.join(map(repr, SWEEPS))}")
     sweeps: dict[str, list[dict]] = {}
+    machine = {"device": benchmark.cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in args.sweeps:
         for value, own in SWEEPS[name]:
             with tempfile.TemporaryDirectory() as scratch:
                 sweeps.setdefault(name, []).append({"value": value, **point(Path(scratch), **own)})
             print(f"{name} {value}: {sweeps[name][-1]['step']:.3f} s a step", flush=True)
-    machine = {"device": benchmark.cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+            numbers = json.dumps({"machine": machine, "sweeps": sweeps}, indent=1)
+            (args.output_dir / "growth.json").write_text(numbers + "\n", encoding="utf-8")
     draw(args.output_dir / "growth.png", sweeps)
     (args.output_dir / "growth.md").write_text(markdown(machine, sweeps), encoding="utf-8")
-    (args.output_dir / "growth.json").write_text(json.dumps({"machine": machine, "sweeps": sweeps}, indent=1) + "\n")
     print(f"\n{markdown(machine, sweeps)}")
 
 

@@ -285,13 +285,18 @@ def _write_groups(path: Path, build: _Builder) -> None:
     dropped, kept = dict(build.dropped), len(build.rows)
     report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **+build.counts}
     tensors = {
-        "tokens": torch.tensor(build.tokens, dtype=torch.int32),
-        "offsets": torch.tensor(build.offsets, dtype=torch.int64).view(kept, -1) if kept else torch.empty(0, 2).long(),
-        "rows": torch.tensor(build.rows, dtype=torch.int64),
+        "tokens": _tensor(build.tokens, torch.int32),
+        "offsets": _tensor(build.offsets, torch.int64).view(kept, -1 if kept else 2),
+        "rows": _tensor(build.rows, torch.int64),
     }
     if build.needs.scores and kept:
-        tensors["scores"] = torch.tensor(build.scores, dtype=torch.float32).view(kept, *build.shape[:2])
+        tensors["scores"] = _tensor(build.scores, torch.float32).view(kept, *build.shape[:2])
     write_tensors(path, tensors, {"report": json.dumps(report)})
+
+
+def _tensor(values: array, dtype: torch.dtype) -> Tensor:
+    """The same memory; `torch.tensor` would make an object of every number."""
+    return torch.asarray(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def _read_groups(path: Path, source: str) -> Groups:

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from array import array
 from pathlib import Path
 
 import pytest
+import torch
 import worlds
 
-from shared import UserError
+from shared import UserError, data
 from shared.data import Groups, Needs, describe, load
 from shared.rows import FORMS
 
@@ -360,3 +362,11 @@ def test_every_form_is_tested() -> None:
     rows = [*STRING_PAIRS, *CHAT_PAIRS, *(row for row, _ in SUPERVISED), {"chosen": "", "rejected": ""}, {"text": ""}]
     tested = {next(form for form in FORMS if all(name in row for name in form)) for row in rows}
     assert tested == set(FORMS)
+
+
+def test_collected_ids_become_a_tensor_without_a_copy() -> None:
+    """Memory of a start-up grows by the ids themselves; one object for each number would take eight times as much."""
+    values = array("i", [5, -1, 7])
+    assert data._tensor(values, torch.int32).data_ptr() == values.buffer_info()[0]
+    assert data._tensor(values, torch.int32).tolist() == [5, -1, 7]
+    assert data._tensor(array("q"), torch.int64).shape == (0,)

@@ -166,11 +166,11 @@ def draw(path: Path, sweeps: dict[str, list[dict]]) -> None:
             panel = axes[f"{name}, {what}"]
             panel.plot([one["value"] for one in points], [one[what] for one in points], "o-", color=color)
             panel.set_xscale("log")
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.1 * max(one[what] for one in points))
             panel.set_xticks([one["value"] for one in points], [f"{one['value']:,}" for one in points], minor=False)
             panel.minorticks_off()
             figures.label(panel, "", name, unit if name == names[0] else "")
-    figure.savefig(path, format="png", dpi=150)
+    figure.savefig(path, format="png", dpi=100)
 
 
 def main(args: Args) -> None:

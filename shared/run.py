@@ -442,7 +442,7 @@ def check_fit(groups: Groups, config, source: str) -> None:
     if largest >= config.vocab_size:
         raise UserError(f"{source}: token id {largest}, but the model embeds {config.vocab_size}")
     if longest > most:
-        problem = f"beyond {most} tokens the model's attention window or rotary embedding changes; cut them to that"
+        problem = f"beyond {most} tokens the model's attention window or rotary embedding changes; give --max-length"
         raise UserError(f"{source}: {longest} tokens, but {problem}")
 
 

@@ -1,6 +1,7 @@
 """The command lines against a float64 loop that shares no code with them."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,17 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(folder: Path) -
     (plain, much), (again, little) = found
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert little < 0.7 * much
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_do_not_change_with_their_file(folder: Path, tmp_path: Path, dtype: str) -> None:
+    """What is read from a file may be a mapping of it, which another program's write would change."""
+    path = Path(shutil.copytree(make_model(folder, "llama"), tmp_path / "model")) / "model.safetensors"
+    with streaming.alone(dtype) as place:
+        policy = load_policy(str(path.parent), place)
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in policy.parameters()]
+        before = [p.detach().clone() for p in local]
+        with open(path, "r+b") as file:  # in place, behind the header
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            file.write(bytes(path.stat().st_size - file.tell()))
+        assert all(torch.equal(a, b) for a, b in zip(local, before, strict=True))

@@ -32,18 +32,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return options | {"learning_rate": 1e-4, "log_every": 1, "save_every": 1, "keep": 20}
 
 
-@pytest.fixture(scope="session")
-def through_of(world: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def undisturbed(folder: Path, options: dict) -> Callable[..., Path]:
     """The output directory of an undisturbed run, made once: an algorithm's on so many processes."""
-    folder = tmp_path_factory.mktemp("through")
 
     @functools.cache
     def make(algorithm: str, processes: int) -> Path:
         out = folder / f"{algorithm}-{processes}"
-        harness.run(out, script=f"algos/{algorithm}.py", processes=processes, **world)
+        harness.run(out, script=f"algos/{algorithm}.py", processes=processes, **options)
         return out
 
     return make
+
+
+@pytest.fixture(scope="session")
+def through_of(world: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Undisturbed runs of the world."""
+    return undisturbed(tmp_path_factory.mktemp("through"), world)
 
 
 @pytest.fixture(scope="session")

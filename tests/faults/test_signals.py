@@ -12,7 +12,7 @@ import harness
 import hooks
 import pytest
 import worlds
-from conftest import ALGORITHMS
+from conftest import ALGORITHMS, undisturbed
 from harness import checkpoints, lines, run, same, start, weights, workers
 
 fault, slow = pytest.mark.fault, pytest.mark.slow
@@ -26,16 +26,8 @@ def longer(world: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def longer_through(longer: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The output directory of an undisturbed run, made once."""
-    folder = tmp_path_factory.mktemp("longer")
-
-    @functools.cache
-    def make(algorithm: str, processes: int) -> Path:
-        out = folder / f"{algorithm}-{processes}"
-        run(out, script=f"algos/{algorithm}.py", processes=processes, **longer)
-        return out
-
-    return make
+    """Undisturbed runs of it."""
+    return undisturbed(tmp_path_factory.mktemp("longer"), longer)
 
 
 def preempted(process: harness.Started) -> int:

@@ -64,6 +64,18 @@ def kill_in_export(moves: int) -> None:
     os.replace = replace
 
 
+def slow_export(seconds: float) -> None:
+    """Every file of the exported model waits so long before it is moved to its place."""
+    plain = os.replace
+
+    def replace(source, target):  # noqa: ANN001, ANN202
+        if os.path.basename(os.path.dirname(source)) == ".export":
+            time.sleep(seconds)
+        plain(source, target)
+
+    os.replace = replace
+
+
 def terminate_in_export() -> None:
     """SIGTERM when the exported model is about to be written."""
     from transformers import PreTrainedModel

@@ -517,14 +517,16 @@ def test_killed_while_the_model_is_exported(world: dict, through: Path, tmp_path
 @fault("b")
 @slow
 def test_killed_at_some_time_of_the_export(world: dict, through: Path, tmp_path: Path) -> None:
+    """Its files are moved slowly, so that the kills fall between the first that is written and the last move."""
     rng, out, codes = random.Random(0), cut(through, tmp_path / "out", 12), []
+    slowly = functools.partial(hooks.slow_export, 0.01)
     while codes.count(-signal.SIGKILL) < 6:
         for path in [out / "config.json", out / "model.safetensors", *(out / ".export").glob("*")]:
             path.unlink(missing_ok=True)
-        process = start(out, resume=True, **world)
+        process = start(out, hook=slowly, resume=True, **world)
         while process.running and not list((out / ".export").glob("*")):
             time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
+        time.sleep(rng.uniform(0, 0.06))
         process.send(signal.SIGKILL)
         codes.append(process.end())
         half_or_whole(out, through)

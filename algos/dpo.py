@@ -12,7 +12,8 @@ Details the equation leaves open:
 3. A completion that `--max-length` cuts off has no EOS.
 4. `--label-smoothing` ε, for pairs, is not in the paper but in its code: the label is wrong with probability ε.
 5. The paper trains with RMSprop and 150 steps of warm-up; here, as in every file, it is AdamW.
-6. The gradient at the end of appendix A.4 (Eqs 21, 22) has w and l swapped against Eq 7, which is implemented.
+6. Appendix A.4 has w and l swapped against Eq 7, which is implemented: in Eqs 21 and 22, and in the weight σ of the
+   final gradient. Section 4 has it right.
 7. The batch's loss is the mean over the groups of the whole global batch.
 
     torchrun --nproc-per-node 8 algos/dpo.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
@@ -97,7 +98,7 @@ class Args:
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Eq 7, and for K > 2 Eq 20. logps, ref_logps (B, K), preferred first → (B,)."""
+    """The DPO paper's Eq 7, and for K > 2 its Eq 20. logps, ref_logps (B, K), preferred first → (B,)."""
     rewards = beta * (logps - ref_logps)  # (B, K)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # (B, K-1), log Σ_{j>k} exp(β ρ_j)
     h = rewards[:, :-1] - rest  # β h of a pair

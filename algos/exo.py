@@ -3,7 +3,8 @@
     L(θ) = E KL(q || p),    q = softmax_k(β_π ρ_k),    ρ = log π_θ(y|x) - log π_ref(y|x)                (Eqs 13-15, 18)
 
 EXO-pref: p = (1 - ε, ε) over a pair (Eq 18). EXO-rw: p = softmax_k(r_k / β_r) over K completions with the scores of
-a reward model (Eqs 13-15). `--kl forward` is DPO-rw, the cross-entropy -Σ p log q under the same target (Eq 19).
+a reward model (Eqs 13-15). `--kl forward` is DPO-rw, the cross-entropy -Σ p log q under the same target (Eq 19); on
+pairs, that is DPO with label smoothing ε.
 
 Details the equation leaves open:
 1. log π(y|x) is the sum over the completion's tokens, its EOS included.
@@ -14,7 +15,7 @@ Details the equation leaves open:
    drawn from π_ref, each as often as it was drawn; with `--beta-r` equal texts are therefore kept.
 5. The paper divides all logits by a temperature of 0.8, in training too; here π_θ is the model's own distribution.
    To sample as the paper does: scripts/sample.py --temperature 0.8 (instructions: 0.95 and --top-p 0.9).
-6. The paper's settings: β_π 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 (IMDB: also 8).
+6. The paper's settings: β_π (`--beta`) 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 (IMDB: also 8).
 
     torchrun --nproc-per-node 8 algos/exo.py --model sft/ --train-data pairs.jsonl --output-dir exo/
 """
@@ -101,7 +102,7 @@ class Args:
 
 
 def exo_loss(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: float) -> Tensor:
-    """KL(q || p), Eqs 13 and 18. logps, ref_logps, target_logps = log p (B, K) → (B,)."""
+    """KL(q || p), Eqs 15 and 18. logps, ref_logps, target_logps = log p (B, K) → (B,)."""
     log_q = (beta * (logps - ref_logps)).log_softmax(1)
     return (log_q.exp() * (log_q - target_logps)).sum(1)
 

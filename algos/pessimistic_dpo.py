@@ -2,7 +2,8 @@
 
     L(θ) = L_base(θ) + γ Ω(θ),    Ω = -E [log π_θ(y_w|x) + log π_θ(y_l|x)]                              (Eqs 11, 13)
 
-`--base dpo` is p-DPO, `--base distill` pd-DPO with one reward model. Ω stands for the forward KL(π_ref || π_θ).
+`--base dpo` is p-DPO, `--base distill` pd-DPO with one reward model (the mean of several). Ω stands for the
+forward KL(π_ref || π_θ).
 
 Details the equation leaves open:
 1. log π(y|x) is the sum over the completion's tokens, its EOS included.
@@ -11,8 +12,9 @@ Details the equation leaves open:
    the same γ regularises half as strongly on samples.
 3. γ is the coefficient itself and changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α;
    section 4.1 writes α/β, which contradicts it.
-4. On one pair, π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for α = β/γ > 1, as far as
-   π_θ(y_l) ≤ 1 - π_θ(y_w) allows; it is negative for α < 2. Without Ω it is infinite (Proposition 1).
+4. On one pair, Ω on it and π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
+   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows; it is negative for α < 2. Without Ω it is infinite
+   (Proposition 1).
 5. π_ref is the model as training starts, or `--reference`; its log-probs are computed once, before the first step.
 
     torchrun --nproc-per-node 8 algos/pessimistic_dpo.py --model sft/ --train-data pairs.jsonl --output-dir pessimistic/
@@ -101,7 +103,7 @@ class Args:
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Eq 7, and for K > 2 Eq 20. logps, ref_logps (B, K), preferred first → (B,)."""
+    """The DPO paper's Eq 7, and for K > 2 its Eq 20. logps, ref_logps (B, K), preferred first → (B,)."""
     rewards = beta * (logps - ref_logps)  # (B, K)
     rest = rewards.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # (B, K-1), log Σ_{j>k} exp(β ρ_j)
     h = rewards[:, :-1] - rest  # β h of a pair

@@ -10,11 +10,12 @@ Details the equations leave open:
    over a completion, r is β ρ of algos/dpo.py: the loss and its gradient are DPO's.
 2. π_ref is the model as training starts, or `--reference`; its token log-probs are computed once, before step one.
 3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, into beams.jsonl.
-4. Scores are not divided by the length, as in Eq 13; all tokens take part (appendix C states top-k 50).
+4. Scores are not divided by the length, as in Eq 13; all tokens take part (appendix E states top-k 50).
 5. The paper does not say how a beam search ends. Here, of a step's best continuations, those that end and are among
    the `width` best are finished, the `width` best others go on, until none can overtake the `width` best finished
    ones (so does transformers' `generate`). Equal scores: the better beam, then the lower id.
-6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; 1/β and β log Z left out in section 3.3.
+6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; section 3.3 has exp(r) for exp(r/β) and
+   -Z(x) for +β log Z(x).
 
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
@@ -215,7 +216,7 @@ def beam_search(
 
     model: a causal language model of transformers; prompt_ids: a list or tensor of ids → (token ids, log π(y|x)) of
     at most `width` completions, best first, each with its EOS unless it was cut off at `max_new_tokens`. Width 1 is
-    greedy, a width of |V|^max_new_tokens exhaustive. Raises NonFinite where the model's logits are NaN.
+    greedy (length_penalty 0), |V|^max_new_tokens exhaustive. Raises NonFinite where the model's logits are NaN.
     """
     prompt = torch.as_tensor(prompt_ids).flatten().tolist()
     if not prompt or width < 1 or max_new_tokens < 1:

@@ -505,6 +505,8 @@ def check(args: Args) -> None:
         raise UserError(f"--max-rows {args.max_rows}: must be more than one batch, {args.batch_size}")
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: must be at least 1")
+    if args.tokenizer and not args.rows:
+        raise UserError(f"--tokenizer {args.tokenizer}: is that of --rows; a profile has its own")
     if args.rows and (args.algorithm == "typo" or args.num_completions != 2):
         raise UserError("--rows: gives pairs without samples of the reference; take a profile")
     if args.against and (args.algorithm, args.num_completions) != ("dpo", 2):

@@ -24,7 +24,6 @@ import os
 import random
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +84,7 @@ def corrupt(summary: str, rng: random.Random) -> tuple[list[str], list[list[bool
 def read(rows: str, num_prompts: int, seed: int) -> tuple[list[str], list[list[str]], Tensor]:
     """n prompts, three copies of each summary, and which facts of them are wrong (n, 3, 5)."""
     rng, prompts, copies, wrong = random.Random(seed), [], [], []
-    for example, _ in streaming.read(rows, Counter(), num_prompts):
+    for example in streaming.first(rows, num_prompts):
         texts = [example.prompt, *example.completions]
         if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{example.where}: needs a notice as `prompt` and its summary as `completion`, plain texts")

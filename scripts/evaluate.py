@@ -21,7 +21,6 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import notices
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from shared import UserError
 from shared.model import load_policy, load_tokenizer
-from shared.rows import PROMPT_FORMS, Example, Text, parse
+from shared.rows import Example, Text
 from shared.run import command, plain_length
 
 RESAMPLES = 2_000
@@ -221,7 +220,7 @@ def check_tokenizers(paths: list[str], reference: str) -> None:
 def evaluate(args: Args) -> dict:
     """Sample, score and compare; the contents of the results file."""
     policies = named_policies(args.policies)
-    prompts = [example.prompt for example in islice(parse(str(args.rows), Counter(), PROMPT_FORMS), args.num_prompts)]
+    prompts = [example.prompt for example in streaming.first(str(args.rows), args.num_prompts)]
     # what has no reward should not cost minutes of sampling
     score(args.reward, *zip(*[(x, "") for x in prompts[: None if args.reward == "notices" else 1]], strict=True))
     paths, reference = list(policies.values()), args.reference or next(iter(policies.values()))

@@ -81,15 +81,17 @@ def stages(args: Args) -> list[str]:
     """The command lines, in order, with {out} for the directory."""
     seed, most, four = args.seed, args.max_rows or 4096, min(args.max_rows or 2048, 2048)
     draw = f"scripts/sample.py --model {{out}}/sft --max-new-tokens 40 --seed {seed}"
+    prefer = f"scripts/notices.py prefer --seed {seed}"
     small, rate = "--batch-size 16 --log-every 100 --eval-every 400 --eval-data {out}/held_out_pairs.jsonl", 5e-4
     ensemble = " ".join(f"{{out}}/rm_{i}" for i in range(MODELS))
     lines = [
         f"scripts/notices.py world --output-dir {{out}}/world --sft-rows {args.max_rows or 64_000} --seed {seed}",
         train("sft", "world/base", "world/sft", 16 * args.steps, 2e-3, seed, "sft", "--log-every 50"),
         f"{draw} --num-completions 2 --rows {{out}}/world/prompts.jsonl --max-rows {most} --output {{out}}/two.jsonl",
-        f"scripts/notices.py prefer --rows {{out}}/two.jsonl --output {{out}}/pairs.jsonl --seed {seed}",
-        f"{draw} --num-completions 2 --rows {{out}}/world/held_out.jsonl --output {{out}}/held_out_two.jsonl",
-        "scripts/notices.py prefer --rows {out}/held_out_two.jsonl --output {out}/held_out_pairs.jsonl",
+        f"{prefer} --rows {{out}}/two.jsonl --output {{out}}/pairs.jsonl",
+        f"{draw} --num-completions 2 --rows {{out}}/world/held_out.jsonl --max-rows {most} "
+        "--output {out}/held_out_two.jsonl",
+        f"{prefer} --rows {{out}}/held_out_two.jsonl --output {{out}}/held_out_pairs.jsonl",
         train("rm", "sft", "ranked", 40 * args.steps, rate, seed, "rm", small),
         *(train("rm", "sft", f"half_{i}", 20 * args.steps, rate, seed + i, f"rm_{i}", small) for i in range(MODELS)),
         "scripts/score.py --rows {out}/held_out_pairs.jsonl --output {out}/held_out_scored.jsonl "
@@ -106,7 +108,7 @@ def stages(args: Args) -> list[str]:
     return [
         *lines,
         f"scripts/evaluate.py --policies {named} --rows {{out}}/world/held_out.jsonl --output {{out}}/results.json "
-        f"--max-new-tokens 40 --num-prompts {args.num_prompts} --seed {seed}",
+        f"--max-new-tokens 40 --num-prompts {min(args.num_prompts, most)} --seed {seed}",
     ]
 
 

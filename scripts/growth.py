@@ -15,6 +15,7 @@ goes back to the system (MALLOC_MMAP_THRESHOLD_), so that what is seen is what i
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -115,7 +116,8 @@ def launch(spec: dict, processes: int, folder: Path, name: str) -> dict:
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     found = [json.loads(path.read_text()) for path in folder.glob(f"{name}.*.json")]
     if done.returncode or len(found) != processes:
-        raise UserError(f"{name}: failed: {(done.stderr.strip().splitlines() or ['it wrote nothing'])[-1]}")
+        said = re.findall(r"^\[rank\d+\]: (\w\S*: .*)", done.stderr, re.MULTILINE)  # torchrun says more below it
+        raise UserError(f"{name}: failed: {said[-1] if said else done.stderr[-1000:] or 'it wrote nothing'}")
     return {key: max(one[key] for one in found) for key in found[0]}
 
 
@@ -176,6 +178,8 @@ def draw(path: Path, sweeps: dict[str, list[dict]]) -> None:
 def main(args: Args) -> None:
     """Measure all points, write and print the tables."""
     figures.check()
+    if not args.sweeps:
+        raise UserError(f"--sweeps: needs at least one of {', '.join(map(repr, SWEEPS))}")
     if unknown := set(args.sweeps) - set(SWEEPS):
         raise UserError(f"--sweeps {unknown.pop()!r}: must be of {', '.join(map(repr, SWEEPS))}")
     sweeps: dict[str, list[dict]] = {}

@@ -12,20 +12,18 @@ For every β of `--betas`, and for the proxy by itself, completions of held-out 
 import json
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import evaluate
 import family
 import figures
 import sample
+import streaming
 import torch
 
 from shared import UserError
-from shared.rows import PROMPT_FORMS, parse
 from shared.run import command
 
 
@@ -66,7 +64,7 @@ def measure(model, steer, ends: list[int], prompts: list, encoded: list, tokeniz
 
 def sweep(args: Args) -> dict:
     """The measures at every β and, last, of the proxy by itself; the contents of the results file."""
-    prompts = [example.prompt for example in islice(parse(args.rows, Counter(), PROMPT_FORMS), args.num_prompts)]
+    prompts = [example.prompt for example in streaming.first(args.rows, args.num_prompts)]
     evaluate.score(args.reward, prompts, [""] * len(prompts))  # what has no reward should not cost minutes of sampling
     model, tokenizer, ends = sample.load(args.model, args.dtype)
     pair, more = sample.load_pair(args.proxy, args.proxy_reference, args.dtype, tokenizer)

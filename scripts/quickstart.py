@@ -70,7 +70,7 @@ def run(command: str) -> dict:
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ}
     code = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, env=environment).returncode
     if code:
-        print(f"quickstart.py: stopped, exit code {code} from: python {command}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped, exit code {code} from: python {command}", file=sys.stderr)
         raise SystemExit(code if code > 0 else 128 - code)
     return {"command": f"python {command}", "seconds": time.perf_counter() - started}
 

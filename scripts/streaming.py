@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +57,16 @@ def read(source: str, dropped: Counter, max_rows: int | None = None) -> Iterator
         if example.prompt is None:
             raise UserError(f"{example.where}: running text has no prompt")
         yield example, example.row
+
+
+def first(source: str, n: int) -> list[Example]:
+    """The first n examples; where rows are dropped, prints how many. Raises UserError where none is left."""
+    dropped = Counter()
+    found = [example for example, _ in read(source, dropped, n)]
+    counts = summary(source, len(found), dropped)
+    if dropped:
+        print(f"{source}: {counts}", file=sys.stderr)
+    return found
 
 
 def check(source: str, max_rows: int | None = None) -> int:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The linter, the formatting check and the whole test suite, in an environment that it makes; arguments go to pytest.
+# The linter, the formatting check and the tests (with --all the slow ones too), in an environment that it makes;
+# arguments go to pytest.
 #
 #     bash scripts/test.sh
 #     bash scripts/test.sh tests/test_losses.py -k plackett

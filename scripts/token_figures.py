@@ -22,16 +22,15 @@ import os
 import shlex
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import evaluate
 import figures
 import notices
 import quickstart
+import streaming
 import torch
 import torch.nn.functional as F
 from family import shown
@@ -41,7 +40,6 @@ from torch.nn.utils.rnn import pad_sequence
 from algos.token_dpo_beam import token_rewards
 from shared import UserError
 from shared.model import load_generator
-from shared.rows import PROMPT_FORMS, parse
 from shared.run import command
 
 INPUTS = ("sft/config.json", "pairs.jsonl", "held_out_pairs.jsonl")
@@ -111,7 +109,7 @@ def prepare(run: Path, out: Path, args: Args) -> None:
     if out.exists() and not (out / RECORD).exists():
         raise UserError(f"{out}: is there, but not from this program; move it away")
     figures.check()
-    found = islice(parse(str(run / "held_out_pairs.jsonl"), Counter(), PROMPT_FORMS), args.num_prompts)
+    found = streaming.first(str(run / "held_out_pairs.jsonl"), args.num_prompts)
     rows = [{"prompt": e.prompt, **dict(zip(("chosen", "rejected"), e.completions, strict=False))} for e in found]
     evaluate.score("notices", [row["prompt"] for row in rows], [""] * len(rows))
     shutil.rmtree(out, ignore_errors=True)

@@ -27,12 +27,14 @@ from shared import NonFinite, Preempted, StorageError, UserError, checkpoint, wr
 from shared.data import Batch, Batches, Groups, Needs, describe, load
 from shared.distributed import all_sum, from_main, inference, setup
 
-EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75}
+EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75, KeyboardInterrupt: 130}
 # what may differ between a run and its resumption; all else would change the result
 FREE = "output_dir resume micro_batch_tokens shard_size activation_checkpointing".split()
 FREE += "log_every eval_every save_every keep track".split()
 
 # ---------------------------------------------------------------- command line
+
+CONFIG = " --config FILE: arguments of a run.json, under those given beside it."
 
 
 def command(main: Callable, arguments: type) -> None:
@@ -43,8 +45,8 @@ def command(main: Callable, arguments: type) -> None:
         if not hasattr(args, "resume"):  # a `Run` checks its own, so that its status.json tells of them
             check_arguments(args)
         main(args)
-    except (UserError, NonFinite, StorageError, OSError, Preempted) as error:
-        code, reason = next(c for kind, c in EXIT.items() if isinstance(error, kind)), str(error)
+    except tuple(EXIT) as error:
+        code, reason = next(c for kind, c in EXIT.items() if isinstance(error, kind)), str(error) or "interrupted"
         if code == 4 or int(os.environ.get("RANK", 0)) == 0:  # the others end for the same reason
             print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     except Exception as error:
@@ -75,7 +77,7 @@ def parse(arguments: type, doc: str):
             argv = [*_words(values), *argv]
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"--config {file.config}: not a run.json of this algorithm ({error})") from None
-    return tyro.cli(arguments, args=argv, description=doc.partition("\n")[0])
+    return tyro.cli(arguments, args=argv, description=doc.partition("\n")[0] + CONFIG)
 
 
 def _words(values: dict) -> list[str]:
@@ -187,7 +189,7 @@ class Run:
         """Write how the run ended to status.json."""
         if self.bar is not None:
             self.bar.close()
-        names = {0: "done", 2: "refused", 3: "not finite", 4: "storage", 75: "preempted"}
+        names = {0: "done", 2: "refused", 3: "not finite", 4: "storage", 75: "preempted", 130: "interrupted"}
         try:
             state = json.loads((self.out / "status.json").read_text(encoding="utf-8"))["state"]
             # the first process to end says why; the others may end for no other reason than that

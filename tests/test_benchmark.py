@@ -251,6 +251,7 @@ def test_results_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         "--against trl: compares dpo on pairs": {"against": "trl", "algorithm": "sft"},
         "--against naive: compares dpo on pairs": {"against": "naive", "num_completions": 4},
         "--against-batch 5: must divide": {"against": "naive", "against_batch": (8, 5)},
+        "--tokenizer x: is that of --rows": {"tokenizer": "x"},
         "--rows: gives pairs": {"rows": "x.jsonl", "algorithm": "typo"},
     }.items(),
 )

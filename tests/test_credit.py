@@ -243,6 +243,7 @@ def test_mistakes_end_with_one_line(policies: list[str], rows: Path, tmp_path: P
     def write(**row: object) -> Path:
         return worlds.write_jsonl(tmp_path / f"{random.random()}.jsonl", [{"prompt": POST, "completion": SUMMARY}, row])
 
+    asked = worlds.write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": POST}]}])
     other = str(worlds.make_model(tmp_path / "other"))
     for values, word in (
         (dict(output=tmp_path / "credit.png"), "must end in .json"),
@@ -258,6 +259,7 @@ def test_mistakes_end_with_one_line(policies: list[str], rows: Path, tmp_path: P
         (dict(policies=("a=./none",)), "none: no such directory"),
         (dict(reference="./none"), "none: no such directory"),
         (dict(rows=tmp_path / "none.jsonl"), "none.jsonl"),
+        (dict(rows=asked), "no usable row; rows 1, kept 0, dropped: no assistant turn 1"),
     ):
         good = dict(policies=(f"a={policies[1]}",), reference=policies[0], rows=rows, output=tmp_path / "credit.json")
         with pytest.raises(UserError, match=re.escape(word)) as error:

@@ -131,6 +131,8 @@ def test_samples_keep_the_eos_only_where_there_is_one(drawn: tuple) -> None:
 def test_mistakes_end_with_one_line(policies: list[str], tmp_path: Path) -> None:
     rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "not a notice"}])
     good = worlds.write_jsonl(tmp_path / "good.jsonl", [{"prompt": PROMPT}])
+    asked = worlds.write_jsonl(tmp_path / "asked.jsonl", [{"messages": [{"role": "user", "content": "why?"}]}])
+    text = worlds.write_jsonl(tmp_path / "text.jsonl", [{"text": PROMPT}])
     other = worlds.make_model(tmp_path / "other", vocab=380)
     for values, word in (
         (dict(policies=("sft",)), "NAME=DIR"),
@@ -140,6 +142,8 @@ def test_mistakes_end_with_one_line(policies: list[str], tmp_path: Path) -> None
         (dict(policies=(f"a={policies[0]}", f"b={other}"), rows=good), "another tokenizer"),
         (dict(policies=(f"a={policies[0]}", "b=x"), rows=good), "x: cannot be loaded"),
         (dict(policies=("a=x",), rows=tmp_path / "none.jsonl"), "none.jsonl"),
+        (dict(policies=("a=x",), rows=asked), "no usable row; rows 1, kept 0, dropped: no assistant turn 1"),
+        (dict(policies=("a=x",), rows=text), "line 1: running text has no prompt"),
     ):
         args = make_args(**{"rows": rows, "output": tmp_path / "out.json", **values})
         with pytest.raises(UserError, match=re.escape(word)):

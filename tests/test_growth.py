@@ -24,9 +24,10 @@ def test_a_point(processes: int, tmp_path: Path) -> None:
     assert all(found[name] > 0 for name in ("first", "again", "step", "memory", "libraries", "saving"))
 
 
-def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^first: failed: .*--max-steps -1"):
-        growth.point(tmp_path, PROFILE, SHAPE, rows=12, batch=4, options={"max_steps": -1})
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path, processes: int) -> None:
+    with pytest.raises(UserError, match="^first: failed: shared.UserError: --max-steps -1: .*[0-9]$"):
+        growth.point(tmp_path, PROFILE, SHAPE, rows=12, batch=4, processes=processes, options={"max_steps": -1})
 
 
 def test_tables_have_the_columns_of_their_points() -> None:
@@ -44,3 +45,5 @@ def test_tables_have_the_columns_of_their_points() -> None:
 def test_an_unknown_sweep_is_refused() -> None:
     with pytest.raises(UserError, match="--sweeps 'rose': must be of 'tokens"):
         growth.main(growth.Args(sweeps=("rose",)))
+    with pytest.raises(UserError, match="--sweeps: needs at least one of 'tokens"):
+        growth.main(growth.Args(sweeps=()))

@@ -52,6 +52,18 @@ def test_asked_to_stop(longer: dict, longer_through: Callable[..., Path], tmp_pa
     same(out, longer_through(algorithm, 1))
 
 
+def test_interrupted_from_the_keyboard(longer: dict, longer_through: Callable[..., Path], tmp_path: Path) -> None:
+    out, options = tmp_path / "out", {**longer, "save_every": 1}
+    process = start(out, **options)
+    process.until(lambda: len(lines(out)) > 2)
+    process.send(signal.SIGINT)
+    assert process.end(10) == 130 and "Traceback" not in process.log, process.log[-3000:]
+    assert process.log.endswith("dpo.py: interrupted\n"), process.log[-300:]
+    assert process.status["state"] == "interrupted" and process.status["step"] >= 2, process.status
+    assert run(out, resume=True, **options).status["state"] == "done"
+    same(out, longer_through("dpo", 1))
+
+
 @fault(22)
 @slow
 @pytest.mark.parametrize("rank", [0, 1])

@@ -6,8 +6,9 @@ policies on held-out prompts. Each stage is a command of its own, shown as it st
 `family.md` and `family.json` hold the tables, `results.json` what scripts/evaluate.py writes. Interrupted, it goes on
 behind the last stage that was finished, as long as the arguments are the same.
 
-The reward models learn from rankings of four made-up summaries, drawn from the oracle by Plackett-Luce: their task,
-to look every fact up in the post, needs many more of them than a policy that can do it already.
+The reward models learn from rankings of eight made-up summaries, drawn from the oracle by Plackett-Luce: their task,
+to look every fact up in the post, needs many more of them than a policy that can do it already. Each fact is wrong
+independently of the others, so that none explains the preferences away from which another one is to be learned.
 
 The best that any reward model can do on pairs that Bradley-Terry drew is stated beside its accuracy: the mean over
 held-out pairs of max(σ(Δr), σ(-Δr)), Δr from the oracle.
@@ -35,7 +36,7 @@ from shared.run import command
 
 RECORD = "family.json"  # the commands that were run and the numbers; it also marks the directory as this program's own
 MODELS = 3  # of the ensemble
-RANKED = 40_000  # rows of the reward model
+RANKED = 24_000  # rows of the reward model
 # policy → algorithm, rows, options. The oracle's rewards are in nats of preference, so that the optimum of DPO and of
 # the distillation losses is π_ref exp(r/β); exo gets the same one with β_π β_r = β. IPO's gap is that of a reward gap
 # of 1 (τ = β/2), and ε about the share of pairs that the noise turned around.
@@ -58,8 +59,8 @@ class Args:
     output_dir: Path = quickstart.ROOT / "runs" / "family"
     """where everything is written; what an earlier run with other arguments left there is removed"""
     steps: int = 60
-    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times as many, the reward model 40 times, those of
-    the ensemble 20 times, of 16 rows each"""
+    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times as many, the reward model 24 times, those of
+    the ensemble 12 times, of 16 rows each"""
     num_prompts: int = 256
     """held-out prompts, with 4 completions of every policy"""
     max_rows: int | None = None
@@ -82,7 +83,7 @@ def stages(args: Args) -> list[str]:
     seed, most, four = args.seed, args.max_rows or 4096, min(args.max_rows or 2048, 2048)
     draw = f"scripts/sample.py --model {{out}}/sft --max-new-tokens 40 --seed {seed}"
     prefer = f"scripts/notices.py prefer --seed {seed}"
-    small, rate = "--batch-size 16 --log-every 100 --eval-every 400 --eval-data {out}/held_out_pairs.jsonl", 5e-4
+    small, rate = "--batch-size 16 --log-every 100 --eval-every 240 --eval-data {out}/held_out_pairs.jsonl", 5e-4
     ensemble = " ".join(f"{{out}}/rm_{i}" for i in range(MODELS))
     lines = [
         f"scripts/notices.py world --output-dir {{out}}/world --sft-rows {args.max_rows or 64_000} --seed {seed}",
@@ -92,8 +93,8 @@ def stages(args: Args) -> list[str]:
         f"{draw} --num-completions 2 --rows {{out}}/world/held_out.jsonl --max-rows {most} "
         "--output {out}/held_out_two.jsonl",
         f"{prefer} --rows {{out}}/held_out_two.jsonl --output {{out}}/held_out_pairs.jsonl",
-        train("rm", "sft", "ranked", 40 * args.steps, rate, seed, "rm", small),
-        *(train("rm", "sft", f"half_{i}", 20 * args.steps, rate, seed + i, f"rm_{i}", small) for i in range(MODELS)),
+        train("rm", "sft", "ranked", 24 * args.steps, rate, seed, "rm", small),
+        *(train("rm", "sft", f"half_{i}", 12 * args.steps, rate, seed + i, f"rm_{i}", small) for i in range(MODELS)),
         "scripts/score.py --rows {out}/held_out_pairs.jsonl --output {out}/held_out_scored.jsonl "
         f"--reward-models {{out}}/rm {ensemble}",
         "scripts/score.py --rows {out}/pairs.jsonl --output {out}/scored.jsonl --reward-models {out}/rm",
@@ -142,12 +143,12 @@ def finished(out: Path, lines: list[str]) -> list[dict]:
 
 
 def ranked(n: int, rng: random.Random) -> Iterator[dict]:
-    """n posts with four different summaries each, in an order that the oracle's preferences draw."""
+    """n posts with eight different summaries each, in an order that the oracle's preferences draw."""
     for prompt, kind in islice(notices.unique_notices(rng), n):
         summaries: dict[str, None] = {}
-        while len(summaries) < 4:
+        while len(summaries) < 8:
             superfluous = rng.choices((0, 1, 2), (0.6, 0.25, 0.15))[0]
-            summaries[notices.make_summary(prompt, kind, rng, rng.choice((0.0, 0.2, 0.5)), superfluous)] = None
+            summaries[notices.make_summary(prompt, kind, rng, 0.4, superfluous)] = None
         yield notices.prefer_row({"prompt": prompt, "completions": list(summaries)}, rng)
 
 

@@ -46,7 +46,8 @@ def command(main: Callable, arguments: type) -> None:
             check_arguments(args)
         main(args)
     except tuple(EXIT) as error:
-        code, reason = next(c for kind, c in EXIT.items() if isinstance(error, kind)), str(error) or "interrupted"
+        code = next(c for kind, c in EXIT.items() if isinstance(error, kind))
+        reason = "interrupted" if code == 130 else str(error)
         if code == 4 or int(os.environ.get("RANK", 0)) == 0:  # the others end for the same reason
             print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     except Exception as error:

@@ -1,6 +1,6 @@
 """Every algorithm on the embedded world, from the same model and rows, in one table.
 
-Makes the world, an SFT model, a reward model and an ensemble of three on random halves of its rows, pairs of the SFT
+Makes the world, an SFT model, a reward model and an ensemble of three on random thirds of its rows, pairs of the SFT
 model's own completions with their scores and with samples of it, trains all algorithms on them, and compares the
 policies on held-out prompts. Each stage is a command of its own, shown as it starts, that also works by hand.
 `family.md` and `family.json` hold the tables, `results.json` what scripts/evaluate.py writes. Interrupted, it goes on
@@ -36,7 +36,7 @@ from shared.run import command
 
 RECORD = "family.json"  # the commands that were run and the numbers; it also marks the directory as this program's own
 MODELS = 3  # of the ensemble
-RANKED = 24_000  # rows of the reward model
+RANKED = 36_000  # rows of the reward model
 # policy → algorithm, rows, options. The oracle's rewards are in nats of preference, so that the optimum of DPO and of
 # the distillation losses is π_ref exp(r/β); exo gets the same one with β_π β_r = β. IPO's gap is that of a reward gap
 # of 1 (τ = β/2), and ε about the share of pairs that the noise turned around.
@@ -59,14 +59,14 @@ class Args:
     output_dir: Path = quickstart.ROOT / "runs" / "family"
     """where everything is written; what an earlier run with other arguments left there is removed"""
     steps: int = 60
-    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times as many, the reward model 24 times, those of
+    """optimizer steps of every policy, of 64 rows each; SFT takes 16 times as many, the reward model 36 times, those of
     the ensemble 12 times, of 16 rows each"""
     num_prompts: int = 256
     """held-out prompts, with 4 completions of every policy"""
     max_rows: int | None = None
     """take no more rows and prompts, to try the program out"""
     seed: int = 0
-    """of the world, the halves, the order of the rows, the draws and the bootstrap"""
+    """of the world, the thirds, the order of the rows, the draws and the bootstrap"""
 
 
 def train(algorithm: str, model: str, rows: str, steps: int, rate: float, seed: int, name: str, options: str) -> str:
@@ -83,7 +83,7 @@ def stages(args: Args) -> list[str]:
     seed, most, four = args.seed, args.max_rows or 4096, min(args.max_rows or 2048, 2048)
     draw = f"scripts/sample.py --model {{out}}/sft --max-new-tokens 40 --seed {seed}"
     prefer = f"scripts/notices.py prefer --seed {seed}"
-    small, rate = "--batch-size 16 --log-every 100 --eval-every 240 --eval-data {out}/held_out_pairs.jsonl", 5e-4
+    small, rate = "--batch-size 16 --log-every 100 --eval-every 360 --eval-data {out}/held_out_pairs.jsonl", 5e-4
     ensemble = " ".join(f"{{out}}/rm_{i}" for i in range(MODELS))
     lines = [
         f"scripts/notices.py world --output-dir {{out}}/world --sft-rows {args.max_rows or 64_000} --seed {seed}",
@@ -93,8 +93,8 @@ def stages(args: Args) -> list[str]:
         f"{draw} --num-completions 2 --rows {{out}}/world/held_out.jsonl --max-rows {most} "
         "--output {out}/held_out_two.jsonl",
         f"{prefer} --rows {{out}}/held_out_two.jsonl --output {{out}}/held_out_pairs.jsonl",
-        train("rm", "sft", "ranked", 24 * args.steps, rate, seed, "rm", small),
-        *(train("rm", "sft", f"half_{i}", 12 * args.steps, rate, seed + i, f"rm_{i}", small) for i in range(MODELS)),
+        train("rm", "sft", "ranked", 36 * args.steps, rate, seed, "rm", small),
+        *(train("rm", "sft", f"third_{i}", 12 * args.steps, rate, seed + i, f"rm_{i}", small) for i in range(MODELS)),
         "scripts/score.py --rows {out}/held_out_pairs.jsonl --output {out}/held_out_scored.jsonl "
         f"--reward-models {{out}}/rm {ensemble}",
         "scripts/score.py --rows {out}/pairs.jsonl --output {out}/scored.jsonl --reward-models {out}/rm",
@@ -114,7 +114,7 @@ def stages(args: Args) -> list[str]:
 
 
 def prepare(out: Path, args: Args) -> None:
-    """An empty directory with the rankings that the reward models learn from, and random halves for the ensemble.
+    """An empty directory with the rankings that the reward models learn from, and random thirds for the ensemble.
 
     Raises UserError where files that are not this program's are in the way.
     """
@@ -125,7 +125,7 @@ def prepare(out: Path, args: Args) -> None:
     record(out, {})
     rng = random.Random(f"family {args.seed}")  # other posts than those of `notices.py world`
     lines = [json.dumps(row) + "\n" for row in ranked(min(RANKED, args.max_rows or RANKED), rng)]
-    files = {"ranked": lines} | {f"half_{i}": rng.sample(lines, len(lines) // 2) for i in range(MODELS)}
+    files = {"ranked": lines} | {f"third_{i}": rng.sample(lines, len(lines) // 3) for i in range(MODELS)}
     for name, some in files.items():
         (out / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
 

@@ -89,6 +89,11 @@ def terminate_in_export() -> None:
     PreTrainedModel.save_pretrained = save_pretrained
 
 
+def heed_ctrl_c() -> None:
+    """As in the foreground of a terminal; what a shell starts in its background ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def answer_yes() -> None:
     """Somebody who types "y" at every question."""
     sys.stdin = io.StringIO("y\n" * 9)

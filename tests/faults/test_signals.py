@@ -54,7 +54,7 @@ def test_asked_to_stop(longer: dict, longer_through: Callable[..., Path], tmp_pa
 
 def test_interrupted_from_the_keyboard(longer: dict, longer_through: Callable[..., Path], tmp_path: Path) -> None:
     out, options = tmp_path / "out", {**longer, "save_every": 1}
-    process = start(out, **options)
+    process = start(out, hook=hooks.heed_ctrl_c, **options)
     process.until(lambda: len(lines(out)) > 2)
     process.send(signal.SIGINT)
     assert process.end(10) == 130 and "Traceback" not in process.log, process.log[-3000:]

@@ -10,8 +10,9 @@ anything is compared, loss and gradient norm of steps one and two must agree.
     step       mean seconds of the steps after it; rows/s and tokens/s are of these steps, a token counted once
     memory     most resident memory of the process, the libraries (given beside it) included; on a GPU, most allocated
     MFU        necessary FLOPs of those steps, over their time, over the FLOP/s of one large matmul of the same dtype,
-               device and threads. Necessary is a prompt once per row, attention to what a token may see, the head on
-               completion tokens only; forward and backward are three forward passes, a live reference is a fourth
+               device and threads. Necessary is a prompt once per row, attention to what a token may see, of the last
+               layer what is read, the head on completion tokens only; forward and backward are three forward passes,
+               a live reference is a fourth
     ÷ ours     seconds or memory over ours of the same round: median [least, most]
 
 TRL and the plain loop pad; each number of `--against-batch` is tried on two steps, and the fastest one is measured.
@@ -438,15 +439,21 @@ def measure(name: str, spec: dict, scratch: Path) -> dict:
 def forward_flops(config, lengths: Tensor, head: bool = True) -> int:
     """Necessary FLOPs of one forward pass of a Llama over groups of a prompt and completions.
 
-    lengths (n, 1 + C). A prompt is computed once, a token attends to itself and the tokens it may see, and the head is
-    applied once per completion token, not at all for a reward model. Norms, rotations and softmax are left out.
+    lengths (n, 1 + C). A prompt is computed once, and a token attends to itself and the tokens it may see. The last
+    layer's keys and values are needed everywhere, the rest of it only for states that are read: those that predict
+    completion tokens, at each of which the head is applied, or without a head, for a reward model, those of last
+    tokens. Norms, rotations and softmax are left out.
     """
     p, c = lengths[:, :1].double(), lengths[:, 1:].double()
     width, kv = config.hidden_size, config.hidden_size * config.num_key_value_heads // config.num_attention_heads
-    weights = config.num_hidden_layers * (2 * width * (width + kv) + 3 * width * config.intermediate_size)
-    seen = (p * (p + 1) / 2).sum() + (c * p + c * (c + 1) / 2).sum()  # pairs of a query and a key
-    scores = 2 * width * config.num_hidden_layers * seen  # query times key, weight times value
-    return int(2 * (weights * lengths.sum() + scores + head * width * config.vocab_size * c.sum()))
+    layers, rest = config.num_hidden_layers, 2 * width**2 + 3 * width * config.intermediate_size
+    # of the last layer: states that are read, and their pairs of a query and a key
+    read = 1 + (c - 1).sum(1) if head else torch.full((len(c),), c.shape[1])
+    pairs = p[:, 0] + ((c - 1) * (p + c / 2)).sum(1) if head else (p + c).sum(1)
+    weights = layers * 2 * width * kv * lengths.sum() + rest * ((layers - 1) * lengths.sum() + read.sum())
+    seen = (layers - 1) * ((p * (p + 1) / 2).sum() + (c * p + c * (c + 1) / 2).sum()) + pairs.sum()
+    scores = 2 * width * seen  # query times key, weight times value
+    return int(2 * (weights + scores + head * width * config.vocab_size * c.sum()))
 
 
 def agree(name: str, found: dict, wanted: dict, tolerance: float) -> None:

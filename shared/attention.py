@@ -8,6 +8,9 @@ each with a query range and a key range, causal from the bottom-right corner:
     completion k > 1         queries C_k        keys P + C_k  (the prompt's keys once more, then its own)
 
 In half precision on a GPU the whole list is one variable-length flash call; elsewhere it is one SDPA call per segment.
+
+Nothing attends to the last layer's outputs, and few of them are read: none of a prompt but at its last token. So that
+layer computes its keys and values everywhere, and the rest only where it is read.
 """
 
 import inspect
@@ -17,7 +20,7 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME = "spans"
 
@@ -27,12 +30,14 @@ class Spans:
     """Who sees whom in a packed row: for each group, the prompt's length P >= 1 and the completions' lengths C_k."""
 
     groups: list[tuple[int, tuple[int, ...]]]
+    length: int  # T, of the row
     dtype: torch.dtype  # of the mask
     key_index: Tensor  # (sum of key lengths,) positions in the row, the prompt's once per completion
     cu_queries: Tensor  # (segments + 1,) int32, cumulative query lengths
     cu_keys: Tensor  # (segments + 1,) int32
     max_queries: int
     max_keys: int
+    read: Tensor | None = None  # (R,) positions whose last hidden state is read, each once; set in the forward pass
 
     @classmethod
     def of(cls, groups: list[tuple[int, tuple[int, ...]]], device: torch.device | str, dtype: torch.dtype) -> "Spans":
@@ -47,6 +52,7 @@ class Spans:
                 index += [torch.arange(start, start + p), torch.arange(own, own + c)]
         return cls(
             groups=groups,
+            length=sum(p + sum(cs) for p, cs in groups),
             dtype=dtype,
             key_index=torch.cat(index).to(device),
             cu_queries=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
@@ -56,42 +62,83 @@ class Spans:
         )
 
     @cached_property
-    def mask(self) -> Tensor:
-        """(C, P + C) for the largest C and P, additive; every later completion's mask is a slice of it."""
-        later = [(p, max(cs[1:])) for p, cs in self.groups if len(cs) > 1]
-        p, c = (max(column) for column in zip(*later, strict=True)) if later else (0, 0)
+    def _mask(self) -> Tensor:
+        """(C, P + C), additive, for the largest numbers of queries and of keys before them that `mask` is asked for."""
+        needed = [(p, c) for p, cs in self.groups for c in cs[1:]]
+        needed += [(p, 1 + cs[0]) for p, cs in self.groups if prompt_is_long(p, cs)]
+        p, c = (max(column) for column in zip(*needed, strict=True)) if needed else (0, 0)
         shape, device = (c, p + c), self.key_index.device
         return torch.full(shape, float("-inf"), dtype=self.dtype, device=device).triu(p + 1)
 
+    def mask(self, p: int, c: int) -> Tensor:
+        """(c, p + c): each of c queries sees p keys before the first of them, and up to its own."""
+        widest = self._mask.shape[1] - self._mask.shape[0]
+        return self._mask[:c, widest - p : widest + c]
 
-def span_attention(module, query, key, value, attention_mask, spans: Spans, scaling=None, **_) -> tuple[Tensor, None]:
+
+def prompt_is_long(p: int, completions: tuple[int, ...]) -> bool:
+    """Whether the first completion's queries alone, behind a mask, cost less than a causal call with the prompt's."""
+    return bool(completions) and p > completions[0]
+
+
+def skip_unread(last: nn.Module) -> None:
+    """Let the last layer's queries, output projection and MLP be computed at `Spans.read` only, elsewhere be 0."""
+    spans = None  # a stock forward pass has none
+
+    def enter(module, args, options):
+        nonlocal spans
+        spans = options.get("spans")
+        return args, options | {"last": True} if spans else options
+
+    def gather(module, args):
+        return args if spans is None else (args[0].index_select(1, spans.read), *args[1:])
+
+    def scatter(module, args, output):
+        if spans is not None:
+            whole = output.new_zeros(1, spans.length, output.shape[-1])
+            return whole.index_copy(1, spans.read, output)
+
+    last.register_forward_pre_hook(enter, with_kwargs=True)
+    for name, part in last.named_modules():
+        if name.rpartition(".")[2] in ("q_proj", "o_proj", "mlp"):
+            part.register_forward_pre_hook(gather)
+            part.register_forward_hook(scatter)
+
+
+def span_attention(
+    module, query, key, value, attention_mask, spans: Spans, scaling=None, last=False, **_
+) -> tuple[Tensor, None]:
     """Attention in the form that transformers' `AttentionInterface` calls.
 
-    query (1, H, T, D), key and value (1, H_kv, T, D) → (1, T, H, D).
+    query (1, H, T, D), key and value (1, H_kv, T, D) → (1, T, H, D). last: where a long prompt's outputs, but its last
+    one, may be 0.
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, spans, scaling), None
-    return _per_segment(query, key, value, spans, scaling), None
+    return _per_segment(query, key, value, spans, scaling, last), None
 
 
-def _per_segment(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+def _per_segment(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, last: bool) -> Tensor:
     def attend(q, k, v, **visible):
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped, **visible)
 
     grouped = query.shape[1] != key.shape[1]
-    widest = spans.mask.shape[1] - spans.mask.shape[0]
     # split() rather than slices: the backward of a slice fills a zero tensor of the whole row's size
     lengths = [n for p, cs in spans.groups for n in (p + sum(cs[:1]), *cs[1:])]
     pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     outputs = []
     for p, cs in spans.groups:
         q, k, v = next(pieces)
-        outputs.append(attend(q, k, v, is_causal=True))
+        if last and prompt_is_long(p, cs):
+            outputs.append(q.new_zeros(*q.shape[:2], p - 1, q.shape[3]))
+            outputs.append(attend(q[:, :, p - 1 :], k, v, attn_mask=spans.mask(p - 1, 1 + cs[0])))
+        else:
+            outputs.append(attend(q, k, v, is_causal=True))
         prompt_k, prompt_v = k[:, :, :p], v[:, :, :p]
         for c in cs[1:]:
             q, k, v = next(pieces)
-            mask = spans.mask[:c, widest - p : widest + c]
-            outputs.append(attend(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2), attn_mask=mask))
+            k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
+            outputs.append(attend(q, k, v, attn_mask=spans.mask(p, c)))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 

@@ -368,7 +368,8 @@ class Batch:
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T), restarting after the prompt at each completion
     spans: Spans  # who sees whom
-    sources: Tensor  # (N,) positions whose hidden states predict the completion tokens
+    read: Tensor  # (R,) positions whose hidden states predict completion tokens, each once, ascending
+    sources: Tensor  # (N,) which of those predicts each completion token
     targets: Tensor  # (N,) those tokens, completion by completion
     where: Tensor  # (N,) their places in `Groups.tokens`
     lengths: Tensor  # (B, K) tokens of each completion
@@ -449,6 +450,7 @@ class Batches:
         is_completion = is_completion.repeat_interleave(lengths.flatten())
         prompt_end = (starts[:, :1] + prompts - 1).expand_as(lengths).flatten().repeat_interleave(lengths.flatten())
         sources = torch.where(within == 0, prompt_end, torch.arange(len(within)) - 1)[is_completion]
+        read, sources = sources.unique(return_inverse=True)
         where = at[: len(within)][is_completion]
         ref_logps = groups.ref_logps
         if len(ref_logps):
@@ -458,6 +460,7 @@ class Batches:
             input_ids=ids[None],
             position_ids=(positions if len(rows) else torch.zeros(1, dtype=torch.long))[None],
             spans=Spans.of(pieces, device, self.place.dtype),
+            read=read,
             sources=sources,
             targets=ids[: len(within)][is_completion],
             where=where,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shared import UserError, writing
-from shared.attention import NAME, span_attention
+from shared.attention import NAME, skip_unread, span_attention
 from shared.data import Batch, Batches, Groups, cache_directory, read_tensors, write_tensors
 from shared.distributed import Place, all_sum, from_main, inference, shard
 from shared.logprobs import sequence_logps, token_logps
@@ -27,13 +27,15 @@ class Packed(nn.Module):
         super().__init__()
         self.lm = lm
 
-    def states(self, batch: Batch) -> Tensor:
-        """→ (T, H), the last hidden states of the packed row."""
+    def states(self, batch: Batch, read: Tensor) -> Tensor:
+        """→ (R, H), the last hidden states at the positions `read` (R,) of the packed row, each given once."""
         if torch.is_grad_enabled():
             self.before(batch.last)
-        return self.lm.base_model(
+        batch.spans.read = read
+        found = self.lm.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, spans=batch.spans, use_cache=False
-        ).last_hidden_state[0]
+        )
+        return found.last_hidden_state[0].index_select(0, read)
 
 
 class Policy(Packed):
@@ -42,7 +44,7 @@ class Policy(Packed):
     def forward(self, batch: Batch) -> Tensor:
         """→ (N,) float32, log π of each completion token given all before it in its own completion."""
         head = self.lm.get_output_embeddings()
-        states = self.states(batch).index_select(0, batch.sources)
+        states = self.states(batch, batch.read).index_select(0, batch.sources)
         return token_logps(states, head.weight, head.bias, batch.targets)
 
     def logps(self, batch: Batch) -> Tensor:
@@ -60,7 +62,7 @@ class RewardModel(Packed):
 
     def forward(self, batch: Batch) -> Tensor:
         """→ (B, K) float32."""
-        states = self.states(batch).index_select(0, batch.ends.flatten())
+        states = self.states(batch, batch.ends.flatten())
         values = torch.nn.functional.linear(states.float(), self.lm.score.weight.float())
         return values.view(batch.ends.shape).clone()  # FSDP2's hooks need a tensor that is no view
 
@@ -134,17 +136,18 @@ def load_model(
     if checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     model = kind(lm.train())  # activation checkpointing works in training mode only
-    if place.main:
-        try:
-            agrees = _packing_agrees(model)
-        except Exception as error:  # what an architecture lacks shows itself in many ways
-            raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
-        if not agrees:
-            problem = "packed rows give other values than it does"
-            raise UserError(f"model {path}: {type(lm).__name__} is not supported: {problem}")
+    try:
+        lists = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
+        layers = list(next(m for m in lists if len(m) == lm.config.num_hidden_layers))
+        skip_unread(layers[-1])
+        agrees = not place.main or _packing_agrees(model)
+    except Exception as error:  # what an architecture lacks shows itself in many ways
+        raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
+    if not agrees:
+        problem = "packed rows give other values than it does"
+        raise UserError(f"model {path}: {type(lm).__name__} is not supported: {problem}")
     model.sha256 = {"model": from_main(_weights_hash(lm) if place.main else None)}
-    layers = [m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)]
-    model.before = shard(model, list(next(m for m in layers if len(m) == lm.config.num_hidden_layers)), place)
+    model.before = shard(model, layers, place)
     return model
 
 

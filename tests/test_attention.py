@@ -33,19 +33,23 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> to
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_heads: int) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_heads: int, last: bool) -> None:
+    """In the last layer, where the outputs of all but a prompt's last token are of no account."""
     torch.manual_seed(0)
     total = sum(p + sum(cs) for p, cs in GROUPS)
     inputs = [torch.randn(1, h, total, 16).to(dtype).double().requires_grad_() for h in (4, kv_heads, kv_heads)]
     weights = torch.randn(1, total, 4, 16, dtype=torch.float64)
+    of_account = torch.cat([torch.arange(p + sum(cs)) >= last * (p - 1) for p, cs in GROUPS])
+    weights[:, ~of_account] = 0
     expected = dense(*inputs, scale=0.3)
     expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
 
     ours = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
-    output, _ = span_attention(None, *ours, None, spans=Spans.of(GROUPS, device, dtype), scaling=0.3)
+    output, _ = span_attention(None, *ours, None, spans=Spans.of(GROUPS, device, dtype), scaling=0.3, last=last)
     grads = torch.autograd.grad((output * weights.to(device, dtype)).sum(), ours)
     tolerance = 2e-6 if dtype == torch.float32 else 2e-2
-    for got, want in zip((output, *grads), (expected, *expected_grads), strict=True):
+    for got, want in zip((output[:, of_account], *grads), (expected[:, of_account], *expected_grads), strict=True):
         assert (got.cpu().double() - want).norm() <= tolerance * want.norm()
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.data import Batches, Needs, load
-from shared.model import load_policy
+from shared.model import load_policy, load_reward_model
 
 STEPS, BATCH, BETA, RATE, DECAY, CLIP = 3, 4, 0.1, 1e-3, 0.1, 1.0
 OPTIONS = dict(
@@ -185,6 +185,27 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(folder: Path) -
     (plain, much), (again, little) = found
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     assert little < 0.7 * much
+
+
+def test_the_last_layer_is_computed_where_it_is_read(folder: Path) -> None:
+    """Its MLP, queries and output projection see, of each group, the prompt's end and completions but for their ends,
+    or for a reward model these ends; keys and values are those of all tokens."""
+    path = make_model(folder, "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    groups = load(str(folder / "rows4.jsonl"), tokenizer, Needs(), 512, None)
+    with streaming.alone("float32") as place:
+        batch = next(Batches(groups, BATCH, 1 << 20, None, place)(1))
+        reward_model = load_reward_model(str(path), place, False, tokenizer, 0)
+        completions = int(batch.lengths.sum()) - batch.lengths.numel()
+        for model, read in ((load_policy(str(path), place), BATCH + completions), (reward_model, 4 * BATCH)):
+            seen = {}
+            for name, part in model.lm.base_model.layers[-1].named_modules():
+                part.register_forward_hook(lambda m, args, y, name=name: seen.update({name: args}))
+            model(batch)
+            rows = {name: args[0].shape[1] for name, args in seen.items() if name.endswith(("_proj", "mlp")) and args}
+            parts = ("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
+            whole = ("self_attn.k_proj", "self_attn.v_proj")
+            assert rows == dict.fromkeys(parts, read) | dict.fromkeys(whole, batch.input_ids.shape[1])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

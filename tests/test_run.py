@@ -40,6 +40,17 @@ def test_arguments_as_users_write_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert arguments(monkeypatch, *REQUIRED, "--learning-rate", "2").learning_rate == 2
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormals_are_zero_on_every_thread(threads: int) -> None:
+    """A saturated loss's gradients would otherwise take a CPU many times as long."""
+    code = "import torch; from shared.distributed import setup; setup('float32', None); "
+    code += f"torch.set_num_threads({threads}); x = torch.full((2**22,), 1e-38) * 0.1; "
+    code += "print(int(x.view(torch.int32).count_nonzero()))"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
 @pytest.mark.parametrize(
     "words, shown",
     [

@@ -200,7 +200,7 @@ def test_the_last_layer_is_computed_where_it_is_read(folder: Path) -> None:
         for model, read in ((load_policy(str(path), place), BATCH + completions), (reward_model, 4 * BATCH)):
             seen = {}
             for name, part in model.lm.base_model.layers[-1].named_modules():
-                part.register_forward_hook(lambda m, args, y, name=name: seen.update({name: args}))
+                part.register_forward_hook(lambda m, args, y, seen=seen, name=name: seen.update({name: args}))
             model(batch)
             rows = {name: args[0].shape[1] for name, args in seen.items() if name.endswith(("_proj", "mlp")) and args}
             parts = ("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")

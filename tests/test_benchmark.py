@@ -17,6 +17,7 @@ import worlds
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+import shared.model
 from shared import UserError
 from shared.data import Needs, load
 from shared.model import load_tokenizer
@@ -70,13 +71,16 @@ def test_every_rung_adds_its_trick_and_trains_as_ours(
 
     for name in ("load_generator", "load_policy", "token_logps"):
         monkeypatch.setattr(benchmark, name, partial(spy, name, getattr(benchmark, name)))
+    monkeypatch.setattr(shared.model, "skip_unread", partial(spy, "skip_unread", shared.model.skip_unread))
     hook = register_optimizer_step_pre_hook(lambda optimizer, *_: fused.add(bool(optimizer.defaults["fused"])))
     try:
         found = benchmark.naive(spec | {"tricks": tricks})()
     finally:
         hook.remove()
     assert list(chain(*found)) == pytest.approx(list(chain(*measured["result"])), rel=1e-4)
-    assert (calls["load_generator"], calls["load_policy"]) == [(2, 0), (1, 0), (1, 0), (1, 0), (0, 1)][tricks]
+    loaded = [(2, 0), (1, 0), (1, 0), (1, 0), (0, 1), (0, 1)]
+    assert (calls["load_generator"], calls["load_policy"]) == loaded[tricks]
+    assert calls["skip_unread"] == (tricks == 5)
     assert fused == {tricks >= 2}
     assert (calls["token_logps"] > 0) == (tricks == 3)
 

@@ -12,6 +12,7 @@ import worlds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shared import attention
 from shared.data import Batches, Needs, load
 from shared.model import load_policy, load_reward_model
 
@@ -187,10 +188,12 @@ def test_activation_checkpointing_keeps_less_and_changes_nothing(folder: Path) -
     assert little < 0.7 * much
 
 
-def test_the_last_layer_is_computed_where_it_is_read(folder: Path) -> None:
-    """Its MLP, queries and output projection see, of each group, the prompt's end and completions but for their ends,
-    or for a reward model these ends; keys and values are those of all tokens."""
-    path = make_model(folder, "qwen3")
+def test_the_last_layer_is_computed_where_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention, and no other layer's, is told to leave prompts out. Its MLP, queries and output projection see,
+    of each group, the prompt's end and completions but for their ends, or for a reward model these ends; keys and
+    values are those of all tokens."""
+    path, told, plain = make_model(folder, "qwen3"), [], attention._per_segment
+    monkeypatch.setattr(attention, "_per_segment", lambda *args: (told.append(args[-1]), plain(*args))[1])
     tokenizer = AutoTokenizer.from_pretrained(path)
     groups = load(str(folder / "rows4.jsonl"), tokenizer, Needs(), 512, None)
     with streaming.alone("float32") as place:
@@ -201,7 +204,9 @@ def test_the_last_layer_is_computed_where_it_is_read(folder: Path) -> None:
             seen = {}
             for name, part in model.lm.base_model.layers[-1].named_modules():
                 part.register_forward_hook(lambda m, args, y, seen=seen, name=name: seen.update({name: args}))
+            told.clear()
             model(batch)
+            assert told == [False] * (len(told) - 1) + [True] and len(told) == model.lm.config.num_hidden_layers
             rows = {name: args[0].shape[1] for name, args in seen.items() if name.endswith(("_proj", "mlp")) and args}
             parts = ("mlp", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj", "self_attn.o_proj")
             whole = ("self_attn.k_proj", "self_attn.v_proj")

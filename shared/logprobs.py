@@ -1,22 +1,26 @@
-"""Log-probabilities of completions from hidden states, without ever holding (tokens x vocabulary) in float32."""
+"""Log-probabilities of completions from hidden states, holding but a bounded part of (tokens x vocabulary)."""
 
 import torch
 from torch import Tensor
 
-# bytes / 4 of logits alive at a time: 4 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
+# logits computed at a time: 4 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
 CHUNK = {"cpu": 2**20, "cuda": 2**27}
 TOKENS = 64  # of a chunk at least, however large the vocabulary: each reads the head's weights anew
+KEPT = 2**23  # logits that the backward pass need not compute anew, at most: 32 MiB
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(h Wᵀ + b)[target] per token; the backward recomputes each chunk's logits."""
+    """log softmax(h Wᵀ + b)[target] per token; the backward recomputes the logits of chunks beyond KEPT."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         logps = hidden.new_empty(len(hidden), dtype=torch.float32)
         lse = torch.empty_like(logps)
+        ctx.kept, left = {}, KEPT if ctx.needs_input_grad[0] else 0
         for part in _chunks(hidden, weight):
             logits = _logits(hidden[part], weight, bias)
+            if left >= logits.numel():
+                ctx.kept[part.start], left = logits, left - logits.numel()
             lse[part] = logits.logsumexp(-1)
             logps[part] = logits.gather(-1, targets[part, None])[:, 0] - lse[part]
         ctx.save_for_backward(hidden, weight, bias, targets, lse)
@@ -30,8 +34,9 @@ class _TokenLogps(torch.autograd.Function):
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for part in _chunks(hidden, weight):
             g = grad[part, None]
+            logits = ctx.kept.pop(part.start) if part.start in ctx.kept else _logits(hidden[part], weight, bias)
             # d logp[t] / d logits = onehot(target) - softmax
-            d = _logits(hidden[part], weight, bias).sub_(lse[part, None]).exp_().mul_(-g)
+            d = logits.sub_(lse[part, None]).exp_().mul_(-g)
             d.scatter_add_(-1, targets[part, None], g)
             if d_bias is not None:
                 d_bias += d.sum(0)

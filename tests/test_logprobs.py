@@ -9,9 +9,11 @@ from shared.logprobs import sequence_logps, token_logps
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7 * 50, 10**6])  # one token at a time, a ragged last chunk, all at once
-def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, bias: bool) -> None:
+@pytest.mark.parametrize("kept", [0, 8 * 50, 10**6])  # no logits, those of the first chunks, all
+def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, bias: bool) -> None:
     monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
     monkeypatch.setattr(logprobs, "TOKENS", 1)
+    monkeypatch.setattr(logprobs, "KEPT", kept)
     torch.manual_seed(0)
     inputs = [torch.randn(23, 8), torch.randn(50, 8)] + [torch.randn(50)] * bias
     targets, upstream = torch.randint(50, (23,)), torch.randn(23)
@@ -22,10 +24,11 @@ def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, chunk: int, 
     got = token_logps(*singles, *[None] * (not bias), targets)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
-    ours = torch.autograd.grad((got * upstream).sum(), singles)
     theirs = torch.autograd.grad((expected * upstream).sum(), doubles)
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a.double() - b).norm() <= 1e-6 * b.norm()
+    for _ in range(2):  # kept logits serve the first backward pass only
+        ours = torch.autograd.grad((got * upstream).sum(), singles, retain_graph=True)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
 def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
@@ -45,6 +48,22 @@ def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
     with Largest():
         token_logps(hidden, weight, None, torch.zeros(tokens, dtype=torch.long)).sum().backward()
     assert vocabulary <= Largest.size <= logprobs.CHUNK["cpu"] < tokens * vocabulary
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "kept"),
+    [(100, 4096, 100), (2100, 4096, 2048), (128, 2**17, 64), (128, 2**17 + 1, 0)],
+)
+def test_logits_are_kept_up_to_a_bound_for_the_backward_pass(tokens: int, vocabulary: int, kept: int) -> None:
+    hidden, weight = torch.randn(tokens, 2, requires_grad=True), torch.randn(vocabulary, 2, requires_grad=True)
+    targets = torch.zeros(tokens, dtype=torch.long)
+    logps = token_logps(hidden, weight, None, targets)
+    assert sum(len(logits) for logits in logps.grad_fn.kept.values()) == kept
+    assert kept * vocabulary <= logprobs.KEPT == 2**23
+    logps.sum().backward()
+    assert not logps.grad_fn.kept
+    # nor does a pass without gradients, as its hidden states need none
+    assert not token_logps(hidden.detach(), weight, None, targets).grad_fn.kept
 
 
 def test_a_chunk_has_enough_tokens_for_any_vocabulary() -> None:

@@ -1,58 +1,73 @@
 """Log-probabilities of completions from hidden states, holding but a bounded part of (tokens x vocabulary)."""
 
+from collections.abc import Iterator
+from itertools import product
+
 import torch
 from torch import Tensor
 
-# logits computed at a time: 4 MiB stay in a CPU's cache; 512 MiB keep a GPU's matrix units busy
-CHUNK = {"cpu": 2**20, "cuda": 2**27}
-TOKENS = 64  # of a chunk at least, however large the vocabulary: each reads the head's weights anew
+# tokens and words whose logits are computed at a time: 4 MiB stay in a CPU's cache, 512 MiB keep a GPU's units busy
+TILE = {"cpu": (2**9, 2**11), "cuda": (2**9, 2**18)}
 KEPT = 2**23  # logits that the backward pass need not compute anew, at most: 32 MiB
 
 
 class _TokenLogps(torch.autograd.Function):
-    """log softmax(h Wᵀ + b)[target] per token; the backward recomputes the logits of chunks beyond KEPT."""
+    """log softmax(h Wᵀ + b)[target] per token; the backward pass recomputes the logits of tiles beyond KEPT."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        logps = hidden.new_empty(len(hidden), dtype=torch.float32)
-        lse = torch.empty_like(logps)
+        chosen = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        lse = torch.full_like(chosen, float("-inf"), dtype=torch.double)  # float32 would lose a little in every tile
         ctx.kept, left = {}, KEPT if ctx.needs_input_grad[0] else 0
-        for part in _chunks(hidden, weight):
-            logits = _logits(hidden[part], weight, bias)
+        for tokens, words in _tiles(hidden, weight):
+            logits = _logits(hidden[tokens], weight, bias, words)
             if left >= logits.numel():
-                ctx.kept[part.start], left = logits, left - logits.numel()
-            lse[part] = logits.logsumexp(-1)
-            logps[part] = logits.gather(-1, targets[part, None])[:, 0] - lse[part]
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
-        return logps
+                ctx.kept[tokens.start, words.start], left = logits, left - logits.numel()
+            lse[tokens] = lse[tokens].logaddexp(logits.logsumexp(-1).double())
+            index, inside = _within(targets[tokens], words)
+            chosen[tokens] = torch.where(inside, logits.gather(-1, index), chosen[tokens, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, bias, targets, lse.float())
+        return (chosen - lse).float()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, bias, targets, lse = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for part in _chunks(hidden, weight):
-            g = grad[part, None]
-            logits = ctx.kept.pop(part.start) if part.start in ctx.kept else _logits(hidden[part], weight, bias)
+        inputs = (hidden, weight, bias)
+        d_hidden, d_weight, d_bias = (x if x is None else torch.zeros_like(x, dtype=torch.float32) for x in inputs)
+        for tokens, words in _tiles(hidden, weight):
+            logits = ctx.kept.pop((tokens.start, words.start), None)
+            logits = _logits(hidden[tokens], weight, bias, words) if logits is None else logits
+            g = grad[tokens, None]
+            index, inside = _within(targets[tokens], words)
             # d logp[t] / d logits = onehot(target) - softmax
-            d = logits.sub_(lse[part, None]).exp_().mul_(-g)
-            d.scatter_add_(-1, targets[part, None], g)
+            d = logits.sub_(lse[tokens, None]).exp_().mul_(-g).scatter_add_(-1, index, g * inside)
             if d_bias is not None:
-                d_bias += d.sum(0)
+                d_bias[words] += d.sum(0)
             d = d.to(weight.dtype)
-            d_hidden[part] = d @ weight
-            d_weight.addmm_(d.mT, hidden[part]) if d.dtype == d_weight.dtype else d_weight.add_(d.mT @ hidden[part])
-        return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype), None
+            _add_product(d_hidden[tokens], d, weight[words])
+            _add_product(d_weight[words], d.mT, hidden[tokens])
+        found = zip((d_hidden, d_weight, d_bias), inputs, strict=True)
+        return *(x if x is None else d.to(x.dtype) for d, x in found), None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(TOKENS, CHUNK[hidden.device.type] // len(weight))
-    return [slice(i, i + size) for i in range(0, len(hidden), size)]
+def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    tokens, words = TILE[hidden.device.type]
+    for i, j in product(range(0, len(hidden), tokens), range(0, len(weight), words)):
+        yield slice(i, i + tokens), slice(j, min(j + words, len(weight)))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias).float()
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: slice) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight[words], bias if bias is None else bias[words]).float()
+
+
+def _within(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """(N, 1) each: the targets' places among the words, and whether they are there."""
+    index = targets[:, None] - words.start
+    return index.clamp(0, words.stop - words.start - 1), (targets[:, None] < words.stop) & (index >= 0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

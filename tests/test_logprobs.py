@@ -1,5 +1,7 @@
 """Chunked log-probs of tokens and their sums against float64 log-softmax."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,11 +10,12 @@ from shared.logprobs import sequence_logps, token_logps
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7 * 50, 10**6])  # one token at a time, a ragged last chunk, all at once
-@pytest.mark.parametrize("kept", [0, 8 * 50, 10**6])  # no logits, those of the first chunks, all
-def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, kept: int, chunk: int, bias: bool) -> None:
-    monkeypatch.setitem(logprobs.CHUNK, "cpu", chunk)
-    monkeypatch.setattr(logprobs, "TOKENS", 1)
+@pytest.mark.parametrize("tile", [(1, 1), (7, 50), (23, 9), (7, 9), (99, 99)])  # one logit, ragged last tiles, all
+@pytest.mark.parametrize("kept", [0, 400, 10**6])  # no logits, those of the first tiles, all
+def test_token_logps_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, kept: int, tile: tuple[int, int], bias: bool
+) -> None:
+    monkeypatch.setitem(logprobs.TILE, "cpu", tile)
     monkeypatch.setattr(logprobs, "KEPT", kept)
     torch.manual_seed(0)
     inputs = [torch.randn(23, 8), torch.randn(50, 8)] + [torch.randn(50)] * bias
@@ -32,7 +35,7 @@ def test_token_logps_and_gradients(monkeypatch: pytest.MonkeyPatch, kept: int, c
 
 
 def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
-    """The largest tensor alive while a long row goes through the head is one chunk, forward and backward."""
+    """The largest tensor alive while a long row goes through the head is one tile, forward and backward."""
     tokens, vocabulary = 4096, 4096
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -47,28 +50,22 @@ def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
     hidden, weight = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
     with Largest():
         token_logps(hidden, weight, None, torch.zeros(tokens, dtype=torch.long)).sum().backward()
-    assert vocabulary <= Largest.size <= logprobs.CHUNK["cpu"] < tokens * vocabulary
+    assert vocabulary <= Largest.size <= math.prod(logprobs.TILE["cpu"]) < tokens * vocabulary
 
 
 @pytest.mark.parametrize(
     ("tokens", "vocabulary", "kept"),
-    [(100, 4096, 100), (2100, 4096, 2048), (128, 2**17, 64), (128, 2**17 + 1, 0)],
+    [(100, 4096, 100 * 4096), (2100, 4096, 2**23), (128, 2**17, 2**23), (512, 2**17, 2**23)],
 )
 def test_logits_are_kept_up_to_a_bound_for_the_backward_pass(tokens: int, vocabulary: int, kept: int) -> None:
     hidden, weight = torch.randn(tokens, 2, requires_grad=True), torch.randn(vocabulary, 2, requires_grad=True)
     targets = torch.zeros(tokens, dtype=torch.long)
     logps = token_logps(hidden, weight, None, targets)
-    assert sum(len(logits) for logits in logps.grad_fn.kept.values()) == kept
-    assert kept * vocabulary <= logprobs.KEPT == 2**23
+    assert sum(logits.numel() for logits in logps.grad_fn.kept.values()) == kept <= logprobs.KEPT == 2**23
     logps.sum().backward()
     assert not logps.grad_fn.kept
     # nor does a pass without gradients, as its hidden states need none
     assert not token_logps(hidden.detach(), weight, None, targets).grad_fn.kept
-
-
-def test_a_chunk_has_enough_tokens_for_any_vocabulary() -> None:
-    sizes = [part.stop - part.start for part in logprobs._chunks(torch.empty(130, 1), torch.empty(2**20, 1))]
-    assert sizes == [64] * 3  # the last one is longer than what is left
 
 
 def test_sequence_logps_sum_each_completion() -> None:

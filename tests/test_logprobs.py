@@ -34,6 +34,15 @@ def test_token_logps_and_gradients(
             assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
+def test_many_tiles_cost_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(logprobs.TILE, "cpu", (256, 16))
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(256, 8), torch.randn(8192, 8), torch.randint(8192, (256,))
+    expected = (hidden.double() @ weight.double().T).log_softmax(-1)[torch.arange(256), targets]
+    errors = token_logps(hidden, weight, None, targets) - expected
+    assert errors.square().mean().sqrt() < 1e-6 and errors.mean().abs() < 1e-7
+
+
 def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
     """The largest tensor alive while a long row goes through the head is one tile, forward and backward."""
     tokens, vocabulary = 4096, 4096
@@ -55,7 +64,12 @@ def test_no_float32_tensor_of_tokens_times_vocabulary() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "vocabulary", "kept"),
-    [(100, 4096, 100 * 4096), (2100, 4096, 2**23), (128, 2**17, 2**23), (512, 2**17, 2**23)],
+    [
+        (100, 4096, 100 * 4096),
+        (2100, 4096, 2**23),
+        (3100, 3000, 3100 * 3000 - 512 * 2048),  # the first tile that would go beyond the bound is not kept
+        (512, 2**17, 2**23),
+    ],
 )
 def test_logits_are_kept_up_to_a_bound_for_the_backward_pass(tokens: int, vocabulary: int, kept: int) -> None:
     hidden, weight = torch.randn(tokens, 2, requires_grad=True), torch.randn(vocabulary, 2, requires_grad=True)

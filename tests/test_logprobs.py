@@ -34,6 +34,21 @@ def test_token_logps_and_gradients(
             assert (a.double() - b).norm() <= 1e-6 * b.norm()
 
 
+def test_bfloat16_sums_over_tiles_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(64, 8).bfloat16(), torch.randn(2048, 8).bfloat16(), torch.randint(2048, (64,))
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    expected = (doubles[0] @ doubles[1].mT).log_softmax(-1)[torch.arange(64), targets]
+    theirs = torch.autograd.grad(expected.sum(), doubles)
+    errors = []
+    for tile in ((64, 2048), (1, 8)):
+        monkeypatch.setitem(logprobs.TILE, "cpu", tile)
+        ours = torch.autograd.grad(token_logps(*inputs, None, targets).sum(), inputs)
+        errors.append(max(float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)))
+    assert errors[0] < 1e-2 and errors[1] < 1.5 * errors[0]  # sums in bfloat16 would lose far more in 64 × 256 tiles
+
+
 def test_many_tiles_cost_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(logprobs.TILE, "cpu", (256, 16))
     torch.manual_seed(0)

@@ -87,7 +87,9 @@ def encode(
         kept = []
         for example, own in chunk:
             try:
-                kept.append((example, own, *encoder.render(example.prompt, example.completions if completions else [])))
+                n = len(example.completions) if completions else 0
+                texts = encoder.render(example.prompt, example.completions[:n], example.ended[:n])
+                kept.append((example, own, *texts))
             except Dropped as reason:
                 dropped[str(reason)] += 1
         prompts = encoder.encode([(text, not encoder.is_chat(example.prompt)) for example, _, text, _ in kept])

@@ -77,8 +77,9 @@ class Encoder:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-        specials = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        self.specials = [MARK, *sorted(specials, key=len, reverse=True)]
+        specials = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.control = specials.keys() - {tokenizer.unk_token_id}
+        self.specials = [MARK, *sorted(specials.values(), key=len, reverse=True)]
         self.pattern = re.compile("|".join(map(re.escape, self.specials)))
 
     def protect(self, text: str) -> str:
@@ -89,7 +90,7 @@ class Encoder:
         """Whether the prompt goes through the chat template, which writes its own special tokens."""
         return isinstance(prompt, list) or (isinstance(prompt, Turn) and bool(self.tokenizer.chat_template))
 
-    def render(self, prompt: Text | None, completions: list[Text]) -> tuple[str, list[str]]:
+    def render(self, prompt: Text | None, completions: list[Text], ended: list[bool]) -> tuple[str, list[str]]:
         """Protected texts of the prompt and the completions, the latter without the EOS that ends them."""
         if not self.is_chat(prompt):
             end = "\n\n" if isinstance(prompt, Turn) else ""
@@ -103,9 +104,17 @@ class Encoder:
         full = [self._template(prompt + completion) for completion in completions]
         if not all(text.startswith(before) for text in full):
             raise UserError("the chat template renders a prompt differently once an answer follows; use another one")
-        # cut at the last EOS: what a template adds behind it is never generated
-        answers = [text[len(before) :].rpartition(self.tokenizer.eos_token) for text in full]
-        return before, [answer if eos else rest for answer, eos, rest in answers]
+        answers = [text[len(before) :] for text in full]
+        return before, [self._generated(*answer) for answer in zip(answers, completions, ended, strict=True)]
+
+    def _generated(self, answer: str, completion: list[dict], ended: bool) -> str:
+        """What of a rendered answer is a model's own: up to the last EOS; of one that was cut off, its text."""
+        text, eos, rest = answer.rpartition(self.tokenizer.eos_token)
+        if ended:
+            return text if eos else rest
+        said = self.protect(completion[-1]["content"])
+        said = said if said in answer else said.strip()  # as many templates do
+        return answer[: answer.rindex(said) + len(said)] if said in answer else answer
 
     def _template(self, messages: list[dict], **options) -> str:
         messages = [{**m, "content": self.protect(m["content"])} for m in messages]
@@ -122,13 +131,21 @@ class Encoder:
             for i, found in zip(
                 where, self._ids([texts[i][0].partition(MARK)[0] for i in where], special), strict=True
             ):
-                ids[i] = found
+                # some tokenizers add an EOS too, which ends a completion, not a prompt
+                ids[i] = found[:-1] if special and found[-1:] == [self.eos] else found
         for i, (text, _) in enumerate(texts):
             for piece in text.split(MARK)[1:]:
                 number, _, rest = piece.partition(";")
-                ids[i] += self._ids([self.specials[int(number)]], False, split_special_tokens=True)[0]
+                ids[i] += self._plain(self.specials[int(number)])
                 ids[i] += self._ids([rest], False)[0]
         return ids
+
+    def _plain(self, special: str) -> list[int]:
+        """Ids of a special token's string as text: of its characters where the vocabulary holds it whole."""
+        ids = self._ids([special], False, split_special_tokens=True)[0]
+        if self.control.isdisjoint(ids):
+            return ids
+        return [i for one in self._ids(list(special), False, split_special_tokens=True) for i in one]
 
     def _ids(self, texts: list[str], add_special_tokens: bool, **options) -> list[list[int]]:
         options |= {
@@ -156,17 +173,15 @@ class _Builder:
         self._check(example)
         k, scores = len(example.completions), example.scores
         if scores and not example.ordered:
-            order = sorted(range(k), key=lambda i: -sum(scores[i]))
+            order = sorted(range(k), key=lambda i: -math.fsum(scores[i]))
             fields = (example.completions, scores, example.ended)
             example.completions, example.scores, example.ended = ([x[i] for i in order] for x in fields)
         if self.needs.completions == 1:
-            example.completions = example.completions[:1]
-        elif not self.needs.scores and scores and not example.ordered and len({sum(s) for s in scores}) < k:
+            example.completions, example.ended = example.completions[:1], example.ended[:1]
+        elif not self.needs.scores and scores and not example.ordered and len(set(map(math.fsum, scores))) < k:
             raise Dropped("tied scores")
         if any(not (c if isinstance(c, str) else c[-1]["content"]).strip() for c in example.completions):
             raise Dropped("empty completion")
-        if not self.needs.scores and len({json.dumps(c) for c in example.completions}) < len(example.completions):
-            raise Dropped("identical completions")
         return example
 
     def _check(self, example: Example) -> None:
@@ -192,7 +207,8 @@ class _Builder:
         for example in examples:
             try:
                 example = self.select(example)
-                kept.append((example, *self.encoder.render(example.prompt, example.completions + example.samples)))
+                completions, ended = example.completions + example.samples, example.ended + example.finished
+                kept.append((example, *self.encoder.render(example.prompt, completions, ended)))
             except Dropped as reason:
                 self.dropped[str(reason)] += 1
         # a chat template has written its own special tokens; running text gets them at its start
@@ -214,15 +230,18 @@ class _Builder:
             raise Dropped("empty prompt")
         if not all(completions[:k]):
             raise Dropped("empty completion")
+        if not self.needs.scores and len(set(map(tuple, completions[:k]))) < k:
+            raise Dropped("identical completions")
         keep = int(prompt[0] == bos)
-        if limit and len(prompt) > limit + keep:
+        cut = limit and len(prompt) > limit + keep
+        if cut:
             prompt = prompt[:keep] + prompt[-limit:]
-            self.counts["prompts cut"] += 1
         room = self.max_length - len(prompt)
         if room < 1:
             raise Dropped("prompt too long")
+        self.counts["prompts cut"] += bool(cut)
         self._count_repeats(prompt, completions[:k])
-        whole = [c + [eos] * end for c, end in zip(completions, example.ended[:k] + example.finished, strict=True)]
+        whole = [c + [eos] * end for c, end in zip(completions, example.ended + example.finished, strict=True)]
         if not all(whole):
             raise Dropped("empty sample")
         self.counts["completions cut"] += sum(len(c) > room for c in whole)

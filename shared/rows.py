@@ -4,6 +4,7 @@ read()    container → (where, row)    jsonl, json, parquet, each also .gz; dir
 parse()   row → Example               the forms are told apart by their columns (FORMS)
 """
 
+import codecs
 import gzip
 import io
 import json
@@ -75,6 +76,8 @@ def files_of(source: str) -> list:
     if where.is_file():
         return [where]
     if where.is_dir() and not any((where / f).exists() for f in ("dataset_info.json", "dataset_dict.json")):
+        if split:
+            raise UserError(f"{source}: a directory of files has no splits; name one of its files")
         files = sorted(f for f in where.iterdir() if _ending(f))
         if not files:
             raise UserError(f"{path}: no file that ends in {', '.join(ENDINGS)} (or .gz) in this directory")
@@ -131,12 +134,12 @@ def _parquet(file) -> Iterator[tuple[int, dict]]:
         for batch in table.iter_batches(1024):
             for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 continues its own count
                 yield number, row
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError, OverflowError) as error:  # the latter for dates beyond Python's
         raise OSError(error) from None
 
 
 def _json(path: Path, file) -> Iterator[tuple[int, dict]]:
-    first = file.peek(64).lstrip()[:1]
+    first = file.peek(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first == b"[":
         try:
             rows = json.loads(file.read())
@@ -181,7 +184,7 @@ def _messages(value: list, name: str) -> list[dict]:
         message = message if isinstance(message, dict) else {}
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"field {name!r}, message {i}: unknown role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"field {name!r}, message {i}: content must be text, not {type(content).__name__}")
@@ -198,7 +201,12 @@ def _pair(row: dict) -> tuple[Text, list[Text]]:
     """prompt, chosen and rejected; messages may repeat the prompt."""
     prompt, pair = _text(row, "prompt"), _chosen_rejected(row)
     if isinstance(pair[0], list) and pair[0][0]["role"] != "assistant":
-        return _split_messages(*pair)
+        repeated, pair = _split_messages(*pair)
+        if isinstance(prompt, str) or prompt == repeated[: len(prompt)]:
+            return repeated, pair
+        if repeated != prompt[-len(repeated) :]:
+            raise ValueError("fields 'chosen' and 'rejected' begin with other messages than 'prompt'")
+        return prompt, pair
     if isinstance(pair[0], list) and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(pair[0], str) and isinstance(prompt, list):
@@ -230,7 +238,8 @@ def _split_transcripts(chosen: str, rejected: str) -> tuple[Text, list[Text]]:
 
 def _split_messages(chosen: list[dict], rejected: list[dict]) -> tuple[Text, list[Text]]:
     if chosen == rejected:
-        raise Dropped("identical completions")
+        prompt, completion = _last_turn(chosen)
+        return prompt, completion * 2
     n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
     if n is None or any(m[n]["role"] != "assistant" for m in (chosen, rejected)):
         raise Dropped("prompts differ")
@@ -318,6 +327,8 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
         form = form or form_of(row, source, forms)
         try:
             prompt, completions = forms[form](row)
+            if any(isinstance(c, list) and c[0]["role"] != "assistant" for c in completions):
+                raise ValueError("a completion must begin with a message of the assistant")
             example = Example(where, number, prompt, completions, row=row)
             example.ordered = "completions" not in form
             example.ended = _booleans(row if "completions" in form else {}, "finished", len(completions))
@@ -368,7 +379,7 @@ def _add_samples(example: Example, row: dict) -> None:
 
 def _booleans(row: dict, name: str, n: int) -> list[bool]:
     """The n booleans of a field, all true where it is absent."""
-    found = row.get(name) or [True] * n
+    found = [True] * n if row.get(name) is None else row[name]
     if not isinstance(found, list) or [type(value) for value in found] != [bool] * n:
         raise ValueError(f"field {name!r} must hold {n} booleans")
     return found

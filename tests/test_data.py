@@ -111,6 +111,19 @@ def test_chat_pairs(tmp_path: Path, chat, row: dict) -> None:  # noqa: ANN001
     assert one(tmp_path, row, chat) == (prompt, *(f[len(prompt) :] for f in full))
 
 
+def test_a_prompt_of_messages_that_are_repeated_in_part(tmp_path: Path, chat) -> None:  # noqa: ANN001
+    """No message of the prompt is lost: pairs repeat its beginning, all of it, or its end, or the row is refused."""
+    system, more = {"role": "system", "content": "be kind"}, [said("what?"), {"role": "user", "content": "this"}]
+    pair = {"chosen": [*TALK, said(GOOD)], "rejected": [*TALK, said(BAD)]}
+    both = one(tmp_path, {"prompt": [system, *TALK], "chosen": [said(GOOD)], "rejected": [said(BAD)]}, chat)
+    assert one(tmp_path, {"prompt": [system, *TALK], **pair}, chat) == both
+    longer = {"chosen": [*TALK, *more, said(GOOD)], "rejected": [*TALK, *more, said(BAD)]}
+    assert one(tmp_path, {"prompt": TALK, **longer}, chat) == one(tmp_path, longer, chat)
+    for prompt in ([system], more, [*TALK, *more]):
+        with pytest.raises(UserError, match="line 1: fields 'chosen' and 'rejected' begin with other messages than"):
+            one(tmp_path, {"prompt": prompt, **pair}, chat)
+
+
 def test_transcripts_split_at_the_last_assistant(tmp_path: Path, plain) -> None:  # noqa: ANN001
     talk = "\n\nHuman: a ok?\n\nAssistant: The sky is bl\n\nHuman: 42\n\nAssistant:"
     row = {"chosen": talk + " blue", "rejected": talk + " blo"}  # a split by characters would cut inside "bl"
@@ -175,6 +188,36 @@ def test_special_tokens_in_texts_are_plain_text(tmp_path: Path, chat, text: str)
     assert chat.decode(chosen[:-1]) == text and not specials & set(chosen[:-1])
 
 
+def test_special_tokens_that_a_vocabulary_holds_whole(tmp_path: Path) -> None:
+    """A tokenizer of whole words finds `</s>` in its vocabulary also when told not to look for special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ok": 2, "a": 3, "no": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    found = one(tmp_path, {"prompt": "ok </s> a", "chosen": "a </s> ok", "rejected": "no"}, words)
+    assert found == ([2, 0, 0, 0, 0, 3], [3, 0, 0, 0, 0, 2, 1], [4, 1])
+
+
+def test_a_tokenizer_that_adds_an_eos_adds_none_to_prompts(tmp_path: Path, plain) -> None:  # noqa: ANN001
+    from tokenizers import processors
+
+    tokenizer, specials = worlds.make_tokenizer(), [(t, plain.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=specials
+    )
+    assert ids(tokenizer, "ok", special=True)[-1] == tokenizer.eos_token_id
+    for needs, row in (
+        (RANKING, {"prompt": USER, "chosen": GOOD, "rejected": BAD}),
+        (RANKING, {"prompt": "ok</s>a", "chosen": "</s>", "rejected": BAD}),
+        (RANKING, {"prompt": "", "chosen": GOOD, "rejected": BAD}),
+        (ONE, {"text": "ok ok, 42 naïve"}),
+        (ONE, {"text": "ok</s>"}),
+    ):
+        assert one(tmp_path, row, tokenizer, needs) == one(tmp_path, row, plain, needs)
+
+
 def test_cutting(tmp_path: Path, plain) -> None:  # noqa: ANN001
     row = {"prompt": "a é I ok 42 7 a é", "chosen": "ok ok ok ok ok ok", "rejected": "ok"}
     prompt, chosen, rejected = one(tmp_path, row, plain)
@@ -186,6 +229,10 @@ def test_cutting(tmp_path: Path, plain) -> None:  # noqa: ANN001
     assert exactly[0] == prompt  # BOS and that many tokens: nothing to cut
     groups = load(write(tmp_path / "rows.jsonl", [row]), plain, RANKING, **limited)
     assert groups.report["prompts cut"] == 1 and groups.report["completions cut"] == 1
+    # a prompt that is cut and still leaves no room is dropped, and counted once
+    write(tmp_path / "two.jsonl", [row, {**row, "prompt": "a"}])
+    report = load(str(tmp_path / "two.jsonl"), plain, RANKING, 5, 4).report
+    assert report["dropped"] == {"prompt too long": 1} and "prompts cut" not in report
     # a completion that fills the room to its last token loses only its EOS, and is counted
     full = len(prompt) + len(chosen) - 1
     assert one(tmp_path, row, plain, max_length=full)[1] == chosen[:-1]
@@ -224,10 +271,29 @@ def test_rows_are_dropped_for_counted_reasons(tmp_path: Path, plain) -> None:  #
     assert without.report["dropped"]["empty prompt"] == 1
 
 
+def test_identical_is_what_has_the_same_ids(tmp_path: Path, chat) -> None:  # noqa: ANN001
+    """Also where the template trims; where scores are the target, or one completion is enough, the row is kept."""
+    trimming = worlds.make_tokenizer(chat=True)
+    trimming.chat_template = worlds.CHATML.replace("message['content']", "message['content'] | trim")
+    row = {"chosen": [*TALK, said(GOOD + " ")], "rejected": [*TALK, said(GOOD)]}
+    assert one(tmp_path, row, chat)[1] != one(tmp_path, row, chat)[2]
+    same = {"chosen": [*TALK, said(GOOD)], "rejected": [*TALK, said(GOOD)], "score_chosen": 1, "score_rejected": 0}
+    for rows, tokenizer in ((row, trimming), (same, chat)):
+        with pytest.raises(UserError, match="dropped: identical completions 1"):
+            one(tmp_path, rows, tokenizer)
+    prompt, *found = one(tmp_path, same, chat, Needs(2, scores=True))
+    assert prompt == ids(chat, template(chat, ("user", USER), ask=True))
+    assert found == [ids(chat, GOOD) + [chat.eos_token_id]] * 2
+    assert one(tmp_path, same, chat, ONE) == (prompt, found[0])
+
+
 def test_ties_and_transcripts_are_dropped(tmp_path: Path, plain) -> None:  # noqa: ANN001
-    ranked = [{"prompt": USER, "completions": [GOOD, BAD], "scores": s} for s in ([1, 1], [2, 1])]
+    ranked = [
+        {"prompt": USER, "completions": [GOOD, BAD], "scores": s}
+        for s in ([1, 1], [2, 1], [[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]])
+    ]
     assert load(write(tmp_path / "a.jsonl", ranked), plain, RANKING, LENGTH, None).report["dropped"] == {
-        "tied scores": 1
+        "tied scores": 2
     }
     talk = "\n\nHuman: ok\n\nAssistant:"
     transcripts = [
@@ -244,13 +310,15 @@ def containers(folder: Path, rows: list[dict]) -> list[str]:
     import pyarrow.parquet
 
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    names = ["a.jsonl", "b.json", "c.json", "d.parquet", "e.jsonl.gz", "f.json.gz", "g.parquet.gz"]
+    names = ["a.jsonl", "b.json", "c.json", "d.parquet", "e.jsonl.gz", "f.json.gz", "g.parquet.gz", "h.json", "i.jsonl"]
     paths = [folder / name for name in names]
     paths[0].write_text(lines)
     paths[1].write_text(json.dumps(rows, indent=1))
     paths[2].write_text("\n" + lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[3])
-    for path, source in zip(paths[4:], (paths[0], paths[1], paths[3]), strict=True):
+    paths[7].write_text(json.dumps(rows), encoding="utf-8-sig")
+    paths[8].write_text(lines, encoding="utf-8-sig")
+    for path, source in zip(paths[4:7], (paths[0], paths[1], paths[3]), strict=True):
         path.write_bytes(gzip.compress(source.read_bytes()))
     (folder / "files").mkdir()
     (folder / "files" / "1.jsonl").write_text(json.dumps(rows[0]) + "\n")
@@ -288,6 +356,12 @@ MISTAKES = [
     ("", "no rows"),
     ('{"messages": []}', "field 'messages' has no messages"),
     ('{"messages": [{"role": "robot", "content": "a"}]}', "message 0: unknown role 'robot'"),
+    ('{"messages": [{"role": ["user"], "content": "a"}]}', "message 0: unknown role ['user']"),
+    ('{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "human", "value": "b"}, '
+     '"rejected": {"from": "gpt", "value": "c"}}', "line 1: a completion must begin with a message of the assistant"),
+    ('{"prompt": "a", "completions": ["b", "c"], "finished": false}', "field 'finished' must hold 2 booleans"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "c", "reference_samples": ["d"], "reference_samples_finished": []}',
+     "field 'reference_samples_finished' must hold 1 booleans"),
     ('{"messages": [{"role": "user"}]}', "message 0: content must be text, not NoneType"),
     ('{"prompt": "a", "completion": "b"}', "line 1: this run needs chosen and rejected"),
     ('{"prompt": "a", "completions": ["b", "c"]}\n{"prompt": "a", "completions": ["b"]}', "line 2: this run"),
@@ -313,15 +387,24 @@ def test_mistakes_are_one_clear_line(tmp_path: Path, plain, text: str, message: 
 
 
 def test_unreadable_files(tmp_path: Path, plain) -> None:  # noqa: ANN001
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text('{"text": "ok"}')
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "\xe9"}\n')
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9999)[:40])
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing more")
+    texts = pyarrow.array([b"ok", b"\xff"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "latin.parquet")
     (tmp_path / "rows.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
     for name, message in (
         ("latin.jsonl", "line 2: not UTF-8"),
         ("cut.jsonl.gz", "cannot be read"),
         ("cut.parquet", "cannot be read"),
+        ("latin.parquet", "latin.parquet: cannot be read"),
+        ("files:test", "files:test: a directory of files has no splits"),
         ("rows.csv", "must end in"),
         ("empty", "no file that ends in"),
         ("absent.jsonl", "neither a file, a directory nor a data set on the hub"),
@@ -354,6 +437,14 @@ def test_completions_that_were_cut_off_have_no_eos(tmp_path: Path, plain) -> Non
     row = {"text": "I ok, 42", **samples}
     found = one(tmp_path, row, plain, Needs(completions=1, samples=True))
     assert found[2:] == (ids(plain, "ok"), ids(plain, "7") + [plain.eos_token_id])
+    # nor what a chat template writes behind an answer
+    gemma = worlds.make_tokenizer(chat=True)
+    gemma.eos_token = "</s>"
+    row = {"prompt": TALK, "completions": [GOOD + " ", BAD], "finished": [False, True]}
+    end = ids(gemma, "<|im_end|>\n") + [gemma.eos_token_id]
+    for filters, cut in (("", GOOD + " "), (" | trim", GOOD)):
+        gemma.chat_template = worlds.CHATML.replace("message['content']", f"message['content']{filters}")
+        assert one(tmp_path, row, gemma)[1:] == (ids(gemma, cut), ids(gemma, BAD) + end)
     with pytest.raises(UserError, match="field 'finished' must hold 2 booleans"):
         one(tmp_path, {"prompt": USER, "completions": [BAD, GOOD], "finished": [1, 0]}, plain)
 

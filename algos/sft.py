@@ -6,7 +6,7 @@ paper (Rafailov et al. 2023, arXiv 2305.18290, section 6).
 Details the equation leaves open:
 1. The sum runs over the completion's tokens, its EOS included; the prompt has no loss.
 2. The batch's loss is the mean per token of the whole global batch, a choice of this project: the papers write the
-   expectation per sequence, which would weight a token of a short completion more.
+   expectation per sequence, whose gradient is this one times the mean length of the batch's completions.
 3. Of a chat, the last assistant turn is the completion; of ranked completions or a pair, the preferred one is.
 4. A completion that `--max-length` cuts off has no EOS.
 

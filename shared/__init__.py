@@ -1,5 +1,6 @@
 """The small layer under the algorithms. Here: the ways a run may end, which `run.command` turns into exit codes."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +31,11 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path}: cannot be written ({error})") from None
+
+
+def sync(*paths: Path) -> None:
+    """Files and directories as they are now outlast a crash of the machine."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

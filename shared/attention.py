@@ -54,9 +54,9 @@ class Spans:
             groups=groups,
             length=sum(p + sum(cs) for p, cs in groups),
             dtype=dtype,
-            key_index=torch.cat(index).to(device),
-            cu_queries=torch.tensor([0, *accumulate(queries)], dtype=torch.int32, device=device),
-            cu_keys=torch.tensor([0, *accumulate(keys)], dtype=torch.int32, device=device),
+            key_index=torch.cat(index).to(device, non_blocking=True),
+            cu_queries=_cumulative(queries).to(device, non_blocking=True),
+            cu_keys=_cumulative(keys).to(device, non_blocking=True),
             max_queries=max(queries),
             max_keys=max(keys),
         )
@@ -74,6 +74,10 @@ class Spans:
         """(c, p + c): each of c queries sees p keys before the first of them, and up to its own."""
         widest = self._mask.shape[1] - self._mask.shape[0]
         return self._mask[:c, widest - p : widest + c]
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
 def prompt_is_long(p: int, completions: tuple[int, ...]) -> bool:

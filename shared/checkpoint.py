@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shared import StorageError, writing
+from shared import StorageError, sync, writing
 from shared.distributed import Place, all_sum, from_main
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -31,7 +31,8 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: di
     final = out / "checkpoints" / f"step-{step:06d}"
     temporary = final.with_suffix(".tmp")
     if place.main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in final.parent.glob("*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         with writing(temporary):
             temporary.mkdir(parents=True)
     dist.barrier()
@@ -59,10 +60,10 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: di
 def _finish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
     """The manifest, the rename, and then the rotation."""
     (temporary / "manifest.json").write_text(json.dumps(manifest))
-    _sync(temporary / "manifest.json", temporary)
+    sync(temporary / "manifest.json", temporary)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     found = _saved(final.parent)
     for old in [*found[: found.index(final) + 1][:-keep], *found[found.index(final) + 1 :]]:
         shutil.rmtree(old)  # those beyond this step are what a resumed run left behind, damaged
@@ -70,7 +71,7 @@ def _finish(temporary: Path, final: Path, manifest: dict, keep: int) -> None:
 
 def _saved(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    return sorted((p for p in folder.glob("step-*") if p.suffix != ".tmp"), key=lambda p: int(p.name[5:]))
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdecimal()), key=lambda p: int(p.name[5:]))
 
 
 def newest(out: Path, place: Place) -> Path | None:
@@ -123,7 +124,7 @@ def _rows(files: list, key: str, start: int, end: int) -> Tensor:
 
 def _entries(*files: Path) -> dict[str, dict]:
     for file in files:
-        _sync(file)
+        sync(file)
     return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
 
 
@@ -133,13 +134,6 @@ def _sha256(file: Path) -> str:
         while block := opened.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _problem(path: Path, place: Place) -> str | None:
@@ -154,6 +148,9 @@ def _problem(path: Path, place: Place) -> str | None:
     for file, size, sha256 in entries[place.rank :: place.world]:
         if not file.is_file() or file.stat().st_size != size:
             return f"{file.name} is missing or of another size"
-        if _sha256(file) != sha256:
-            return f"{file.name} has another sha256 than its manifest says"
+        try:
+            if _sha256(file) != sha256:
+                return f"{file.name} has another sha256 than its manifest says"
+        except OSError as error:
+            return f"{file.name} cannot be read ({error.strerror})"
     return None

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared import UserError, writing
+from shared import UserError, sync, writing
 from shared.attention import Spans
 from shared.distributed import Place, from_main
 from shared.rows import Dropped, Example, Text, Turn, files_of, first_line, parse
@@ -274,12 +274,12 @@ def load(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_lengt
     settings = [astuple(needs), max_length, max_prompt_length, _tokenizer_hash(tokenizer), hashed, code]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
     path = cache_directory() / f"tokens-{key}.safetensors"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not path.exists():
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not is_whole(path):
         build = tokenise(source, tokenizer, needs, max_length, max_prompt_length)
         if source_hash(source) != hashed:
             raise UserError(f"{source}: was changed while it was read; start again")
         _write_groups(path, build)
-    while not path.exists():
+    while not is_whole(path):
         time.sleep(0.1)
     return _read_groups(path, source)
 
@@ -334,7 +334,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with writing(path):
         save_file(tensors, temporary, metadata)
+        sync(temporary)
         os.replace(temporary, path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there, as long as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        safe_open(path, "pt")
+    except (OSError, SafetensorError):
+        return False
+    return True
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

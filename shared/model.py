@@ -1,8 +1,10 @@
 """Policies: loading, the packed forward pass, reference log-probs computed once, and the final Hugging Face model."""
 
+import gc
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 from shared import UserError, writing
 from shared.attention import NAME, skip_unread, span_attention
-from shared.data import Batch, Batches, Groups, cache_directory, read_tensors, write_tensors
+from shared.data import Batch, Batches, Groups, cache_directory, is_whole, read_tensors, write_tensors
 from shared.distributed import Place, all_sum, from_main, inference, shard
 from shared.logprobs import sequence_logps, token_logps
 from shared.rows import first_line
@@ -229,10 +231,13 @@ def add_reference_logps(reference: str | None, model: Policy, *sets: Batches | N
     model.sha256["reference"] = policy.sha256["model"]
     for batches in filter(None, sets):
         path = cache_directory() / f"reference-{_reference_key(policy, batches, per_token)}.safetensors"
-        cached = from_main(read_tensors(path)[0]["ref_logps"] if place.main and path.exists() else None)
+        cached = from_main(read_tensors(path)[0]["ref_logps"] if place.main and is_whole(path) else None)
         batches.groups.ref_logps = _reference_pass(policy, batches, per_token) if cached is None else cached
         if cached is None and place.main:
             write_tensors(path, {"ref_logps": batches.groups.ref_logps})
+    if reference:
+        del policy
+        gc.collect()  # FSDP's modules and hooks refer to each other
 
 
 def _reference_pass(policy: Policy, batches: Batches, per_token: bool) -> Tensor:
@@ -279,18 +284,20 @@ def export(model: Policy, tokenizer, run) -> None:
     config.json, without which nothing loads it, comes last.
     """
     place, state, full = run.place, {}, {}
-    for name, tensor in model.lm.state_dict().items():
+    for name, tensor in model.lm.state_dict(keep_vars=True).items():
         if id(tensor) not in full:  # tied weights are one tensor under two names
-            gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            gathered = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
             full[id(tensor)] = gathered.cpu() if place.main else None
         state[name] = full[id(tensor)]
     if not place.main:
         return
     temporary = run.out / ".export"
-    with writing(run.out):
-        model.lm.save_pretrained(temporary, state_dict=state)
-        tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(run.card())
-        for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-            os.replace(file, run.out / file.name)
-        temporary.rmdir()
+    try:
+        with writing(run.out):
+            model.lm.save_pretrained(temporary, state_dict=state)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(run.card())
+            for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
+                os.replace(file, run.out / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -41,10 +41,13 @@ def command(main: Callable, arguments: type) -> None:
     """Read the arguments, run `main`, and end the process with the exit code and status that say how it went."""
     code, reason = 0, ""
     try:
-        args = parse(arguments, sys.modules[main.__module__].__doc__ or "")
-        if not hasattr(args, "resume"):  # a `Run` checks its own, so that its status.json tells of them
-            check_arguments(args)
-        main(args)
+        try:
+            args = parse(arguments, sys.modules[main.__module__].__doc__ or "")
+            if not hasattr(args, "resume"):  # a `Run` checks its own, so that its status.json tells of them
+                check_arguments(args)
+            main(args)
+        finally:  # what ends already, however it ends, is not asked to once more
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except tuple(EXIT) as error:
         code = next(c for kind, c in EXIT.items() if isinstance(error, kind))
         reason = "interrupted" if code == 130 else str(error)
@@ -138,7 +141,7 @@ class Run:
     def __init__(self, args):
         if not args.output_dir:
             raise UserError("--output-dir: must not be empty")
-        self.args, self.place, self.out = args, setup(args.dtype, args.shard_size), Path(args.output_dir)
+        self.args, self.out = args, Path(args.output_dir)
         self.algorithm, self.step, self.signalled, self.stopping = Path(sys.argv[0]).stem, 0, False, False
         self.train: Batches | None = None
         self.over = False  # the last step is done and saved
@@ -146,11 +149,12 @@ class Run:
         self.counts: Counter[str] = Counter()
         self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
         self.bar = self.events = None
+        signal.signal(signal.SIGTERM, self._asked)
+        self.place = setup(args.dtype, args.shard_size)
         problem = from_main(self._claim() if self.place.main else None)
         if problem:
             raise UserError(f"--output-dir {self.out}: {problem}")
         Run.current = self
-        signal.signal(signal.SIGTERM, self._asked)
         check_arguments(args)
 
     def _claim(self) -> str | None:
@@ -165,6 +169,7 @@ class Run:
             return f"cannot be written ({error.strerror})"
         if not self.args.resume and any((self.out / f).exists() for f in ("metrics.jsonl", "model.safetensors")):
             return "holds another run; give --resume or another directory"
+        Run.current = self  # from here on status.json says how it ends
         self._status("running", "")
 
     def _asked(self, *_) -> None:
@@ -259,6 +264,8 @@ class Run:
         changed += [f"the {name}'s weights" for name, sha in model.sha256.items() if state["weights"].get(name) != sha]
         if changed:
             raise UserError(f"--resume: {path} was written by another run: {', '.join(changed)}")
+        if state["step"] > self.last_step:
+            raise UserError(f"--resume: {path} is beyond the last step, {self.last_step}")
         self.step, self.totals = state["step"], state["totals"]
         self.say(f"resumed from {path}")
 

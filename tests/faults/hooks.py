@@ -1,6 +1,7 @@
 """What a test changes inside the process of a run before it starts: faults that no file and no signal can make."""
 
 import datetime
+import errno
 import io
 import os
 import resource
@@ -87,6 +88,47 @@ def terminate_in_export() -> None:
         plain(*words, **options)
 
     PreTrainedModel.save_pretrained = save_pretrained
+
+
+def terminate_in_close() -> None:
+    """SIGTERM when nothing is left to do but to say how the run ended."""
+    from shared.run import Run
+
+    plain = Run.close
+
+    def close(self, code, reason):  # noqa: ANN001, ANN202
+        os.kill(os.getpid(), signal.SIGTERM)
+        plain(self, code, reason)
+
+    Run.close = close
+
+
+def late_second_rank() -> None:
+    """The second rank joins the process group seconds after the first has claimed the output directory."""
+    import shared.run
+
+    plain = shared.run.from_main
+
+    def from_main(value):  # noqa: ANN001, ANN202
+        time.sleep(5)
+        return plain(value)
+
+    if os.environ["RANK"] == "1":
+        shared.run.from_main = from_main
+
+
+def unreadable(path: str) -> None:
+    """Reading a file's bytes fails, as on a damaged disk."""
+    import shared.checkpoint
+
+    plain = shared.checkpoint._sha256
+
+    def sha256(file):  # noqa: ANN001, ANN202
+        if str(file) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return plain(file)
+
+    shared.checkpoint._sha256 = sha256
 
 
 def heed_ctrl_c() -> None:

@@ -131,6 +131,22 @@ def test_damaged_checkpoints_are_passed_over(world: dict, through: Path, tmp_pat
     same(out, through)
 
 
+@fault(4)
+def test_what_else_lies_among_the_checkpoints(world: dict, through: Path, tmp_path: Path) -> None:
+    """A file that cannot be read is as a damaged one; a copy by hand is left alone, what a kill left is removed."""
+    out = cut(through, tmp_path / "out", 6)
+    folder = out / "checkpoints"
+    shutil.copytree(folder / "step-000002", folder / "step-000002.bak")
+    shutil.copytree(folder / "step-000004", folder / "step-000004.tmp")
+    unreadable = functools.partial(hooks.unreadable, str(folder / "step-000006" / SHARD))
+    ended = run(out, hook=unreadable, resume=True, **world)
+    assert f"skipped {folder}/step-000006: {SHARD} cannot be read (Input/output error)" in ended.log, ended.log
+    assert f"resumed from {folder}/step-000005\n" in ended.log
+    names = {path.name for path in folder.iterdir()}
+    assert names == {f"step-{step:06d}" for step in range(1, 13)} | {"step-000002.bak"}
+    same(out, through)
+
+
 @fault(7)
 @slow
 @pytest.mark.parametrize(
@@ -169,6 +185,7 @@ def nothing_partial(out: Path, steps: int) -> None:
     """Whole checkpoints of the first steps alone, and no model."""
     assert checkpoints(out) == [f"step-{step:06d}" for step in range(1, steps + 1)]
     torn = [name for name in files(out) if name.endswith((".tmp", ".safetensors")) and "checkpoints" not in name]
+    assert not (out / ".export").exists()
     assert not torn and not (out / "config.json").exists(), torn
 
 
@@ -356,6 +373,18 @@ def test_resumed_with_other_rows(world: dict, tmp_path: Path, change: str) -> No
     refused(out, words.get(change, "the eval rows"), resume=True, **options)
 
 
+@fault(11)
+def test_resumed_for_fewer_steps_than_are_done(world: dict, tmp_path: Path) -> None:
+    """With a constant rate the last step may be another one, but not one that lies behind."""
+    out, options = tmp_path / "out", {**world, "lr_schedule": "constant", "max_steps": 3}
+    run(out, **options)
+    before = files(out)
+    refused(
+        out, f"{out / 'checkpoints'}/step-000003 is beyond the last step, 2", resume=True, **options | {"max_steps": 2}
+    )
+    assert {**before, "status.json": b""} == {**files(out), "status.json": b""}
+
+
 SAME_ARGUMENTS = [
     ("dpo", "distill_dpo"),
     ("distill_dpo", "dpo"),
@@ -484,6 +513,18 @@ def test_files_are_safetensors_and_json(through_of: Callable[..., Path], algorit
             json.loads(path.read_text())
         else:
             assert path.name in ("metrics.jsonl", "README.md", ".lock", "chat_template.jinja"), path
+
+
+@fault(21)
+def test_tied_weights_are_exported_once(tmp_path: Path, world: dict) -> None:
+    from safetensors import safe_open
+
+    options = {**world, "model": worlds.make_model(tmp_path / "qwen2", "qwen2", seed=4), "max_steps": 1}
+    found = []
+    for processes in (1, 2):
+        run(tmp_path / f"{processes}", processes=processes, **options)
+        found.append(set(safe_open(tmp_path / f"{processes}" / "model.safetensors", "pt").keys()))
+    assert found[0] == found[1] and "model.embed_tokens.weight" in found[0] and "lm_head.weight" not in found[0]
 
 
 @fault(21)

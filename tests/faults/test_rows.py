@@ -242,6 +242,22 @@ def test_caches_follow_what_they_are_of(world: dict, tmp_path: Path, what: str) 
     assert lines(tmp_path / "before")[0] != lines(tmp_path / "after")[0]
 
 
+@fault("h")
+def test_caches_that_are_torn(world: dict, through: Path, tmp_path: Path) -> None:
+    """As a crash of the machine may leave them: token ids and log-probs of the reference are made anew."""
+    out, cache = tmp_path / "out", Path(f"{tmp_path / 'out'}.cache") / "cleanpo"
+    shutil.copytree(Path(f"{through}.cache"), cache.parent)
+    torn = sorted(cache.iterdir())
+    assert [path.name.partition("-")[0] for path in torn] == ["reference", "tokens"]
+    for path in torn:
+        path.write_bytes(path.read_bytes()[:-1])
+    run(out, **world)
+    same(out, through)
+    assert [p.stat().st_size for p in torn] == [
+        (Path(f"{through}.cache/cleanpo") / p.name).stat().st_size for p in torn
+    ]
+
+
 @fault("i")
 def test_rows_edited_while_the_run_goes_on(world: dict, through: Path, tmp_path: Path) -> None:
     """It keeps the rows that it has read; its resumption, which would read others, is refused."""

@@ -13,7 +13,7 @@ import hooks
 import pytest
 import worlds
 from conftest import ALGORITHMS, undisturbed
-from harness import checkpoints, lines, run, same, start, weights, workers
+from harness import checkpoints, lines, refused, run, same, start, weights, workers
 
 fault, slow = pytest.mark.fault, pytest.mark.slow
 
@@ -93,6 +93,24 @@ def test_asked_to_stop_after_the_last_step(world: dict, through: Path, tmp_path:
         run(out, resume=True, **options)
     same(out, through)
     assert not (out / ".export").exists()
+
+
+@fault(22)
+def test_asked_to_stop_while_it_ends(world: dict, through: Path, tmp_path: Path) -> None:
+    """The run ends as it would have, and says so: with its model, or with what was refused."""
+    ended = run(tmp_path / "out", hook=hooks.terminate_in_close, **world)
+    assert ended.status == {"state": "done", "step": 12, "reason": ""}
+    same(tmp_path / "out", through)
+    refused(tmp_path / "no", "--beta", hook=hooks.terminate_in_close, **{**world, "beta": -1})
+
+
+@fault(22)
+def test_asked_to_stop_before_all_ranks_are_there(world: dict, tmp_path: Path) -> None:
+    process = start(tmp_path / "out", processes=2, hook=hooks.late_second_rank, **world)
+    process.until(lambda: process.status and process.status["state"] == "running")
+    process.send(signal.SIGTERM)
+    assert process.end(20) == 75 and process.processes[1].exitcode == 75, process.log[-3000:]
+    assert "Traceback" not in process.log and preempted(process) == 0
 
 
 @fault(23)

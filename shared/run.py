@@ -201,6 +201,8 @@ class Run:
             # the first process to end says why; the others may end for no other reason than that
             if state == "running" and (code or self.place.main):
                 self._status(names.get(code, "failed"), reason)
+        except FileNotFoundError:
+            pass  # it could not be written in the first place, which is the reason
         except (StorageError, OSError, ValueError) as error:
             print(f"{self.out}/status.json: cannot be written ({error})", file=sys.stderr)
 

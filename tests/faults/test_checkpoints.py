@@ -232,6 +232,13 @@ def test_no_room_for_the_model(world: dict, through: Path, tmp_path: Path) -> No
 
 
 @fault(8)
+def test_no_room_from_the_start(world: dict, tmp_path: Path) -> None:
+    ended = run(tmp_path / "out", code=4, hook=hooks.no_room_for_status, **world)
+    harness.check_message(ended, f"{tmp_path / 'out' / 'status.json'}: cannot be written")
+    assert "status.json" not in ended.log.replace(f"dpo.py: {tmp_path / 'out' / 'status.json'}", ""), ended.log
+
+
+@fault(8)
 @slow
 def test_no_room_for_the_token_ids(world: dict, tmp_path: Path) -> None:
     ended = run(tmp_path / "out", code=4, hook=functools.partial(hooks.limit_files, 4_000), **world)

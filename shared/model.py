@@ -183,17 +183,6 @@ def mean_reward(model: RewardModel, batches: Batches) -> float:
     return total / count
 
 
-def _damaged(path: str) -> str | None:
-    """The first file of weights that cannot be opened."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(Path(path).glob("*.safetensors")):
-        try:
-            safe_open(file, "pt")
-        except (OSError, SafetensorError):
-            return str(file)
-
-
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """A causal language model as transformers has it, to generate with. Raises UserError where it cannot be loaded."""
     return _from_pretrained("AutoModelForCausalLM", path, dtype=dtype).to(device).eval()
@@ -209,7 +198,8 @@ def _from_pretrained(auto: str, path: str, new: str = "", **options) -> nn.Modul
     try:
         lm, found = getattr(transformers, auto).from_pretrained(path, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
-        raise _unloadable(_damaged(path) or path, error) from None
+        damaged = (str(file) for file in sorted(Path(path).glob("*.safetensors")) if not is_whole(file))
+        raise _unloadable(next(damaged, path), error) from None
     misshapen = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     if missing := sorted({*found["missing_keys"], *misshapen} - {new}):
         raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(missing)}")

@@ -160,9 +160,13 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: floa
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    width = q.shape[2]
+    if missing := -width % 8:  # the kernel takes multiples of 8; zeros change no product
+        q, k, v = (F.pad(x, (0, missing)) for x in (q, k, v))
+        scale = width**-0.5 if scale is None else scale
     arguments = _varlen_arguments()
     if q.shape[1] != k.shape[1] and "enable_gqa" not in arguments:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     k, v = k[spans.key_index], v[spans.key_index]
     lengths = (spans.cu_queries, spans.cu_keys, spans.max_queries, spans.max_keys)
-    return varlen_attn(q.contiguous(), k, v, *lengths, scale=scale, **arguments)[None]
+    return varlen_attn(q.contiguous(), k, v, *lengths, scale=scale, **arguments)[None, ..., :width]

@@ -1,7 +1,9 @@
 """The command lines against a float64 loop that shares no code with them."""
 
+import gc
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared import attention
 from shared.data import Batches, Needs, load
-from shared.model import load_policy, load_reward_model
+from shared.model import Policy, add_reference_logps, load_policy, load_reward_model
 
 STEPS, BATCH, BETA, RATE, DECAY, CLIP = 3, 4, 0.1, 1e-3, 0.1, 1.0
 OPTIONS = dict(
@@ -225,3 +227,23 @@ def test_weights_do_not_change_with_their_file(folder: Path, tmp_path: Path, dty
             file.seek(8 + int.from_bytes(file.read(8), "little"))
             file.write(bytes(path.stat().st_size - file.tell()))
         assert all(torch.equal(a, b) for a, b in zip(local, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_reference_is_gone_after_its_pass(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Training holds one model; FSDP's cycles would keep the other until some garbage collection."""
+    path, loaded, init = str(make_model(folder, "llama")), [], Policy.__init__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Policy, "__init__", lambda self, lm: (init(self, lm), loaded.append(weakref.ref(self)))[0])
+    groups = load(str(folder / "rows2.jsonl"), AutoTokenizer.from_pretrained(path), Needs(), 512, None)
+    with streaming.alone(dtype) as place:
+        policy = load_policy(path, place)
+        other, batches = str(make_model(folder, "qwen2")), Batches(groups, BATCH, 1 << 20, None, place)
+        gc.disable()
+        try:
+            add_reference_logps(other, policy, batches)
+            assert [model() is None for model in loaded] == [False, True]
+        finally:
+            gc.enable()

@@ -7,7 +7,6 @@
 A directory is written under another name and renamed when it is complete. Any number of processes can read it.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from shared import StorageError, sync, writing
+from shared import StorageError, sha256, sync, writing
 from shared.distributed import Place, all_sum, from_main
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -125,15 +124,7 @@ def _rows(files: list, key: str, start: int, end: int) -> Tensor:
 def _entries(*files: Path) -> dict[str, dict]:
     for file in files:
         sync(file)
-    return {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files}
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
 
 
 def _problem(path: Path, place: Place) -> str | None:
@@ -145,11 +136,11 @@ def _problem(path: Path, place: Place) -> str | None:
         return "no readable manifest.json"
     if "state.json" not in manifest or len(entries) < 2:
         return "manifest.json does not name all files"
-    for file, size, sha256 in entries[place.rank :: place.world]:
+    for file, size, known in entries[place.rank :: place.world]:
         if not file.is_file() or file.stat().st_size != size:
             return f"{file.name} is missing or of another size"
         try:
-            if _sha256(file) != sha256:
+            if sha256(file) != known:
                 return f"{file.name} has another sha256 than its manifest says"
         except OSError as error:
             return f"{file.name} cannot be read ({error.strerror})"

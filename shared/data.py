@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared import UserError, sync, writing
+from shared import UserError, sha256, sync, writing
 from shared.attention import Spans
 from shared.distributed import Place, from_main
 from shared.rows import Dropped, Example, Text, Turn, files_of, first_line, parse
@@ -128,9 +128,8 @@ class Encoder:
         ids: list[list[int]] = [[] for _ in texts]
         for special in (False, True):  # each in one batch, parallel inside `tokenizers`
             where = [i for i, (_, with_special) in enumerate(texts) if with_special == special]
-            for i, found in zip(
-                where, self._ids([texts[i][0].partition(MARK)[0] for i in where], special), strict=True
-            ):
+            heads = self._ids([texts[i][0].partition(MARK)[0] for i in where], special)
+            for i, found in zip(where, heads, strict=True):
                 # some tokenizers add an EOS too, which ends a completion, not a prompt
                 ids[i] = found[:-1] if special and found[-1:] == [self.eos] else found
         for i, (text, _) in enumerate(texts):
@@ -148,11 +147,7 @@ class Encoder:
         return [i for one in self._ids(list(special), False, split_special_tokens=True) for i in one]
 
     def _ids(self, texts: list[str], add_special_tokens: bool, **options) -> list[list[int]]:
-        options |= {
-            "add_special_tokens": add_special_tokens,
-            "return_attention_mask": False,
-            "verbose": False,
-        }
+        options |= {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
         return self.tokenizer(texts, **options)["input_ids"] if texts else []
 
 
@@ -166,7 +161,7 @@ class _Builder:
         self.dropped, self.counts, self.seen = Counter(), Counter(), {}
         self.shape: tuple[int, int, int] | None = None  # completions, reward models and samples of every row
 
-    def select(self, example: Example) -> Example:
+    def select(self, example: Example) -> None:
         """Keep what the algorithm needs, preferred first. Raises UserError where it is not there."""
         if self.needs.samples is False:
             example.samples = example.finished = []
@@ -182,7 +177,6 @@ class _Builder:
             raise Dropped("tied scores")
         if any(not (c if isinstance(c, str) else c[-1]["content"]).strip() for c in example.completions):
             raise Dropped("empty completion")
-        return example
 
     def _check(self, example: Example) -> None:
         needs, k, where = self.needs, len(example.completions), example.where
@@ -206,7 +200,7 @@ class _Builder:
         kept = []
         for example in examples:
             try:
-                example = self.select(example)
+                self.select(example)
                 completions, ended = example.completions + example.samples, example.ended + example.finished
                 kept.append((example, *self.encoder.render(example.prompt, completions, ended)))
             except Dropped as reason:
@@ -281,7 +275,11 @@ def load(source: str, tokenizer, needs: Needs, max_length: int, max_prompt_lengt
         _write_groups(path, build)
     while not is_whole(path):
         time.sleep(0.1)
-    return _read_groups(path, source)
+    tensors, metadata = read_tensors(path)
+    report = json.loads(metadata["report"])
+    if not report["kept"]:
+        raise UserError(f"{source}: no usable row; {describe(report)}")
+    return Groups(report=report | {"sha256": key}, **tensors)
 
 
 def cache_directory() -> Path:
@@ -316,15 +314,6 @@ def _write_groups(path: Path, build: _Builder) -> None:
 def _tensor(values: array, dtype: torch.dtype) -> Tensor:
     """The same memory; `torch.tensor` would make an object of every number."""
     return torch.asarray(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
-
-
-def _read_groups(path: Path, source: str) -> Groups:
-    tensors, metadata = read_tensors(path)
-    report = json.loads(metadata["report"])
-    if not report["kept"]:
-        raise UserError(f"{source}: no usable row; {describe(report)}")
-    report["sha256"] = path.stem.partition("-")[2]  # the hash of content and settings
-    return Groups(report=report, **tensors)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -374,16 +363,11 @@ def _tokenizer_hash(tokenizer) -> str:
 
 
 def source_hash(source: str) -> str:
-    """sha256 over the files' bytes, or the fingerprint that `datasets` keeps."""
+    """sha256 over the files' own, or the fingerprint that `datasets` keeps."""
     digest = hashlib.sha256()
     for name in files_of(source):
-        if not isinstance(name, Path):
-            digest.update(name._fingerprint.encode())
-            continue
         try:
-            with open(name, "rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+            digest.update((sha256(name) if isinstance(name, Path) else name._fingerprint).encode())
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()
@@ -427,20 +411,15 @@ class Batches:
         self.per_epoch = math.ceil(len(groups) / batch_size)
         self.last_step = self.per_epoch
         self.sizes = groups.offsets[:, -1] - groups.offsets[:, 0]
+        self.epoch, self.order = None, torch.arange(len(groups))  # the order of the epoch
 
     def rows(self, step: int) -> Tensor:
         """The groups of step 1, 2, ..., over all processes."""
         epoch, i = divmod(step - 1, self.per_epoch)
-        order = self._order(epoch)
-        return order[i * self.batch_size : (i + 1) * self.batch_size]
-
-    def _order(self, epoch: int) -> Tensor:
-        if self.seed is None:
-            return torch.arange(len(self.groups))
-        if getattr(self, "_epoch", None) != epoch:
+        if self.seed is not None and epoch != self.epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._epoch, self._shuffled = epoch, torch.randperm(len(self.groups), generator=generator)
-        return self._shuffled
+            self.epoch, self.order = epoch, torch.randperm(len(self.groups), generator=generator)
+        return self.order[i * self.batch_size : (i + 1) * self.batch_size]
 
     def __call__(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of a step; every process has equally many, some perhaps without a group."""
@@ -469,34 +448,33 @@ class Batches:
         groups, device = self.groups, self.place.device
         offsets = groups.offsets[rows]
         lengths = offsets.diff(dim=1)  # (B, 1 + K): prompt, completions
-        at = torch.cat([torch.arange(a, b) for a, b in offsets[:, [0, -1]].tolist()] or [torch.zeros(1).long()])
+        ends = lengths.flatten().cumsum(0).view_as(lengths)  # of each piece, in the row
+        starts = ends - lengths
+        piece = torch.arange(lengths.numel()).repeat_interleave(lengths.flatten())  # of each token
+        group, is_completion = piece // lengths.shape[1], piece % lengths.shape[1] > 0
+        token = torch.arange(len(piece))
+        at = token + (offsets[:, 0] - starts[:, 0])[group]
         ids = groups.tokens[at].long()
-        starts = (lengths.flatten().cumsum(0) - lengths.flatten()).view_as(lengths)  # of each piece, in the row
-        prompts = lengths[:, :1]
         # a completion's positions go on from its prompt's end; its first token is predicted from there too
-        first = torch.cat([torch.zeros_like(prompts), prompts.expand(-1, lengths.shape[1] - 1)], 1)
-        within = torch.arange(int(lengths.sum())) - starts.flatten().repeat_interleave(lengths.flatten())
-        positions = within + first.flatten().repeat_interleave(lengths.flatten())
-        is_completion = (torch.arange(lengths.shape[1]) > 0).expand_as(lengths).flatten()
-        is_completion = is_completion.repeat_interleave(lengths.flatten())
-        prompt_end = (starts[:, :1] + prompts - 1).expand_as(lengths).flatten().repeat_interleave(lengths.flatten())
-        sources = torch.where(within == 0, prompt_end, torch.arange(len(within)) - 1)[is_completion]
+        within = token - starts.flatten()[piece]
+        positions = within + is_completion * lengths[group, 0]
+        sources = torch.where(within == 0, ends[group, 0] - 1, token - 1)[is_completion]
         read, sources = sources.unique(return_inverse=True)
-        where = at[: len(within)][is_completion]
+        where = at[is_completion]
         ref_logps = groups.ref_logps
         if len(ref_logps):
             ref_logps = ref_logps[where if ref_logps.dim() == 1 else rows]
         pieces = [(p, tuple(cs)) for p, *cs in lengths.tolist()] or [(1, ())]
         batch = Batch(
-            input_ids=ids[None],
+            input_ids=(ids if len(rows) else groups.tokens[:1].long())[None],
             position_ids=(positions if len(rows) else torch.zeros(1, dtype=torch.long))[None],
             spans=Spans.of(pieces, device, self.place.dtype),
             read=read,
             sources=sources,
-            targets=ids[: len(within)][is_completion],
+            targets=ids[is_completion],
             where=where,
             lengths=lengths[:, 1:],
-            ends=(starts + lengths)[:, 1:] - 1,
+            ends=ends[:, 1:] - 1,
             rows=rows,
             ref_logps=ref_logps,
             scores=groups.scores[rows] if len(groups.scores) else groups.scores,

@@ -67,9 +67,7 @@ def read(source: str) -> Iterator[tuple[str, dict]]:
 
 def files_of(source: str) -> list:
     """The files behind `source`, or the opened dataset where it is not made of plain files."""
-    path, split = (
-        (source, None) if os.path.exists(source) else (source.rpartition(":")[::2] if ":" in source else (source, None))
-    )
+    path, split = (source, None) if os.path.exists(source) or ":" not in source else source.rsplit(":", 1)
     where = Path(path)
     if where.is_file() and split:
         raise UserError(f"{source}: a file has no splits")
@@ -130,10 +128,8 @@ def _parquet(file) -> Iterator[tuple[int, dict]]:
 
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
-        number = 0
-        for batch in table.iter_batches(1024):
-            for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 continues its own count
-                yield number, row
+        rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
     except (pyarrow.ArrowInvalid, UnicodeDecodeError, OverflowError) as error:  # the latter for dates beyond Python's
         raise OSError(error) from None
 
@@ -206,11 +202,6 @@ def _pair(row: dict) -> tuple[Text, list[Text]]:
             return repeated, pair
         if repeated != prompt[-len(repeated) :]:
             raise ValueError("fields 'chosen' and 'rejected' begin with other messages than 'prompt'")
-        return prompt, pair
-    if isinstance(pair[0], list) and isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(pair[0], str) and isinstance(prompt, list):
-        pair = [[{"role": "assistant", "content": completion}] for completion in pair]
     return prompt, pair
 
 
@@ -250,8 +241,6 @@ def _completions(row: dict) -> tuple[Text, list[Text]]:
     prompt, completions = _text(row, "prompt"), _field(row, "completions", list)
     if not all(isinstance(c, str) for c in completions):
         raise ValueError("field 'completions' must be a list of texts")
-    if isinstance(prompt, list):
-        completions = [[{"role": "assistant", "content": c}] for c in completions]
     return prompt, completions
 
 
@@ -264,8 +253,7 @@ def _shp(row: dict) -> tuple[Text, list[Text]]:
 
 def _conversation_pair(row: dict) -> tuple[Text, list[Text]]:
     prompt = _messages(_field(row, "conversations", list), "conversations")
-    pair = [row.get(name) for name in ("chosen", "rejected")]
-    return prompt, [_messages([value], name) for value, name in zip(pair, ("chosen", "rejected"), strict=True)]
+    return prompt, [_messages([row.get(name)], name) for name in ("chosen", "rejected")]
 
 
 def _instruction(row: dict) -> Turn:
@@ -280,13 +268,6 @@ def _last_turn(messages: list[dict]) -> tuple[Text, list[Text]]:
     return messages[: turns[-1]], [messages[turns[-1] : turns[-1] + 1]]
 
 
-def _prompt_completion(row: dict) -> tuple[Text, list[Text]]:
-    prompt, completion = _text(row, "prompt"), _text(row, "completion")
-    if isinstance(prompt, list) and isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    return prompt, [completion]
-
-
 # columns that a form needs → (prompt, completions); the first form whose columns are all there is taken
 FORMS: dict[tuple[str, ...], Callable[[dict], tuple[Text, list[Text]]]] = {
     ("conversations", "chosen", "rejected"): _conversation_pair,
@@ -299,7 +280,7 @@ FORMS: dict[tuple[str, ...], Callable[[dict], tuple[Text, list[Text]]]] = {
     ("prompt", "completions"): _completions,
     ("history", "human_ref_A", "human_ref_B", "labels"): _shp,
     ("messages",): lambda row: _last_turn(_messages(_field(row, "messages", list), "messages")),
-    ("prompt", "completion"): _prompt_completion,
+    ("prompt", "completion"): lambda row: (_text(row, "prompt"), [_text(row, "completion")]),
     ("conversations",): lambda row: _last_turn(_messages(_field(row, "conversations", list), "conversations")),
     ("instruction", "output"): lambda row: (_instruction(row), [_field(row, "output")]),
     ("text",): lambda row: (None, [_field(row, "text")]),
@@ -327,11 +308,14 @@ def parse(source: str, dropped: Counter, forms: dict = FORMS) -> Iterator[Exampl
         form = form or form_of(row, source, forms)
         try:
             prompt, completions = forms[form](row)
+            if isinstance(prompt, str) and any(isinstance(c, list) for c in completions):
+                prompt = [{"role": "user", "content": prompt}]
+            if isinstance(prompt, list):
+                completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
             if any(isinstance(c, list) and c[0]["role"] != "assistant" for c in completions):
                 raise ValueError("a completion must begin with a message of the assistant")
-            example = Example(where, number, prompt, completions, row=row)
-            example.ordered = "completions" not in form
-            example.ended = _booleans(row if "completions" in form else {}, "finished", len(completions))
+            ended = _booleans(row if "completions" in form else {}, "finished", len(completions))
+            example = Example(where, number, prompt, completions, "completions" not in form, ended, row=row)
             _add_scores(example, row)
             _add_samples(example, row)
             json.dumps([prompt, completions, example.samples], ensure_ascii=False).encode()

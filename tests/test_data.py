@@ -138,6 +138,7 @@ SUPERVISED = [
     ({"prompt": USER, "completions": [BAD, GOOD, "ok"], "scores": [1, 3, 2]}, False),
     ({"prompt": TALK, "completion": [said(GOOD)]}, True),
     ({"prompt": TALK, "completion": GOOD}, True),
+    ({"prompt": USER, "completion": [said(GOOD)]}, True),
     ({"messages": [*TALK, said(GOOD)]}, True),
     ({"messages": [*TALK, said(GOOD), {"role": "user", "content": "thanks"}]}, True),
     ({"conversations": [*SHARE, {"from": "gpt", "value": GOOD}]}, True),

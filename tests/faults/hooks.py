@@ -133,14 +133,14 @@ def unreadable(path: str) -> None:
     """Reading a file's bytes fails, as on a damaged disk."""
     import shared.checkpoint
 
-    plain = shared.checkpoint._sha256
+    plain = shared.checkpoint.sha256
 
     def sha256(file):  # noqa: ANN001, ANN202
         if str(file) == path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return plain(file)
 
-    shared.checkpoint._sha256 = sha256
+    shared.checkpoint.sha256 = sha256
 
 
 def heed_ctrl_c() -> None:

@@ -52,7 +52,7 @@ class Spans:
                 index += [torch.arange(start, start + p), torch.arange(own, own + c)]
         return cls(
             groups=groups,
-            length=sum(p + sum(cs) for p, cs in groups),
+            length=sum(queries),
             dtype=dtype,
             key_index=torch.cat(index).to(device, non_blocking=True),
             cu_queries=_cumulative(queries).to(device, non_blocking=True),
@@ -66,7 +66,7 @@ class Spans:
         """(C, P + C), additive, for the largest numbers of queries and of keys before them that `mask` is asked for."""
         needed = [(p, c) for p, cs in self.groups for c in cs[1:]]
         needed += [(p, 1 + cs[0]) for p, cs in self.groups if prompt_is_long(p, cs)]
-        p, c = (max(column) for column in zip(*needed, strict=True)) if needed else (0, 0)
+        p, c = (max(column) for column in zip(*needed, strict=True))
         shape, device = (c, p + c), self.key_index.device
         return torch.full(shape, float("-inf"), dtype=self.dtype, device=device).triu(p + 1)
 

@@ -47,8 +47,9 @@ def save(out: Path, step: int, model: nn.Module, optimizer: Optimizer, state: di
             if place.main:
                 files.append(temporary / "state.json")
                 files[-1].write_text(json.dumps({"step": step, **state}))
+            sync(*files)
             entries = [None] * place.world
-            dist.all_gather_object(entries, _entries(*files))
+            dist.all_gather_object(entries, {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files})
             if place.main:
                 _finish(temporary, final, {k: v for e in entries for k, v in e.items()}, keep)
     except StorageError:
@@ -84,11 +85,6 @@ def newest(out: Path, place: Place) -> Path | None:
     return None
 
 
-def read_state(path: Path) -> dict:
-    """Everything but the tensors."""
-    return json.loads((path / "state.json").read_text())
-
-
 def load(path: Path, step: int, model: nn.Module, optimizer: Optimizer, place: Place) -> None:
     """Read this process's rows of every tensor, whatever number of processes wrote them."""
     from safetensors import safe_open
@@ -119,12 +115,6 @@ def _rows(files: list, key: str, start: int, end: int) -> Tensor:
         parts.append(part[max(0, start - at) : max(0, min(n, end - at))])
         at += n
     return torch.cat(parts)
-
-
-def _entries(*files: Path) -> dict[str, dict]:
-    for file in files:
-        sync(file)
-    return {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in files}
 
 
 def _problem(path: Path, place: Place) -> str | None:

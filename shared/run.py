@@ -34,8 +34,6 @@ FREE += "log_every eval_every save_every keep track".split()
 
 # ---------------------------------------------------------------- command line
 
-CONFIG = " --config FILE: arguments of a run.json, under those given beside it."
-
 
 def command(main: Callable, arguments: type) -> None:
     """Read the arguments, run `main`, and end the process with the exit code and status that say how it went."""
@@ -81,7 +79,8 @@ def parse(arguments: type, doc: str):
             argv = [*_words(values), *argv]
         except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"--config {file.config}: not a run.json of this algorithm ({error})") from None
-    return tyro.cli(arguments, args=argv, description=doc.partition("\n")[0] + CONFIG)
+    about = doc.partition("\n")[0] + " --config FILE: arguments of a run.json, under those given beside it."
+    return tyro.cli(arguments, args=argv, description=about)
 
 
 def _words(values: dict) -> list[str]:
@@ -214,22 +213,21 @@ class Run:
         length = args.max_length or positions or sys.maxsize
         if positions and length > positions:
             raise UserError(f"--max-length {length}: the model has {positions} positions")
-        found, self.report = [], {}
-        for name, source, seed in (("train", args.train_data, args.seed), ("eval", args.eval_data, None)):
+        found, self.report = {"eval": None}, {}
+        for name, source in (("train", args.train_data), ("eval", args.eval_data)):
             if source is None:
-                found.append(None)
                 continue
             groups = load(source, tokenizer, needs, length, args.max_prompt_length)
             check_fit(groups, config, source)
             self.report[name] = {"source": source, **groups.report}
             self.say(f"{name}: {source}: {describe(groups.report)}")
-            seed = seed if args.shuffle else None
-            found.append(Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place))
-        self.say(example(found[0].groups, tokenizer))
-        self.last_step = found[0].last_step = args.max_steps or max(
-            1, math.ceil(round(args.epochs * found[0].per_epoch, 6))
-        )
-        return found[0], found[1]
+            seed = args.seed if args.shuffle and name == "train" else None
+            found[name] = Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place)
+        train = found["train"]
+        self.say(example(train.groups, tokenizer))
+        steps = max(1, math.ceil(round(args.epochs * train.per_epoch, 6)))
+        self.last_step = train.last_step = args.max_steps or steps
+        return train, found["eval"]
 
     def say(self, text: str) -> None:
         """Print one line from the first process, above the progress bar."""
@@ -242,14 +240,13 @@ class Run:
         """The steps still to do: 1 to S, or those after the newest checkpoint with --resume."""
         self.train, self.optimizer = train, optimizer
         if self.args.resume and (path := checkpoint.newest(self.out, self.place)):
-            self._restore(checkpoint.read_state(path), model, path)
+            self._restore(json.loads((path / "state.json").read_text()), model, path)
             checkpoint.load(path, self.step, model, optimizer, self.place)
         if self.place.main:
             self._keep_lines()
             self._write_run()
             self.events = _events(self.out, self.step) if self.args.track else None
-        hidden = None if self.place.main else True
-        self.bar = tqdm(total=self.last_step, initial=self.step, desc="train", disable=hidden)
+        self.bar = tqdm(total=self.last_step, initial=self.step, desc="train", disable=not self.place.main or None)
         self.clock, self.tokens = time.perf_counter(), 0
         yield from range(self.step + 1, self.last_step + 1)
         self.over = True
@@ -260,9 +257,7 @@ class Run:
         same = self.args.lr_schedule == "constant" and now.get("gamma_start") == now.get("gamma_end")
         free = FREE + (["epochs", "max_steps"] if same else [])  # else the course depends on the last step
         changed = [f"{k} {saved.get(k)!r} → {now[k]!r}" for k in now if k not in free and saved.get(k) != now[k]]
-        changed += [
-            f"the {name} rows" for name, data in self.report.items() if state["data"].get(name) != data["sha256"]
-        ]
+        changed += [f"the {k} rows" for k, data in self.report.items() if state["data"].get(k) != data["sha256"]]
         changed += [f"the {name}'s weights" for name, sha in model.sha256.items() if state["weights"].get(name) != sha]
         if changed:
             raise UserError(f"--resume: {path} was written by another run: {', '.join(changed)}")
@@ -280,8 +275,8 @@ class Run:
 
     def _write_run(self) -> None:
         versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers") if m in sys.modules}
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        shell = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+        commit = subprocess.run("git rev-parse HEAD", **shell).stdout.strip() or None  # None, too, without git
         run = {
             "algorithm": self.algorithm,
             "args": dataclasses.asdict(self.args),
@@ -351,11 +346,7 @@ class Run:
             "tokens_per_second": self.tokens / seconds,
         }
         self.totals, self.tokens = {}, 0
-        self._write(line)
-        shown = {name: line[name] for name in SHOWN if name in line}
-        self.say(
-            f"step {step}/{self.last_step} | " + " | ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        )
+        self._write(line, [name for name in SHOWN if name in line])
 
     def due(self, every: int, step: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens at this one."""
@@ -375,39 +366,37 @@ class Run:
                 self.add(*objective(model, batch, self.args))
                 self.stopping = self.stopping or all_sum(torch.tensor(float(self.signalled))) > 0
                 if self.stopping:
-                    self.sums, self.counts = {}, Counter()
                     return
-        line = {"step": step, **{f"eval/{name}": value for name, value in _means(self._reduce()).items()}}
-        self._write(line)
-        self.say(
-            f"step {step}/{self.last_step} | " + " | ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step")
-        )
+        means = {f"eval/{name}": value for name, value in _means(self._reduce()).items()}
+        self._write({"step": step, **means}, means)
         self.clock += time.perf_counter() - started
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
         """Every `save_every` steps, and when asked to stop, a checkpoint of everything that the next step needs."""
         if self.stopping or self.due(self.args.save_every, step):
             data = {name: report["sha256"] for name, report in self.report.items()}
-            args, weights = dataclasses.asdict(self.args), model.sha256
-            state = {"algorithm": self.algorithm, "args": args, "data": data, "weights": weights, "totals": self.totals}
+            state = {"algorithm": self.algorithm, "args": dataclasses.asdict(self.args), "data": data}
+            state |= {"weights": model.sha256, "totals": self.totals}
             checkpoint.save(self.out, step, model, optimizer, state, self.args.keep, self.place)
         if self.stopping:
             raise Preempted(f"asked to stop; saved at step {step}, continue with --resume")
 
     def card(self) -> str:
         """The model card: what this model is and how to make it again."""
-        args = dataclasses.asdict(self.args)
-        tags = f"---\nlibrary_name: transformers\nbase_model: {args['model']}\ntags: [{self.algorithm}]\n---\n"
-        settings = "\n".join(f"- {name}: {value}" for name, value in args.items())
-        return f"{tags}\n# {args['model']}, trained by {self.algorithm} with cleanpo\n\n{settings}\n"
+        tags = f"---\nlibrary_name: transformers\nbase_model: {self.args.model}\ntags: [{self.algorithm}]\n---\n"
+        settings = "\n".join(f"- {name}: {value}" for name, value in dataclasses.asdict(self.args).items())
+        return f"{tags}\n# {self.args.model}, trained by {self.algorithm} with cleanpo\n\n{settings}\n"
 
-    def _write(self, line: dict) -> None:
+    def _write(self, line: dict, shown: Iterable[str]) -> None:
+        """A line of metrics.jsonl, of which some values are printed."""
         if self.place.main:
             with writing(self.out / "metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as file:
                 finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
                 file.write(json.dumps(finite) + "\n")
             for name in line.keys() - {"step"} if self.events else ():
                 self.events.add_scalar(name, line[name], line["step"])
+        values = " | ".join(f"{name} {line[name]:.4g}" for name in shown)
+        self.say(f"step {line['step']}/{self.last_step} | {values}")
 
 
 def _events(out: Path, step: int):
@@ -441,7 +430,7 @@ def preference_metrics(rewards: Tensor, logps: Tensor | None = None) -> dict[str
 
 def plain_length(config) -> float:
     """The length up to which every token sees all before it, at the same rotary frequencies, as packed rows assume."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     limits = [getattr(config, "sliding_window", None)]
     if rope.get("rope_type") in ("dynamic", "longrope"):
         limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]

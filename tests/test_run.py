@@ -194,6 +194,17 @@ def test_the_reference_cache_follows_the_models_configuration(folder: Path, tmp_
         assert worlds.training_lines(out / "metrics.jsonl")[0]["rewards/margins"] == 0
 
 
+def test_a_machine_without_git(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's commit is then unknown; with it, it is that of the code."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=worlds.ROOT, capture_output=True, text=True).stdout.strip()
+    for path, commit in (("with", head or None), ("without", None)):
+        if path == "without":
+            monkeypatch.setenv("PATH", str(tmp_path))
+        ended = run(folder, tmp_path / path, max_steps=1)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert json.loads((tmp_path / path / "run.json").read_text())["commit"] == commit
+
+
 def test_values_that_are_not_finite_end_with_exit_code_3(folder: Path, tmp_path: Path) -> None:
     ended = run(folder, tmp_path / "out", learning_rate=1e38, max_steps=5, save_every=1)
     assert ended.returncode == 3 and "step 2: loss" in ended.stderr and "Traceback" not in ended.stderr

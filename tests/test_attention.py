@@ -59,6 +59,7 @@ def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_he
 def segments(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # noqa: ANN001, ANN201
     """What the variable-length kernel documents: each query range against its key range, causal from the end."""
     assert q.shape[-1] % 8 == 0  # all widths of heads that it takes
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     outputs = []
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         assert b - a <= max_q and d - c <= max_k
@@ -86,7 +87,10 @@ def torch_2_12(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1
 
 @pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_12])
 @pytest.mark.parametrize("width", [16, 12])
-def test_the_gpu_kernel_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch, kernel: Callable, width: int) -> None:
+@pytest.mark.parametrize("scale", [0.3, None])
+def test_the_gpu_kernel_is_asked_for_the_same(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable, width: int, scale: float | None
+) -> None:
     """Without a GPU: the arguments of the one variable-length call describe the same attention, in each version."""
     import torch.nn.attention.varlen
 
@@ -94,9 +98,9 @@ def test_the_gpu_kernel_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch, k
     attention._varlen_arguments.cache_clear()
     total = sum(p + sum(cs) for p, cs in GROUPS)
     q, k, v = (torch.randn(1, h, total, width, dtype=torch.float64) for h in (4, 2, 2))
-    output = attention._varlen(q, k, v, Spans.of(GROUPS, "cpu", torch.float64), 0.3)
+    output = attention._varlen(q, k, v, Spans.of(GROUPS, "cpu", torch.float64), scale)
     attention._varlen_arguments.cache_clear()
-    torch.testing.assert_close(output, dense(q, k, v, scale=0.3))
+    torch.testing.assert_close(output, dense(q, k, v, scale=width**-0.5 if scale is None else scale))
 
 
 def test_groups_without_a_second_completion() -> None:

@@ -196,8 +196,9 @@ def test_the_reference_cache_follows_the_models_configuration(folder: Path, tmp_
 
 def test_a_machine_without_git(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's commit is then unknown; with it, it is that of the code."""
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=worlds.ROOT, capture_output=True, text=True).stdout.strip()
-    for path, commit in (("with", head or None), ("without", None)):
+    shell = {"shell": True, "cwd": worlds.ROOT, "capture_output": True, "text": True}
+    head = subprocess.run("git rev-parse HEAD", **shell).stdout.strip() or None  # this machine may have none either
+    for path, commit in (("with", head), ("without", None)):
         if path == "without":
             monkeypatch.setenv("PATH", str(tmp_path))
         ended = run(folder, tmp_path / path, max_steps=1)

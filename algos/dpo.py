@@ -2,19 +2,20 @@
 
     L(θ) = -E log σ(β h),    h = ρ_w - ρ_l,    ρ = log π_θ(y|x) - log π_ref(y|x)                             (Eq 7)
 
-Over K > 2 ranked completions the preference model is Plackett-Luce (appendix A.3, Eq 20), the same number at K = 2:
+For K > 2 ranked completions the preference model is Plackett-Luce (appendix A.3, Eq 20). At K = 2 both are equal:
 
     L(θ) = -E Σ_k [β ρ_k - log Σ_{j≥k} exp(β ρ_j)]
 
 Details the equation leaves open:
-1. log π(y|x) is the sum over the completion's tokens, its EOS included, the prompt excluded, in float32.
-2. π_ref is the model as training starts, or `--reference`; its log-probs are computed once, before the first step.
+1. log π(y|x) is the sum over the completion's tokens, including its EOS and excluding the prompt, in float32.
+2. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 3. A completion that `--max-length` cuts off has no EOS.
-4. `--label-smoothing` ε, for pairs, is not in the paper but in its code: the label is wrong with probability ε.
-5. The paper trains with RMSprop and 150 steps of warm-up; here, as in every file, it is AdamW.
-6. Appendix A.4 has w and l swapped against Eq 7, which is implemented: in Eqs 21 and 22, and in the weight σ of the
-   final gradient. Section 4 has it right.
-7. The batch's loss is the mean over the groups of the whole global batch.
+4. `--label-smoothing` ε, for pairs, is in the paper's code but not in the paper. A label is wrong with probability ε.
+5. The paper trains with RMSprop and 150 steps of warm-up. Here, as in every file, the optimizer is AdamW.
+6. The batch's loss is the mean over the groups of the whole global batch.
+7. Errors in the paper: Appendix A.4 has w and l swapped against Eq 7, in Eqs 21 and 22 and in the weight σ of the final
+   gradient. Section 4 has them right. A.2 calls the probability σ(β h) the loss of Eq 7, which is -log σ(β h). Section
+   4 says that the gradient increases the likelihood of y_w. It increases h, and π_θ(y_w|x) may still fall.
 
     torchrun --nproc-per-node 8 algos/dpo.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
@@ -28,17 +29,24 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from shared.data import Batch, Needs
-from shared.model import Policy, add_reference_logps, export, load_policy, load_tokenizer
-from shared.run import Run, command, learning_rate, preference_metrics
+from shared.batches import Batch, load_batches
+from shared.command import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
+from shared.export import export
+from shared.groups import Requires
+from shared.loading import load_policy, load_tokenizer
+from shared.metrics import preference_metrics
+from shared.model import Policy
+from shared.reference import add_reference_logps
+from shared.run import Run
+from shared.schedule import learning_rate
 
 
 @dataclass(kw_only=True)
 class Args:
-    beta: float = 0.1
-    """strength of the pull towards the reference, per nat of log-ratio"""
-    label_smoothing: float = 0.0
-    """probability that a pair's label is wrong"""
+    beta: PositiveFloat = 0.1
+    """reward per nat of log-ratio: a larger β keeps the policy closer to the reference"""
+    label_smoothing: Annotated[float, AtLeast(0, at_most=0.5)] = 0.0
+    """assumed probability that the label of a pair is wrong"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
     model: str
@@ -46,97 +54,119 @@ class Args:
     train_data: str
     """file, directory or hub id (`path:split`) of the rows to train on"""
     eval_data: str | None = None
-    """the same for held-out rows"""
-    max_length: int | None = None
-    """most tokens of prompt plus completion; default: the model's positions"""
-    max_prompt_length: int | None = None
-    """of a longer prompt, the BOS and this many last tokens are kept; default: all"""
+    """held-out rows, in one of the same forms"""
+    max_length: PositiveInt | None = None
+    """largest number of tokens of prompt plus completion; default: the model's positions"""
+    max_prompt_length: PositiveInt | None = None
+    """longer prompts are truncated from the left to this many tokens, and keep their BOS; default: no limit"""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """groups per optimizer step, over all processes"""
-    micro_batch_tokens: int = 8192
-    """most tokens in one forward pass of one process"""
-    epochs: float = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """largest number of tokens in one forward pass of one process"""
+    epochs: PositiveFloat = 1.0
     """passes over the rows"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """optimizer steps, instead of epochs"""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-6
-    """highest learning rate of AdamW"""
+    learning_rate: Annotated[NonNegativeFloat, tyro.conf.arg(aliases=["--lr"])] = 1e-6
+    """peak learning rate of AdamW"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """the rate after warm-up: constant, or falling to 0 at the end"""
-    warmup_steps: int = 0
-    """steps over which the rate rises linearly"""
-    weight_decay: float = 0.0
+    """learning rate after the warm-up: constant, or falling to 0 at the end"""
+    warmup_steps: NonNegativeInt = 0
+    """steps over which the learning rate rises linearly"""
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """the global gradient norm is clipped to this"""
+    max_grad_norm: PositiveFloat = 1.0
+    """gradients are clipped to this global norm"""
     shuffle: bool = True
-    """a new order of the rows in every epoch; else the file's"""
-    seed: int = 0
-    """of the order of the rows"""
+    """shuffle the rows anew in every epoch, instead of taking them in the order of the file"""
+    seed: Seed = 0
+    """seed for shuffling"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; weights and optimizer are float32"""
-    shard_size: int | None = None
-    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    """dtype of the forward and backward pass; weights and optimizer state stay float32"""
+    shard_size: PositiveInt | None = None
+    """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
-    """compute each layer's activations again in the backward pass instead of keeping them"""
+    """recompute each layer's activations in the backward pass, which needs less memory and more time"""
 
     output_dir: str
-    """where log, checkpoints and the trained model go"""
-    log_every: int = 10
+    """directory for the log, the checkpoints and the trained model"""
+    log_every: PositiveInt = 10
     """steps between lines of the log"""
-    eval_every: int = 100
+    eval_every: NonNegativeInt = 100
     """steps between evaluations; 0: never"""
-    save_every: int = 500
+    save_every: NonNegativeInt = 500
     """steps between checkpoints; 0: never"""
-    keep: int = 2
-    """checkpoints kept, the newest ones"""
+    keep: PositiveInt = 2
+    """number of newest checkpoints to keep"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """The DPO paper's Eq 7, and for K > 2 its Eq 20. logps, ref_logps (B, K), preferred first → (B,)."""
-    rewards = beta * (logps - ref_logps)  # (B, K)
-    rest = rewards.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # (B, K-1), log Σ_{j>k} exp(β ρ_j)
-    h = rewards[:, :-1] - rest  # β h of a pair
-    return -((1 - label_smoothing) * F.logsigmoid(h) + label_smoothing * F.logsigmoid(-h)).sum(1)
+    """DPO paper Eq 7, and Eq 20 for K > 2. logps, ref_logps (B, K), preferred first → (B,)."""
+    rewards = beta * (logps - ref_logps)  # (B, K), β ρ
+    if rewards.shape[1] > 2:
+        return plackett_luce_loss(rewards)
+    margins = rewards[:, 0] - rewards[:, 1]  # (B,), β h
+    return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
+
+
+def plackett_luce_loss(rewards: Tensor) -> Tensor:
+    """-log P(y_1 > y_2 > ... > y_K), DPO paper Eqs 18 and 20. rewards (B, K), the most preferred first → (B,)."""
+    log_sums = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K), log Σ_{j≥k} exp(r_j)
+    margins = rewards[:, :-1] - log_sums[:, 1:]  # (B, K-1), of each completion over all that follow it
+    return -F.logsigmoid(margins).sum(1)
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)
     losses = dpo_loss(logps, batch.ref_logps, args.beta, args.label_smoothing)
-    return losses, preference_metrics(args.beta * (logps - batch.ref_logps), logps)
+    rewards = args.beta * (logps - batch.ref_logps)
+    return losses, preference_metrics(rewards, logps)
 
 
 def main(args: Args) -> None:
+    # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
-    train, held_out = run.load_batches(tokenizer, config, Needs(completions=2 if args.label_smoothing else None))
-    model = load_policy(args.model, run.place, args.activation_checkpointing)
+    requires = Requires("pair" if args.label_smoothing else "ranking")
+    train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
+    model = load_policy(args, run.ranks)
     add_reference_logps(args.reference, model, train, held_out)
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
-    for step in run.steps(model, optimizer, train):
-        for batch in train(step):
+
+    steps_done = run.resume(model, optimizer, train, held_out)
+    for step in range(steps_done + 1, train.last_step + 1):
+        # the step
+        for batch in train.of_step(step):
             losses, metrics = objective(model, batch, args)
-            # the mean over the global batch: FSDP averages the gradients of the processes
-            (losses.sum() * run.place.world / batch.global_groups).backward()
-            run.add(losses, metrics)
+            # the mean over the global batch; FSDP averages the gradients of the processes
+            (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
+            run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.check(step, grad_norm)
+        run.stop_if_not_finite(step, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.last_step, args)
+            group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
+
+        # after the step
         run.log(step)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
-    export(model, tokenizer, run)
+
+    export(model, tokenizer, run.directory, run.model_card(), run.ranks)
 
 
 if __name__ == "__main__":

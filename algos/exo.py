@@ -2,20 +2,22 @@
 
     L(θ) = E KL(q || p),    q = softmax_k(β_π ρ_k),    ρ = log π_θ(y|x) - log π_ref(y|x)                (Eqs 13-15, 18)
 
-EXO-pref: p = (1 - ε, ε) over a pair (Eq 18). EXO-rw: p = softmax_k(r_k / β_r) over K completions with the scores of
-a reward model (Eqs 13-15). `--kl forward` is DPO-rw, the cross-entropy -Σ p log q under the same target (Eq 19); on
+EXO-pref has p = (1 - ε, ε) over a pair (Eq 18). EXO-rw has p = softmax_k(r_k / β_r) over K completions with the scores
+of a reward model (Eqs 13-15). `--kl forward` is DPO-rw, the cross-entropy -Σ p log q under the same target (Eq 19). On
 pairs, that is DPO with label smoothing ε.
 
 Details the equation leaves open:
-1. log π(y|x) is the sum over the completion's tokens, its EOS included.
+1. log π(y|x) is the sum over the completion's tokens, including its EOS.
 2. With `--beta-r` the target comes from the rows' scores (their mean over reward models), else from `--epsilon`.
-3. ε = 1e-3 as in the paper: the optimum of a pair is at β_π h = log((1-ε)/ε) = 6.907. The published code fixes the
-   target's logits to (0, -10) instead, whose optimum is at 10.
-4. KL(q || p) differs from the expectation under the policy at finite K: Eq 16 holds as K grows, with completions
-   drawn from π_ref, each as often as it was drawn; with `--beta-r` equal texts are therefore kept.
-5. The paper divides all logits by a temperature of 0.8, in training too; here π_θ is the model's own distribution.
-   To sample as the paper does: scripts/sample.py --temperature 0.8 (instructions: 0.95 and --top-p 0.9).
+3. ε = 1e-3 as in the paper. The optimum of a pair is then at β_π h = log((1-ε)/ε) = 6.907. The published code fixes the
+   target's logits to (0, -10) instead. Its optimum is at 10.
+4. KL(q || p) differs from the expectation under the policy at finite K. Eq 16 holds as K grows, with completions drawn
+   from π_ref, each as often as it was drawn. With `--beta-r`, equal texts are therefore kept.
+5. The paper divides all logits by a temperature of 0.8, in training too. Here π_θ is the model's own distribution.
+   Samples as in the paper (scripts/sample.py --temperature 0.8; instructions: 0.95 and --top-p 0.9) leave this π_ref.
 6. The paper's settings: β_π (`--beta`) 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 (IMDB: also 8).
+7. Errors in the paper: Eq 19 is DPO on pairs only at ε = 0. If labels are right with probability P, the optimum of Eq
+   18 is at β_π h = (2P - 1) log((1-ε)/ε), and not at their log-odds log(P/(1-P)) as DPO's is.
 
     torchrun --nproc-per-node 8 algos/exo.py --model sft/ --train-data pairs.jsonl --output-dir exo/
 """
@@ -28,21 +30,28 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from shared.data import Batch, Needs
-from shared.model import Policy, add_reference_logps, export, load_policy, load_tokenizer
-from shared.run import Run, command, learning_rate, preference_metrics
+from shared.batches import Batch, load_batches
+from shared.command import Above, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
+from shared.export import export
+from shared.groups import Requires
+from shared.loading import load_policy, load_tokenizer
+from shared.metrics import preference_metrics
+from shared.model import Policy
+from shared.reference import add_reference_logps
+from shared.run import Run
+from shared.schedule import learning_rate
 
 
 @dataclass(kw_only=True)
 class Args:
-    beta: float = 0.1
-    """strength of the pull towards the reference, per nat of log-ratio"""
-    epsilon: float = 1e-3
+    beta: PositiveFloat = 0.1
+    """reward per nat of log-ratio: a larger β keeps the policy closer to the reference"""
+    epsilon: Annotated[float, Above(0, at_most=0.5)] = 1e-3
     """target probability of the rejected completion of a pair"""
-    beta_r: float | None = None
-    """temperature of the rows' scores, which then are the target; default: preference pairs"""
+    beta_r: PositiveFloat | None = None
+    """temperature of the rows' scores, which make the target then; default: the target comes from --epsilon"""
     kl: Literal["reverse", "forward"] = "reverse"
-    """KL(policy || target), EXO; or the cross-entropy under the target, DPO-rw"""
+    """reverse: KL(policy || target), which is EXO; forward: cross-entropy under the target, which is DPO-rw"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
     model: str
@@ -50,55 +59,55 @@ class Args:
     train_data: str
     """file, directory or hub id (`path:split`) of the rows to train on"""
     eval_data: str | None = None
-    """the same for held-out rows"""
-    max_length: int | None = None
-    """most tokens of prompt plus completion; default: the model's positions"""
-    max_prompt_length: int | None = None
-    """of a longer prompt, the BOS and this many last tokens are kept; default: all"""
+    """held-out rows, in one of the same forms"""
+    max_length: PositiveInt | None = None
+    """largest number of tokens of prompt plus completion; default: the model's positions"""
+    max_prompt_length: PositiveInt | None = None
+    """longer prompts are truncated from the left to this many tokens, and keep their BOS; default: no limit"""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """groups per optimizer step, over all processes"""
-    micro_batch_tokens: int = 8192
-    """most tokens in one forward pass of one process"""
-    epochs: float = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """largest number of tokens in one forward pass of one process"""
+    epochs: PositiveFloat = 1.0
     """passes over the rows"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """optimizer steps, instead of epochs"""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-6
-    """highest learning rate of AdamW"""
+    learning_rate: Annotated[NonNegativeFloat, tyro.conf.arg(aliases=["--lr"])] = 1e-6
+    """peak learning rate of AdamW"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """the rate after warm-up: constant, or falling to 0 at the end"""
-    warmup_steps: int = 0
-    """steps over which the rate rises linearly"""
-    weight_decay: float = 0.0
+    """learning rate after the warm-up: constant, or falling to 0 at the end"""
+    warmup_steps: NonNegativeInt = 0
+    """steps over which the learning rate rises linearly"""
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """the global gradient norm is clipped to this"""
+    max_grad_norm: PositiveFloat = 1.0
+    """gradients are clipped to this global norm"""
     shuffle: bool = True
-    """a new order of the rows in every epoch; else the file's"""
-    seed: int = 0
-    """of the order of the rows"""
+    """shuffle the rows anew in every epoch, instead of taking them in the order of the file"""
+    seed: Seed = 0
+    """seed for shuffling"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; weights and optimizer are float32"""
-    shard_size: int | None = None
-    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    """dtype of the forward and backward pass; weights and optimizer state stay float32"""
+    shard_size: PositiveInt | None = None
+    """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
-    """compute each layer's activations again in the backward pass instead of keeping them"""
+    """recompute each layer's activations in the backward pass, which needs less memory and more time"""
 
     output_dir: str
-    """where log, checkpoints and the trained model go"""
-    log_every: int = 10
+    """directory for the log, the checkpoints and the trained model"""
+    log_every: PositiveInt = 10
     """steps between lines of the log"""
-    eval_every: int = 100
+    eval_every: NonNegativeInt = 100
     """steps between evaluations; 0: never"""
-    save_every: int = 500
+    save_every: NonNegativeInt = 500
     """steps between checkpoints; 0: never"""
-    keep: int = 2
-    """checkpoints kept, the newest ones"""
+    keep: PositiveInt = 2
+    """number of newest checkpoints to keep"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
 
 
 def exo_loss(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: float) -> Tensor:
@@ -119,37 +128,52 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
     if args.beta_r:
         target_logps = (batch.scores.mean(2) / args.beta_r).log_softmax(1)
     else:
-        target_logps = logps.new_tensor([1 - args.epsilon, args.epsilon]).log().expand_as(logps)
+        target = logps.new_tensor([1 - args.epsilon, args.epsilon])
+        target_logps = target.log().expand_as(logps)
     loss = exo_loss if args.kl == "reverse" else dpo_rw_loss
     losses = loss(logps, batch.ref_logps, target_logps, args.beta)
-    return losses, preference_metrics(args.beta * (logps - batch.ref_logps), logps)
+    rewards = args.beta * (logps - batch.ref_logps)
+    return losses, preference_metrics(rewards, logps)
 
 
 def main(args: Args) -> None:
+    # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
-    train, held_out = run.load_batches(tokenizer, config, Needs(None if args.beta_r else 2, scores=bool(args.beta_r)))
-    model = load_policy(args.model, run.place, args.activation_checkpointing)
+    requires = Requires("ranking", scores=True) if args.beta_r else Requires("pair")
+    train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
+    model = load_policy(args, run.ranks)
     add_reference_logps(args.reference, model, train, held_out)
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
-    for step in run.steps(model, optimizer, train):
-        for batch in train(step):
+
+    steps_done = run.resume(model, optimizer, train, held_out)
+    for step in range(steps_done + 1, train.last_step + 1):
+        # the step
+        for batch in train.of_step(step):
             losses, metrics = objective(model, batch, args)
-            # the mean over the global batch: FSDP averages the gradients of the processes
-            (losses.sum() * run.place.world / batch.global_groups).backward()
-            run.add(losses, metrics)
+            # the mean over the global batch; FSDP averages the gradients of the processes
+            (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
+            run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.check(step, grad_norm)
+        run.stop_if_not_finite(step, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.last_step, args)
+            group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
+
+        # after the step
         run.log(step)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
-    export(model, tokenizer, run)
+
+    export(model, tokenizer, run.directory, run.model_card(), run.ranks)
 
 
 if __name__ == "__main__":

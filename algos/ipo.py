@@ -1,16 +1,17 @@
-"""Identity Preference Optimization (IPO), Azar et al. 2023, arXiv 2310.12036; as in TYPO Eq 10 (λ = τ) and in the
-reward-distillation paper, section 5 and appendix B.
+"""Identity Preference Optimization (IPO), Azar et al. 2023, arXiv 2310.12036.
+It is also in TYPO, Eq 10 (λ = τ), and in the reward-distillation paper, section 5 and appendix B.
 
     L(θ) = E (h - 1/(2τ))²,    h = ρ_w - ρ_l,    ρ = log π_θ(y|x) - log π_ref(y|x)
 
 Details the equation leaves open:
-1. log π(y|x) is the sum over the completion's tokens, its EOS included. TRL and HALOs take the mean over tokens
-   instead, which is another loss: with it the same τ pulls long completions apart much further.
-2. `--tau` is the τ of the line above, the target gap of the log-ratios being 1/(2τ); TYPO writes 1/(2λ). The
-   reward-distillation paper's appendix B has the gap at τ⁻¹: its τ is twice this one.
+1. log π(y|x) is the sum over the completion's tokens, including its EOS. TRL and HALOs take the mean over tokens. That
+   is another loss: the same τ pulls long completions apart much further.
+2. `--tau` is the τ of the line above, so the target gap of the log-ratios is 1/(2τ). TYPO writes 1/(2λ). The
+   reward-distillation paper's appendix B has the gap at τ⁻¹, so its τ is twice this one.
 3. The implicit reward that is logged is τ ρ.
-4. π_ref is the model as training starts, or `--reference`; its log-probs are computed once, before the first step.
+4. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 5. With τ = β/2, β² times this loss is the distillation loss of algos/distill_dpo.py for a reward gap of 1.
+6. An error in TYPO: the two sides of Eq 10 are not equal. They differ by a number that does not depend on θ.
 
     torchrun --nproc-per-node 8 algos/ipo.py --model sft/ --train-data pairs.jsonl --output-dir ipo/
 """
@@ -23,15 +24,22 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from shared.data import Batch, Needs
-from shared.model import Policy, add_reference_logps, export, load_policy, load_tokenizer
-from shared.run import Run, command, learning_rate, preference_metrics
+from shared.batches import Batch, load_batches
+from shared.command import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
+from shared.export import export
+from shared.groups import Requires
+from shared.loading import load_policy, load_tokenizer
+from shared.metrics import preference_metrics
+from shared.model import Policy
+from shared.reference import add_reference_logps
+from shared.run import Run
+from shared.schedule import learning_rate
 
 
 @dataclass(kw_only=True)
 class Args:
-    tau: float = 0.1
-    """regularisation: the log-ratios of a pair are pulled to a gap of 1/(2τ) nats"""
+    tau: PositiveFloat = 0.1
+    """strength of the regularisation: the target gap of a pair's log-ratios is 1/(2τ) nats"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
     model: str
@@ -39,95 +47,110 @@ class Args:
     train_data: str
     """file, directory or hub id (`path:split`) of the rows to train on"""
     eval_data: str | None = None
-    """the same for held-out rows"""
-    max_length: int | None = None
-    """most tokens of prompt plus completion; default: the model's positions"""
-    max_prompt_length: int | None = None
-    """of a longer prompt, the BOS and this many last tokens are kept; default: all"""
+    """held-out rows, in one of the same forms"""
+    max_length: PositiveInt | None = None
+    """largest number of tokens of prompt plus completion; default: the model's positions"""
+    max_prompt_length: PositiveInt | None = None
+    """longer prompts are truncated from the left to this many tokens, and keep their BOS; default: no limit"""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """groups per optimizer step, over all processes"""
-    micro_batch_tokens: int = 8192
-    """most tokens in one forward pass of one process"""
-    epochs: float = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """largest number of tokens in one forward pass of one process"""
+    epochs: PositiveFloat = 1.0
     """passes over the rows"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """optimizer steps, instead of epochs"""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-6
-    """highest learning rate of AdamW"""
+    learning_rate: Annotated[NonNegativeFloat, tyro.conf.arg(aliases=["--lr"])] = 1e-6
+    """peak learning rate of AdamW"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """the rate after warm-up: constant, or falling to 0 at the end"""
-    warmup_steps: int = 0
-    """steps over which the rate rises linearly"""
-    weight_decay: float = 0.0
+    """learning rate after the warm-up: constant, or falling to 0 at the end"""
+    warmup_steps: NonNegativeInt = 0
+    """steps over which the learning rate rises linearly"""
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """the global gradient norm is clipped to this"""
+    max_grad_norm: PositiveFloat = 1.0
+    """gradients are clipped to this global norm"""
     shuffle: bool = True
-    """a new order of the rows in every epoch; else the file's"""
-    seed: int = 0
-    """of the order of the rows"""
+    """shuffle the rows anew in every epoch, instead of taking them in the order of the file"""
+    seed: Seed = 0
+    """seed for shuffling"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; weights and optimizer are float32"""
-    shard_size: int | None = None
-    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    """dtype of the forward and backward pass; weights and optimizer state stay float32"""
+    shard_size: PositiveInt | None = None
+    """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
-    """compute each layer's activations again in the backward pass instead of keeping them"""
+    """recompute each layer's activations in the backward pass, which needs less memory and more time"""
 
     output_dir: str
-    """where log, checkpoints and the trained model go"""
-    log_every: int = 10
+    """directory for the log, the checkpoints and the trained model"""
+    log_every: PositiveInt = 10
     """steps between lines of the log"""
-    eval_every: int = 100
+    eval_every: NonNegativeInt = 100
     """steps between evaluations; 0: never"""
-    save_every: int = 500
+    save_every: NonNegativeInt = 500
     """steps between checkpoints; 0: never"""
-    keep: int = 2
-    """checkpoints kept, the newest ones"""
+    keep: PositiveInt = 2
+    """number of newest checkpoints to keep"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
 
 
 def ipo_loss(logps: Tensor, ref_logps: Tensor, tau: float) -> Tensor:
     """(h - 1/(2τ))². logps, ref_logps (B, 2), preferred first → (B,)."""
     ratios = logps - ref_logps  # (B, 2), ρ
-    return (ratios[:, 0] - ratios[:, 1] - 1 / (2 * tau)) ** 2
+    h = ratios[:, 0] - ratios[:, 1]  # (B,)
+    return (h - 1 / (2 * tau)) ** 2
 
 
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of a micro-batch, and what is logged of it."""
     logps = model.logps(batch)
     losses = ipo_loss(logps, batch.ref_logps, args.tau)
-    return losses, preference_metrics(args.tau * (logps - batch.ref_logps), logps)
+    rewards = args.tau * (logps - batch.ref_logps)
+    return losses, preference_metrics(rewards, logps)
 
 
 def main(args: Args) -> None:
+    # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
-    train, held_out = run.load_batches(tokenizer, config, Needs(completions=2))
-    model = load_policy(args.model, run.place, args.activation_checkpointing)
+    requires = Requires("pair")
+    train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
+    model = load_policy(args, run.ranks)
     add_reference_logps(args.reference, model, train, held_out)
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
-    for step in run.steps(model, optimizer, train):
-        for batch in train(step):
+
+    steps_done = run.resume(model, optimizer, train, held_out)
+    for step in range(steps_done + 1, train.last_step + 1):
+        # the step
+        for batch in train.of_step(step):
             losses, metrics = objective(model, batch, args)
-            # the mean over the global batch: FSDP averages the gradients of the processes
-            (losses.sum() * run.place.world / batch.global_groups).backward()
-            run.add(losses, metrics)
+            # the mean over the global batch; FSDP averages the gradients of the processes
+            (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
+            run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.check(step, grad_norm)
+        run.stop_if_not_finite(step, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.last_step, args)
+            group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
+
+        # after the step
         run.log(step)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
-    export(model, tokenizer, run)
+
+    export(model, tokenizer, run.directory, run.model_card(), run.ranks)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Reward model (RM): Bradley-Terry on pairs, Plackett-Luce on K ranked completions; DPO paper (Rafailov et al. 2023,
-arXiv 2305.18290), Eq 2 and appendix A.3 Eq 18.
+"""Reward model (RM): Bradley-Terry on pairs, Plackett-Luce on K ranked completions.
+Both are in the DPO paper (Rafailov et al. 2023, arXiv 2305.18290), Eq 2 and appendix A.3 Eq 18.
 
     L(φ) = -E log σ(r_φ(x, y_w) - r_φ(x, y_l));    K > 2: -E Σ_k [r_k - log Σ_{j≥k} exp(r_j)]
 
 Details the equation leaves open:
-1. r_φ is a linear head on the last hidden state of the completion's last token, its EOS unless it was cut off.
+1. r_φ is a linear head on the last hidden state of the completion's last token. That is its EOS, unless it was cut off.
 2. Rewards are defined up to a shift that may depend on the prompt. Earlier work normalises them to mean 0 for every
-   prompt (section 3); here the one mean over all training completions is stored as `reward_mean` in the model's
-   config, and not subtracted.
-3. The result is a Hugging Face sequence classifier with one label. Those look for the last token that is not the pad
-   token, so that another pad token than the EOS is set.
-4. `rewards/confidences` is the mean probability that the model gives to its favourite; where it is calibrated, it
+   prompt (section 3). Here the mean over all training completions is stored as `reward_mean` in the model's config, and
+   it is not subtracted.
+3. The result is a Hugging Face sequence classifier with one label. Such a classifier looks for the last token that is
+   not the pad token, so the pad token is set to a token other than the EOS.
+4. `rewards/confidences` is the mean probability that the model gives to its favourite. If the model is calibrated, it
    equals `rewards/accuracies` (of pairs).
+5. An error in the paper: A.3 says that choices have probability proportional to the reward. Eq 18 has its exponential.
 
     torchrun --nproc-per-node 8 algos/rm.py --model sft/ --train-data pairs.jsonl --output-dir rm/
 """
@@ -25,9 +26,15 @@ import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from shared.data import Batch, Needs
-from shared.model import RewardModel, export, load_reward_model, load_tokenizer, mean_reward
-from shared.run import Run, command, learning_rate, preference_metrics
+from shared.batches import Batch, load_batches
+from shared.command import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
+from shared.export import export
+from shared.groups import Requires
+from shared.loading import load_reward_model, load_tokenizer
+from shared.metrics import preference_metrics
+from shared.model import RewardModel, mean_reward
+from shared.run import Run
+from shared.schedule import learning_rate
 
 
 @dataclass(kw_only=True)
@@ -37,95 +44,117 @@ class Args:
     train_data: str
     """file, directory or hub id (`path:split`) of the rows to train on"""
     eval_data: str | None = None
-    """the same for held-out rows"""
-    max_length: int | None = None
-    """most tokens of prompt plus completion; default: the model's positions"""
-    max_prompt_length: int | None = None
-    """of a longer prompt, the BOS and this many last tokens are kept; default: all"""
+    """held-out rows, in one of the same forms"""
+    max_length: PositiveInt | None = None
+    """largest number of tokens of prompt plus completion; default: the model's positions"""
+    max_prompt_length: PositiveInt | None = None
+    """longer prompts are truncated from the left to this many tokens, and keep their BOS; default: no limit"""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """groups per optimizer step, over all processes"""
-    micro_batch_tokens: int = 8192
-    """most tokens in one forward pass of one process"""
-    epochs: float = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """largest number of tokens in one forward pass of one process"""
+    epochs: PositiveFloat = 1.0
     """passes over the rows"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """optimizer steps, instead of epochs"""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-6
-    """highest learning rate of AdamW"""
+    learning_rate: Annotated[NonNegativeFloat, tyro.conf.arg(aliases=["--lr"])] = 1e-6
+    """peak learning rate of AdamW"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """the rate after warm-up: constant, or falling to 0 at the end"""
-    warmup_steps: int = 0
-    """steps over which the rate rises linearly"""
-    weight_decay: float = 0.0
+    """learning rate after the warm-up: constant, or falling to 0 at the end"""
+    warmup_steps: NonNegativeInt = 0
+    """steps over which the learning rate rises linearly"""
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """the global gradient norm is clipped to this"""
+    max_grad_norm: PositiveFloat = 1.0
+    """gradients are clipped to this global norm"""
     shuffle: bool = True
-    """a new order of the rows in every epoch; else the file's"""
-    seed: int = 0
-    """of the order of the rows"""
+    """shuffle the rows anew in every epoch, instead of taking them in the order of the file"""
+    seed: Seed = 0
+    """seed for shuffling"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; weights and optimizer are float32"""
-    shard_size: int | None = None
-    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    """dtype of the forward and backward pass; weights and optimizer state stay float32"""
+    shard_size: PositiveInt | None = None
+    """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
-    """compute each layer's activations again in the backward pass instead of keeping them"""
+    """recompute each layer's activations in the backward pass, which needs less memory and more time"""
 
     output_dir: str
-    """where log, checkpoints and the trained model go"""
-    log_every: int = 10
+    """directory for the log, the checkpoints and the trained model"""
+    log_every: PositiveInt = 10
     """steps between lines of the log"""
-    eval_every: int = 100
+    eval_every: NonNegativeInt = 100
     """steps between evaluations; 0: never"""
-    save_every: int = 500
+    save_every: NonNegativeInt = 500
     """steps between checkpoints; 0: never"""
-    keep: int = 2
-    """checkpoints kept, the newest ones"""
+    keep: PositiveInt = 2
+    """number of newest checkpoints to keep"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
 
 
 def rm_loss(rewards: Tensor) -> Tensor:
-    """Eq 2, and for K > 2 Eq 18. rewards (B, K), preferred first → (B,)."""
-    rest = rewards.flip(1).logcumsumexp(1).flip(1)[:, 1:]  # (B, K-1), log Σ_{j>k} exp(r_j)
-    return -F.logsigmoid(rewards[:, :-1] - rest).sum(1)
+    """DPO paper Eq 2, and Eq 18 for K > 2. rewards (B, K), preferred first → (B,)."""
+    if rewards.shape[1] > 2:
+        return plackett_luce_loss(rewards)
+    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+
+
+def plackett_luce_loss(rewards: Tensor) -> Tensor:
+    """-log P(y_1 > y_2 > ... > y_K), DPO paper Eqs 18 and 20. rewards (B, K), the most preferred first → (B,)."""
+    log_sums = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K), log Σ_{j≥k} exp(r_j)
+    margins = rewards[:, :-1] - log_sums[:, 1:]  # (B, K-1), of each completion over all that follow it
+    return -F.logsigmoid(margins).sum(1)
 
 
 def objective(model: RewardModel, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of a micro-batch, and what is logged of it."""
     rewards = model(batch)  # (B, K)
     losses = rm_loss(rewards)
-    return losses, preference_metrics(rewards) | {"rewards/confidences": rewards.softmax(1).amax(1)}
+    confidences = rewards.softmax(1).amax(1)
+    return losses, preference_metrics(rewards) | {"rewards/confidences": confidences}
 
 
 def main(args: Args) -> None:
+    # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model)
-    train, held_out = run.load_batches(tokenizer, config, Needs())
-    model = load_reward_model(args.model, run.place, args.activation_checkpointing, tokenizer, args.seed)
+    requires = Requires("ranking")
+    train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
+    model = load_reward_model(args, run.ranks, tokenizer)
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
-    for step in run.steps(model, optimizer, train):
-        for batch in train(step):
+
+    steps_done = run.resume(model, optimizer, train, held_out)
+    for step in range(steps_done + 1, train.last_step + 1):
+        # the step
+        for batch in train.of_step(step):
             losses, metrics = objective(model, batch, args)
-            # the mean over the global batch: FSDP averages the gradients of the processes
-            (losses.sum() * run.place.world / batch.global_groups).backward()
-            run.add(losses, metrics)
+            # the mean over the global batch; FSDP averages the gradients of the processes
+            (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
+            run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.check(step, grad_norm)
+        run.stop_if_not_finite(step, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.last_step, args)
+            group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
+
+        # after the step
         run.log(step)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
+
     model.lm.config.reward_mean = mean_reward(model, train)
-    export(model, tokenizer, run)
+    export(model, tokenizer, run.directory, run.model_card(), run.ranks)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,16 @@
     π(a|s) ∝ π_base(a|s) (π_proxy(a|s) / π_ref(a|s))^β                                                      (Eq 14)
 
 Details the equations leave open:
-1. A state is the prompt with the completion so far, an action its next token; the EOS is the last action. Summed
-   over a completion, r is β ρ of algos/dpo.py: the loss and its gradient are DPO's.
-2. π_ref is the model as training starts, or `--reference`; its token log-probs are computed once, before step one.
+1. A state is the prompt with the completion so far. An action is its next token, and the last action is the EOS. Summed
+   over a completion, r is β ρ of algos/dpo.py. The loss and its gradient are DPO's.
+2. π_ref is the starting model, or `--reference`. Its token log-probs are computed once, before the first step.
 3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, into beams.jsonl.
-4. Scores are not divided by the length, as in Eq 13; all tokens take part (appendix E states top-k 50).
-5. The paper does not say how a beam search ends. Here, of a step's best continuations, those that end and are among
-   the `width` best are finished, the `width` best others go on, until none can overtake the `width` best finished
-   ones (so does transformers' `generate`). Equal scores: the better beam, then the lower id.
-6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; section 3.3 has exp(r) for exp(r/β) and
-   -Z(x) for +β log Z(x).
+4. Scores are not divided by the length, as in Eq 13. All tokens take part (appendix E states top-k 50).
+5. The paper does not say how a beam search ends. Here, a step's continuations that end and are among its `width` best
+   are finished, and the `width` best others go on. The search stops when none can overtake the `width` best finished
+   ones (as in transformers' `generate`). Ties go to the better beam, then to the lower id.
+6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; exp(r) for exp(r/β) and -Z(x) for +β log Z(x)
+   in section 3.3; π(s|a) for π(a|s) in section 5.1. By Eq 5, Eq 15 lacks the π_ref of Eq 14.
 
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,19 +34,29 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from shared import NonFinite, UserError
-from shared.data import Batch, Batches, Needs
-from shared.logprobs import sequence_logps
-from shared.model import Policy, add_reference_logps, export, load_generator, load_policy, load_tokenizer
-from shared.run import Run, command, learning_rate, preference_metrics
+from shared.batches import Batch, Batches, load_batches
+from shared.command import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
+from shared.distributed import gather_dealt
+from shared.export import export
+from shared.files import write_text
+from shared.groups import Requires
+from shared.loading import load_generator, load_policy, load_tokenizer
+from shared.logprobs import sum_over_completions
+from shared.metrics import preference_metrics
+from shared.model import Policy
+from shared.reference import add_reference_logps
+from shared.run import Run
+from shared.schedule import learning_rate
 
 
 @dataclass(kw_only=True)
 class Args:
-    beta: float = 0.1
-    """strength of the pull towards the reference, per nat of log-ratio"""
+    beta: PositiveFloat = 0.1
+    """reward per nat of log-ratio: a larger β keeps the policy closer to the reference"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
     model: str
@@ -54,62 +64,62 @@ class Args:
     train_data: str
     """file, directory or hub id (`path:split`) of the rows to train on"""
     eval_data: str | None = None
-    """the same for held-out rows"""
-    max_length: int | None = None
-    """most tokens of prompt plus completion; default: the model's positions"""
-    max_prompt_length: int | None = None
-    """of a longer prompt, the BOS and this many last tokens are kept; default: all"""
+    """held-out rows, in one of the same forms"""
+    max_length: PositiveInt | None = None
+    """largest number of tokens of prompt plus completion; default: the model's positions"""
+    max_prompt_length: PositiveInt | None = None
+    """longer prompts are truncated from the left to this many tokens, and keep their BOS; default: no limit"""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """groups per optimizer step, over all processes"""
-    micro_batch_tokens: int = 8192
-    """most tokens in one forward pass of one process"""
-    epochs: float = 1.0
+    micro_batch_tokens: PositiveInt = 8192
+    """largest number of tokens in one forward pass of one process"""
+    epochs: PositiveFloat = 1.0
     """passes over the rows"""
-    max_steps: int | None = None
+    max_steps: PositiveInt | None = None
     """optimizer steps, instead of epochs"""
-    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-6
-    """highest learning rate of AdamW"""
+    learning_rate: Annotated[NonNegativeFloat, tyro.conf.arg(aliases=["--lr"])] = 1e-6
+    """peak learning rate of AdamW"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """the rate after warm-up: constant, or falling to 0 at the end"""
-    warmup_steps: int = 0
-    """steps over which the rate rises linearly"""
-    weight_decay: float = 0.0
+    """learning rate after the warm-up: constant, or falling to 0 at the end"""
+    warmup_steps: NonNegativeInt = 0
+    """steps over which the learning rate rises linearly"""
+    weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """the global gradient norm is clipped to this"""
+    max_grad_norm: PositiveFloat = 1.0
+    """gradients are clipped to this global norm"""
     shuffle: bool = True
-    """a new order of the rows in every epoch; else the file's"""
-    seed: int = 0
-    """of the order of the rows"""
+    """shuffle the rows anew in every epoch, instead of taking them in the order of the file"""
+    seed: Seed = 0
+    """seed for shuffling"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; weights and optimizer are float32"""
-    shard_size: int | None = None
-    """processes over which the weights are cut, as those of one machine, with copies on the others; default: all"""
+    """dtype of the forward and backward pass; weights and optimizer state stay float32"""
+    shard_size: PositiveInt | None = None
+    """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
-    """compute each layer's activations again in the backward pass instead of keeping them"""
+    """recompute each layer's activations in the backward pass, which needs less memory and more time"""
 
     beam_widths: str = "1,2,5,10,20"
-    """beams with which held-out prompts are decoded after training"""
-    num_prompts: int = 64
-    """held-out prompts that are decoded, the first of the file"""
-    max_new_tokens: int = 256
-    """tokens of a completion, EOS included"""
+    """numbers of beams to decode held-out prompts with after training"""
+    num_prompts: PositiveInt = 64
+    """number of held-out prompts to decode, from the start of the file"""
+    max_new_tokens: PositiveInt = 256
+    """largest number of tokens of a completion, with its EOS"""
 
     output_dir: str
-    """where log, checkpoints and the trained model go"""
-    log_every: int = 10
+    """directory for the log, the checkpoints and the trained model"""
+    log_every: PositiveInt = 10
     """steps between lines of the log"""
-    eval_every: int = 100
+    eval_every: NonNegativeInt = 100
     """steps between evaluations; 0: never"""
-    save_every: int = 500
+    save_every: NonNegativeInt = 500
     """steps between checkpoints; 0: never"""
-    keep: int = 2
-    """checkpoints kept, the newest ones"""
+    keep: PositiveInt = 2
+    """number of newest checkpoints to keep"""
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """write TensorBoard events too, into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
 
 
 def token_rewards(token_logps: Tensor, ref_token_logps: Tensor, beta: float) -> Tensor:
@@ -119,7 +129,7 @@ def token_rewards(token_logps: Tensor, ref_token_logps: Tensor, beta: float) -> 
 
 def token_dpo_loss(rewards: Tensor, lengths: Tensor) -> Tensor:
     """Eq 9. rewards (N,) of the tokens, completion by completion; lengths (B, 2), the preferred one first → (B,)."""
-    returns = sequence_logps(rewards, lengths)  # (B, 2), Σ_t r(s_t, a_t)
+    returns = sum_over_completions(rewards, lengths)  # (B, 2), Σ_t r(s_t, a_t)
     return -F.logsigmoid(returns[:, 0] - returns[:, 1])
 
 
@@ -131,42 +141,70 @@ def proxy_logps(base_logps: Tensor, proxy_logps: Tensor, ref_logps: Tensor, beta
 def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of a micro-batch, and what is logged of it."""
     token_logps = model(batch)  # (N,)
-    rewards = token_rewards(token_logps, batch.ref_logps, args.beta)
+    rewards = token_rewards(token_logps, batch.ref_token_logps, args.beta)
     losses = token_dpo_loss(rewards, batch.lengths)
-    metrics = preference_metrics(*(sequence_logps(values, batch.lengths) for values in (rewards, token_logps)))
+
+    returns = sum_over_completions(rewards, batch.lengths)
+    logps = sum_over_completions(token_logps, batch.lengths)
+    metrics = preference_metrics(returns, logps)
     for name, values in {"token_rewards": rewards, "negative_tokens": (rewards < 0).float()}.items():
-        means = sequence_logps(values, batch.lengths) / batch.lengths  # (B, 2), over each completion's tokens
-        metrics |= {f"{name}/chosen": means[:, 0], f"{name}/rejected": means[:, 1]}
+        means = (
+            sum_over_completions(values, batch.lengths) / batch.lengths
+        )  # (B, 2), over the tokens of each completion
+        metrics[f"{name}/chosen"] = means[:, 0]
+        metrics[f"{name}/rejected"] = means[:, 1]
     return losses, metrics
+
+
+class Beam(NamedTuple):
+    """A completion during the search, and the beam of the step before that it continues."""
+
+    parent: int  # index among the prompt's beams of the step before
+    token_ids: list[int]
+    logp: float  # log π(y|x)
+
+    def score(self, length_penalty: float, length: int | None = None) -> float:
+        """log π(y|x) / |y|^length_penalty, or with another length than |y|."""
+        return self.logp / (length or len(self.token_ids)) ** length_penalty
 
 
 def likeliest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens of each row, (R, V) → log-probs (R, k), ids (R, k); of equal ones, the lowest ids."""
-    top, ids = logits.topk(k)  # which of equal ones it takes, and in which order, is left open
-    if (logits >= top[:, -1:]).sum() > top.numel():
+    top_logits, ids = logits.topk(k)  # topk leaves open which of several equal ones it takes, and their order
+    has_ties = (logits >= top_logits[:, -1:]).sum() > top_logits.numel()
+    if has_ties:
         ids = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
+
     ids = ids.sort(1).values
-    ids = ids.gather(1, logits.gather(1, ids).argsort(dim=1, descending=True, stable=True))
-    return (logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)).cpu(), ids.cpu()
+    order = logits.gather(1, ids).argsort(dim=1, descending=True, stable=True)
+    ids = ids.gather(1, order)
+    logps = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
+    return logps.cpu(), ids.cpu()
 
 
-def advance(beams: list, logps: Tensor, ids: Tensor, width: int, ends: Callable) -> tuple[list, list]:
-    """One token more for one prompt.
+def extend(
+    beams: list[Beam], logps: Tensor, ids: Tensor, width: int, has_ended: Callable[[list[int]], bool]
+) -> tuple[list[Beam], list[Beam]]:
+    """Extend the beams of one prompt, best first, by one token.
 
-    beams: (row, token ids, log π) each, best first; logps, ids (beams, k): their likeliest next tokens
-    → those that ended, those that go on, in the same form, row being the index of the beam that they continue.
+    logps, ids (beams, k): the likeliest next tokens of each. Returns the beams that have ended, and those that go on.
     """
-    sums = (torch.tensor([logp for *_, logp in beams], dtype=torch.double)[:, None] + logps).flatten()
+    beam_logps = torch.tensor([beam.logp for beam in beams], dtype=torch.double)
+    sums = (beam_logps[:, None] + logps).flatten()
     best = sums.argsort(descending=True, stable=True)[: 2 * width]
-    found = zip((best // logps.shape[1]).tolist(), ids.flatten()[best].tolist(), sums[best].tolist(), strict=True)
-    ended, going = [], []
-    for rank, (row, token, logp) in enumerate(found):
-        beam = (row, [*beams[row][1], token], logp)
-        if not ends(beam[1]):
-            going.append(beam)
+
+    parents = (best // logps.shape[1]).tolist()
+    candidates = zip(parents, ids.flatten()[best].tolist(), sums[best].tolist(), strict=True)
+
+    ended = []
+    going_on = []
+    for rank, (parent, token_id, logp) in enumerate(candidates):
+        beam = Beam(parent, [*beams[parent].token_ids, token_id], logp)
+        if not has_ended(beam.token_ids):
+            going_on.append(beam)
         elif rank < width:
             ended.append(beam)
-    return ended, going[:width]
+    return ended, going_on[:width]
 
 
 @torch.inference_mode()
@@ -175,38 +213,57 @@ def beam_searches(
 ) -> list[list[tuple[list[int], float]]]:
     """`beam_search` from several prompts at once."""
 
-    def value(beam: tuple, length: int | None = None) -> float:
-        return beam[2] / (length or len(beam[1])) ** length_penalty
+    def has_ended(token_ids: list[int]) -> bool:
+        return token_ids[-1] == eos_token_id or len(token_ids) == max_new_tokens
 
-    def ends(y: list[int]) -> bool:
-        return y[-1] == eos_token_id or len(y) == max_new_tokens
-
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    running, finished, cache = [[(0, [], 0.0)] for _ in prompts], [[] for _ in prompts], None
+    sequences = [torch.tensor(prompt, device=model.device) for prompt in prompts]
+    ids = pad_sequence(sequences, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True, padding_side="left")
+    cache = None
+    running = [[Beam(0, [], 0.0)] for _ in prompts]  # of each prompt, best first
+    finished: list[list[Beam]] = [[] for _ in prompts]
     while True:
-        places = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]}
-        out = model(ids, **places, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        found, cache = likeliest(out.logits[:, -1].float(), min(2 * width, out.logits.shape[-1])), out.past_key_values
-        if found[0].isnan().any():
+        # forward: the likeliest next tokens of all running beams
+        position_ids = (mask.cumsum(1) - 1).clamp(0)[:, -ids.shape[1] :]
+        caching = {"past_key_values": cache, "use_cache": True}
+        output = model(ids, attention_mask=mask, position_ids=position_ids, logits_to_keep=1, **caching)
+        cache = output.past_key_values
+        logits = output.logits[:, -1].float()
+        logps, token_ids = likeliest(logits, min(2 * width, logits.shape[-1]))
+        if logps.isnan().any():
             raise NonFinite("beam search: the model's logits are not numbers")
-        sizes, rows = [len(beams) for beams in running], []  # rows of the cache that the next step continues
-        pieces = [x.split(sizes) for x in found]
-        for i, (logps, tokens) in enumerate(zip(*pieces, strict=True)):
-            ended, going = advance(running[i], logps, tokens, width, ends)
-            finished[i] = sorted(finished[i] + ended, key=value, reverse=True)[:width]
-            bound = max_new_tokens if length_penalty > 0 else None  # log π only falls, its mean may rise
-            if len(finished[i]) == width and going and value(finished[i][-1]) >= value(going[0], bound):
-                going = []
-            rows += [sum(sizes[:i]) + row for row, *_ in going]
-            running[i] = going
-        if not rows:
-            return [[(y, logp) for _, y, logp in beams] for beams in finished]
-        if rows != list(range(sum(sizes))):
-            cache.batch_select_indices(torch.tensor(rows, device=model.device))
-        ids = torch.tensor([[y[-1]] for beams in running for _, y, _ in beams], device=model.device)
-        mask = torch.cat([mask[rows], torch.ones_like(ids)], 1)
+
+        # extend: the beams of each prompt by one token
+        num_beams = [len(beams) for beams in running]
+        next_of_prompts = zip(logps.split(num_beams), token_ids.split(num_beams), strict=True)
+        cache_rows = []  # those that the beams that go on continue
+        for i, (next_logps, next_ids) in enumerate(next_of_prompts):
+            ended, going_on = extend(running[i], next_logps, next_ids, width, has_ended)
+            finished[i] += ended
+            finished[i].sort(key=lambda beam: beam.score(length_penalty), reverse=True)
+            del finished[i][width:]
+            if is_settled(finished[i], going_on, width, max_new_tokens, length_penalty):
+                going_on = []
+            cache_rows += [sum(num_beams[:i]) + beam.parent for beam in going_on]
+            running[i] = going_on
+        if not cache_rows:
+            return [[(beam.token_ids, beam.logp) for beam in beams] for beams in finished]
+
+        # reorder: the cache and the mask follow the beams
+        if cache_rows != list(range(sum(num_beams))):
+            cache.batch_select_indices(torch.tensor(cache_rows, device=model.device))
+        last_ids = [[beam.token_ids[-1]] for beams in running for beam in beams]
+        ids = torch.tensor(last_ids, device=model.device)
+        mask = torch.cat([mask[cache_rows], torch.ones_like(ids)], 1)
+
+
+def is_settled(finished: list[Beam], going_on: list[Beam], width: int, limit: int, length_penalty: float) -> bool:
+    """Whether no beam that goes on can overtake the `width` finished ones."""
+    if len(finished) < width or not going_on:
+        return False
+    # log π(y|x) only falls with more tokens, but divided by a power of the length it may rise
+    best_length = limit if length_penalty > 0 else None
+    return finished[-1].score(length_penalty) >= going_on[0].score(length_penalty, best_length)
 
 
 def beam_search(
@@ -216,7 +273,7 @@ def beam_search(
 
     model: a causal language model of transformers; prompt_ids: a list or tensor of ids → (token ids, log π(y|x)) of
     at most `width` completions, best first, each with its EOS unless it was cut off at `max_new_tokens`. Width 1 is
-    greedy (length_penalty 0), |V|^max_new_tokens exhaustive. Raises NonFinite where the model's logits are NaN.
+    greedy (length_penalty 0), |V|^max_new_tokens exhaustive. Raises NonFinite if the model's logits are NaN.
     """
     prompt = torch.as_tensor(prompt_ids).flatten().tolist()
     if not prompt or width < 1 or max_new_tokens < 1:
@@ -225,73 +282,117 @@ def beam_search(
 
 
 def held_out_prompts(held_out: Batches | None, config, args: Args) -> dict[int, list[int]]:
-    """Row → ids of the prompts to decode. Raises UserError for bad widths, or no room for `--max-new-tokens`."""
+    """Row number → ids of each prompt to decode.
+
+    Raises UserError for bad widths, and if no prompt leaves room for `--max-new-tokens`.
+    """
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.beam_widths):
         raise UserError(f"--beam-widths {args.beam_widths}: must be numbers above 0 with commas between, as 1,2,5")
     if held_out is None:
         return {}
-    groups, positions = held_out.groups, getattr(config, "max_position_embeddings", sys.maxsize)
-    slices = zip(groups.rows.tolist(), groups.offsets[: args.num_prompts, :2].tolist(), strict=False)
-    prompts = {row: groups.tokens[a:b].tolist() for row, (a, b) in slices if b - a <= positions - args.max_new_tokens}
+
+    groups = held_out.groups
+    room = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    bounds = groups.offsets[: args.num_prompts, :2].tolist()
+    prompts = {}
+    for row, (start, end) in zip(groups.row_numbers.tolist(), bounds, strict=False):
+        if end - start <= room:
+            prompts[row] = groups.tokens[start:end].tolist()
     if not prompts:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: no prompt of --eval-data leaves room for that many")
     return prompts
 
 
 def decode(prompts: dict[int, list[int]], tokenizer, run: Run) -> None:
-    """The best completion of each width from each prompt, by the exported model, into beams.jsonl."""
+    """Search the best completion of each prompt at each width, with the exported model, and write beams.jsonl."""
     if not prompts:
         return
-    text = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    args, place, eos, lines = run.args, run.place, tokenizer.eos_token_id, []
-    widths = [int(width) for width in args.beam_widths.split(",")]
+    ranks = run.ranks
+    widths = [int(width) for width in run.args.beam_widths.split(",")]
     dist.barrier()  # until the model is written
-    model = load_generator(str(run.out), place.dtype, place.device)
-    mine, size = list(prompts.items())[place.rank :: place.world], max(1, 128 // max(widths))  # sequences at a time
-    for start in tqdm(range(0, len(mine), size), "beam search", disable=None if place.main else True):
-        some = dict(mine[start : start + size])
-        searches = [beam_searches(model, [*some.values()], width, args.max_new_tokens, eos) for width in widths]
-        for (row, prompt), *found in zip(some.items(), *searches, strict=True):
-            ys, logps = zip(*(hypotheses[0] for hypotheses in found), strict=True)
-            line = {"row": row, "prompt": text(prompt), "widths": widths, "completions": [*map(text, ys)]}
-            finished = [y[-1] == eos for y in ys]
-            lines.append(line | {"finished": finished, "logps": logps, "lengths": [*map(len, ys)]})
-    parts = [None] * place.world
-    dist.all_gather_object(parts, lines)
-    lines = [parts[i % place.world][i // place.world] for i in range(len(prompts))]
-    if place.main:
-        run.write("beams.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    model = load_generator(str(run.directory), ranks.dtype, ranks.device)
+
+    prompts_of_rank = list(prompts.items())[ranks.rank :: ranks.world_size]
+    prompts_at_once = max(1, 128 // max(widths))
+    starts = range(0, len(prompts_of_rank), prompts_at_once)
+    lines = []
+    for start in tqdm(starts, "beam search", disable=ranks.hides_progress):
+        some_prompts = prompts_of_rank[start : start + prompts_at_once]
+        lines += decode_prompts(model, tokenizer, some_prompts, widths, run.args.max_new_tokens)
+
+    lines = gather_dealt(lines, len(prompts), ranks)
+    if ranks.is_main:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(run.directory / "beams.jsonl", text)
+
     for i, width in enumerate(widths):
-        logp, length = (sum(line[name][i] for line in lines) / len(lines) for name in ("logps", "lengths"))
+        logp = sum(line["logps"][i] for line in lines) / len(lines)
+        length = sum(line["lengths"][i] for line in lines) / len(lines)
         run.say(f"{len(lines)} prompts, {width} beams: log π(y|x) {logp:.4g} nats, {length:.4g} tokens")
 
 
+def decode_prompts(model, tokenizer, prompts: list[tuple[int, list[int]]], widths: list[int], limit: int) -> list[dict]:
+    """The lines of beams.jsonl for some prompts (row number, ids): the best completion at each width."""
+    text = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    eos_id = tokenizer.eos_token_id
+    searches = [beam_searches(model, [ids for _, ids in prompts], width, limit, eos_id) for width in widths]
+
+    lines = []
+    for i, (row, prompt) in enumerate(prompts):
+        best = [completions_of_prompts[i][0] for completions_of_prompts in searches]  # of each width: ids, log π
+        lines.append(
+            {
+                "row": row,
+                "prompt": text(prompt),
+                "widths": widths,
+                "completions": [text(ids) for ids, _ in best],
+                "finished": [ids[-1] == eos_id for ids, _ in best],
+                "logps": [logp for _, logp in best],
+                "lengths": [len(ids) for ids, _ in best],
+            }
+        )
+    return lines
+
+
 def main(args: Args) -> None:
+    # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
-    train, held_out = run.load_batches(tokenizer, config, Needs(completions=2))
+    requires = Requires("pair")
+    train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
     prompts = held_out_prompts(held_out, config, args)
-    model = load_policy(args.model, run.place, args.activation_checkpointing)
+    model = load_policy(args, run.ranks)
     add_reference_logps(args.reference, model, train, held_out, per_token=True)
     optimizer = torch.optim.AdamW(
-        model.parameters(), args.learning_rate, (0.9, 0.999), 1e-8, args.weight_decay, fused=True
+        model.parameters(),
+        lr=args.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=args.weight_decay,
+        fused=True,
     )
-    for step in run.steps(model, optimizer, train):
-        for batch in train(step):
+
+    steps_done = run.resume(model, optimizer, train, held_out)
+    for step in range(steps_done + 1, train.last_step + 1):
+        # the step
+        for batch in train.of_step(step):
             losses, metrics = objective(model, batch, args)
-            # the mean over the global batch: FSDP averages the gradients of the processes
-            (losses.sum() * run.place.world / batch.global_groups).backward()
-            run.add(losses, metrics)
+            # the mean over the global batch; FSDP averages the gradients of the processes
+            (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
+            run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.check(step, grad_norm)
+        run.stop_if_not_finite(step, grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.last_step, args)
+            group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
+
+        # after the step
         run.log(step)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
-    export(model, tokenizer, run)
+
+    export(model, tokenizer, run.directory, run.model_card(), run.ranks)
     decode(prompts, tokenizer, run)
 
 

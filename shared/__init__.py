@@ -1,10 +1,4 @@
-"""The small layer under the algorithms. Here: the ways a run may end, which `run.command` turns into exit codes."""
-
-import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+"""The small layer under the algorithms. Here: the ways in which a run may end early."""
 
 
 class UserError(Exception):
@@ -20,32 +14,15 @@ class StorageError(Exception):
 
 
 class Preempted(BaseException):
-    """Asked to stop; the state is saved: exit 75. No `Exception`, so that nothing on the way takes it for an error."""
+    """The run was asked to stop, and its state is saved: exit 75.
+
+    It is no `Exception`, so that no handler of ordinary errors catches it on its way out.
+    """
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A disk that is full, or not there, becomes a StorageError that names the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path}: cannot be written ({error})") from None
-
-
-def sync(*paths: Path) -> None:
-    """Files and directories as they are now outlast a crash of the machine."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if it has no message."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0]

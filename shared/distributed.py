@@ -1,4 +1,4 @@
-"""One process, many under torchrun, and several machines: a process group, and FSDP2 where there is what to cut."""
+"""One process, many under torchrun, or several machines: the process group, sharded weights, and shared values."""
 
 import os
 import threading
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,59 +17,111 @@ from torch.distributed.rendezvous import rendezvous
 from shared import UserError
 
 TIMEOUT = float(os.environ.get("CLEANPO_TIMEOUT", 1800))  # seconds that a process waits for the others
+REPORT_TIME = 10  # seconds that every process has to report that it waited in vain
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process computes: its rank of `world`, its device, and the dtype of its forward pass.
+class Ranks:
+    """The process group, seen from one of its processes, and the device and dtype of this process.
 
-    The weights are cut over `shards` consecutive processes; the next ones hold a copy.
+    Weights are sharded over `shard_size` consecutive ranks, and each further group of that many ranks holds a replica.
     """
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
-    dtype: torch.dtype
-    shards: int = 1
-    store: dist.Store | None = None  # which all processes read and write
+    dtype: torch.dtype  # of the forward pass
+    shard_size: int = 1
+    store: dist.Store | None = None  # key-value store that all processes share
 
     @property
-    def main(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
-    def silent(self) -> str:
-        """After a collective that timed out: the processes that have not noticed, which the others waited for."""
+    @property
+    def hides_progress(self) -> bool | None:
+        """Whether to hide progress bars. None, for tqdm's `disable`, shows them in a terminal but not in a file."""
+        if self.is_main:
+            return None
+        return True
+
+    def unresponsive_ranks(self) -> str:
+        """After a collective timed out: the ranks that did not time out, because they never joined it.
+
+        Every process that timed out reports to the store. This call waits 10 s for the reports.
+        """
+        assert self.store is not None, "a process group of one has no other ranks to wait for"
         self.store.set(f"timed out {self.rank}", "")
-        time.sleep(10)
-        return ", ".join(str(rank) for rank in range(self.world) if not self.store.check([f"timed out {rank}"]))
+        time.sleep(REPORT_TIME)
+
+        unresponsive = []
+        for rank in range(self.world_size):
+            if not self.store.check([f"timed out {rank}"]):
+                unresponsive.append(str(rank))
+        return ", ".join(unresponsive)
 
 
-def setup(dtype: str, shard_size: int | None) -> Place:
-    """Join the process group that torchrun describes, or make a group of one. Raises UserError for a bad shard size."""
-    # gradients of a saturated loss lie below 1e-38, where a CPU takes five times as long; threads to come inherit it
+def join_processes(dtype: str, shard_size: int | None) -> Ranks:
+    """Join the process group that torchrun describes, or make a group of one. Raises UserError for a bad shard size.
+
+    shard_size: ranks that share one copy of the weights; None means all of them.
+    """
+    # Gradients of a saturated loss lie below 1e-38, where a CPU is five times slower. New threads inherit the setting.
     torch.set_flush_denormal(True)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    device, backend = _choose_device()
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-        # scatter-adds in backward passes would sum in any order; the same run must give the same bits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, rank, world = dist.HashStore(), 0, 1
+        _compute_deterministically()
+
+    store: dist.Store = dist.HashStore()
+    rank = 0
+    world_size = 1
     if "RANK" in os.environ:
-        _end_with(os.getppid())
-        store, rank, world = next(rendezvous("env://"))
-    dist.init_process_group(backend, rank=rank, world_size=world, store=store, timeout=timedelta(seconds=TIMEOUT))
-    if shard_size and world % shard_size:
-        raise UserError(f"--shard-size {shard_size}: must divide the number of processes, {world}")
-    return Place(rank, world, device, getattr(torch, dtype), shard_size or world, store)
+        _exit_with(os.getppid())
+        store, rank, world_size = next(rendezvous("env://"))
+    timeout = timedelta(seconds=TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=world_size, store=store, timeout=timeout)
+
+    if shard_size and world_size % shard_size:
+        raise UserError(f"--shard-size {shard_size}: must divide the number of processes, {world_size}")
+    return Ranks(rank, world_size, device, getattr(torch, dtype), shard_size or world_size, store)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when torchrun has died: nothing else would."""
+@contextmanager
+def single_process(dtype: str) -> Iterator[Ranks]:
+    """Make a process group of this process alone, also under torchrun, and destroy it at the end.
+
+    It leaves the process's numerical settings as they are.
+    """
+    device, backend = _choose_device()
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    try:
+        yield Ranks(0, 1, device, getattr(torch, dtype))
+    finally:
+        dist.destroy_process_group()
+
+
+def _choose_device() -> tuple[torch.device, str]:
+    """This process's device, made the current one, and the backend of its process group."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "gloo"
+
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device, "cpu:gloo,cuda:nccl"
+
+
+def _compute_deterministically() -> None:
+    """Let the same run give the same bits on a GPU, where scatter-adds would otherwise sum in any order."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _exit_with(parent: int) -> None:
+    """Exit when the process `parent` (torchrun) has died, because nothing else would end this one."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -78,50 +131,77 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], place: Place) -> Callable[[bool], None]:
-    """FSDP2 in place: float32 master weights cut over the processes, compute in `place.dtype`, gradients in float32.
+def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks) -> Callable[[bool], None]:
+    """Apply FSDP2 in place: float32 weights and gradient sums, a forward pass in `ranks.dtype`.
 
-    One process in float32 has nothing to cut and nothing to cast, and stays without. → a function to call before each
-    forward pass that has a backward pass, with whether that is its step's last one: until then copies do not exchange
-    their gradients, and those of uncut weights are only added up.
+    Returns `sync(last)`. Call it before each training forward pass; `last` says whether its micro-batch is the last of
+    the step. Until then, replicas do not exchange their gradients, and unsharded weights only accumulate them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if place.world == 1 and place.dtype == torch.float32:
-        for p in model.parameters():  # what was read from a file is a view of it, which changes as the file does
-            p.data = p.data.to(place.device, copy=True)
-        model.to(place.device)
+    if ranks.world_size == 1 and ranks.dtype == torch.float32:
+        _move(model, ranks.device)
         return lambda last: None
-    copies = place.world // place.shards
-    mesh = init_device_mesh(place.device.type, (copies, place.shards), mesh_dim_names=("copies", "shards"))
-    mesh = mesh if copies > 1 else mesh["shards"]
-    policy = MixedPrecisionPolicy(param_dtype=place.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*blocks, model):
-        # uncut weights need not be gathered again
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=place.shards > 1)
-    return model.set_requires_all_reduce if place.shards > 1 else model.set_requires_gradient_sync
+
+    replicas = ranks.world_size // ranks.shard_size
+    names = ("replicate", "shard")
+    mesh = init_device_mesh(ranks.device.type, (replicas, ranks.shard_size), mesh_dim_names=names)
+    if replicas == 1:
+        mesh = mesh["shard"]
+
+    is_sharded = ranks.shard_size > 1  # only sharded weights are gathered for a forward pass and freed after it
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded)
+    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded)
+    if is_sharded:
+        return root.set_requires_all_reduce
+    return root.set_requires_gradient_sync
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """Copy the model to the device. Weights that were read from a file map it, and would change when the file does."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, copy=True)
+    model.to(device)
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, and sharded parameters again afterwards: FSDP2 keeps gathered ones after a lone forward pass."""
+    """No gradients inside. At the end, free the full weights that FSDP2 keeps after a forward pass without backward."""
     try:
         with torch.no_grad():
             yield
     finally:
         for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
+            reshard = getattr(module, "reshard", None)
+            if reshard is not None:
+                reshard()
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sum the tensor over all processes, in place."""
     dist.all_reduce(tensor)
     return tensor
 
 
-def from_main(value):
+def unsharded(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. Every process must call it."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    if full_tensor is None:
+        return tensor
+    return full_tensor()
+
+
+def gather_dealt(local_items: list, count: int, ranks: Ranks) -> list:
+    """All `count` items in their order, on every process, if item i was dealt to rank i modulo the world size."""
+    items_of_ranks: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(items_of_ranks, local_items)
+    return [items_of_ranks[i % ranks.world_size][i // ranks.world_size] for i in range(count)]
+
+
+def from_main(value: Value) -> Value:
     """The first process's value, on every process."""
     values = [value]
     if dist.is_initialized():

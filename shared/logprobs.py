@@ -1,73 +1,18 @@
-"""Log-probabilities of completions from hidden states, holding but a bounded part of (tokens x vocabulary)."""
+"""Log-probabilities of tokens from hidden states, in tiles of (tokens, vocabulary entries), and sums over completions.
+
+The logits of all tokens over the whole vocabulary would be the largest tensor of a training step. They are never held
+at once: both passes go through the tiles, and the backward pass computes again what the forward pass did not keep.
+"""
 
 from collections.abc import Iterator
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# tokens and words whose logits are computed at a time: 4 MiB stay in a CPU's cache, 512 MiB keep a GPU's units busy
+# Tokens and vocabulary entries of one tile: 4 MiB of logits stay in a CPU's cache, 512 MiB keep a GPU's units busy.
 TILE = {"cpu": (2**9, 2**11), "cuda": (2**9, 2**18)}
-KEPT = 2**23  # logits that the backward pass need not compute anew, at most: 32 MiB
-
-
-class _TokenLogps(torch.autograd.Function):
-    """log softmax(h Wᵀ + b)[target] per token; the backward pass recomputes the logits of tiles beyond KEPT."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        chosen = hidden.new_zeros(len(hidden), dtype=torch.float32)
-        lse = torch.full_like(chosen, float("-inf"), dtype=torch.double)  # float32 would lose a little in every tile
-        ctx.kept, left = {}, KEPT if ctx.needs_input_grad[0] else 0
-        for tokens, words in _tiles(hidden, weight):
-            logits = _logits(hidden[tokens], weight, bias, words)
-            if left >= logits.numel():
-                ctx.kept[tokens.start, words.start], left = logits, left - logits.numel()
-            lse[tokens] = lse[tokens].logaddexp(logits.logsumexp(-1).double())
-            index, inside = _within(targets[tokens], words)
-            chosen[tokens] = torch.where(inside, logits.gather(-1, index), chosen[tokens, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, bias, targets, lse.float())
-        return (chosen - lse).float()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
-        inputs = (hidden, weight, bias)
-        d_hidden, d_weight, d_bias = (x if x is None else torch.zeros_like(x, dtype=torch.float32) for x in inputs)
-        for tokens, words in _tiles(hidden, weight):
-            logits = ctx.kept.pop((tokens.start, words.start), None)
-            logits = _logits(hidden[tokens], weight, bias, words) if logits is None else logits
-            g = grad[tokens, None]
-            index, inside = _within(targets[tokens], words)
-            # d logp[t] / d logits = onehot(target) - softmax
-            d = logits.sub_(lse[tokens, None]).exp_().mul_(-g).scatter_add_(-1, index, g * inside)
-            if d_bias is not None:
-                d_bias[words] += d.sum(0)
-            d = d.to(weight.dtype)
-            _add_product(d_hidden[tokens], d, weight[words])
-            _add_product(d_weight[words], d.mT, hidden[tokens])
-        found = zip((d_hidden, d_weight, d_bias), inputs, strict=True)
-        return *(x if x is None else d.to(x.dtype) for d, x in found), None
-
-
-def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    tokens, words = TILE[hidden.device.type]
-    for i, j in product(range(0, len(hidden), tokens), range(0, len(weight), words)):
-        yield slice(i, i + tokens), slice(j, min(j + words, len(weight)))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, words: slice) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight[words], bias if bias is None else bias[words]).float()
-
-
-def _within(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """(N, 1) each: the targets' places among the words, and whether they are there."""
-    index = targets[:, None] - words.start
-    return index.clamp(0, words.stop - words.start - 1), (targets[:, None] < words.stop) & (index >= 0)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
+KEPT = 2**23  # keep at most that many logits (32 MiB) for the backward pass; recompute the rest
 
 
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -78,13 +23,128 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
     return _TokenLogps.apply(hidden, weight, bias, targets)
 
 
-def sequence_logps(token_logps: Tensor, lengths: Tensor) -> Tensor:
-    """log π(y|x) = Σ_t log π(y_t | x, y_<t) of each completion.
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(h Wᵀ + b)[target] = logit[target] − logsumexp(logits), per token."""
 
-    token_logps (N,), the completions one after another; lengths (B, K), their tokens, the EOS included, summing to N
-    → (B, K), float32 (summed in float64: a long sum would lose what the difference to the reference needs).
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        target_logits = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        # in float32, every tile would lose a little
+        logsumexp = torch.full_like(target_logits, float("-inf"), dtype=torch.double)
+
+        ctx.kept_logits = {}
+        room = 0
+        if ctx.needs_input_grad[0]:
+            room = KEPT
+
+        for tokens, vocabulary in _tiles(hidden, weight):
+            logits = _logits(hidden[tokens], weight, bias, vocabulary)
+            size = logits.numel()
+            if size <= room:
+                room -= size
+                key = (tokens.start, vocabulary.start)
+                ctx.kept_logits[key] = logits
+
+            tile_logsumexp = logits.logsumexp(-1).double()
+            previous = logsumexp[tokens]
+            logsumexp[tokens] = previous.logaddexp(tile_logsumexp)
+
+            index, inside = _index_in(vocabulary, targets[tokens])
+            logits_at_index = logits.gather(-1, index)
+            previous = target_logits[tokens, None]
+            tile_target_logits = torch.where(inside, logits_at_index, previous)
+            target_logits[tokens] = tile_target_logits[:, 0]
+
+        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp.float())
+        logps = target_logits - logsumexp
+        return logps.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
+        hidden_grad = torch.zeros_like(hidden, dtype=torch.float32)
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        bias_grad = None
+        if bias is not None:
+            bias_grad = torch.zeros_like(bias, dtype=torch.float32)
+
+        for tokens, vocabulary in _tiles(hidden, weight):
+            key = (tokens.start, vocabulary.start)
+            logits = ctx.kept_logits.pop(key, None)
+            if logits is None:
+                logits = _logits(hidden[tokens], weight, bias, vocabulary)
+
+            # d logp / d logits = onehot(target) − softmax, computed in the memory of the logits
+            token_grad = grad[tokens, None]
+            index, inside = _index_in(vocabulary, targets[tokens])
+            softmax = logits.sub_(logsumexp[tokens, None]).exp_()
+            logits_grad = softmax.mul_(-token_grad)
+            logits_grad.scatter_add_(-1, index, token_grad * inside)
+
+            if bias_grad is not None:
+                bias_grad[vocabulary] += logits_grad.sum(0)
+            logits_grad = logits_grad.to(weight.dtype)
+            tile_weight = weight[vocabulary]
+            tile_hidden = hidden[tokens]
+            _add_product(hidden_grad[tokens], logits_grad, tile_weight)
+            _add_product(weight_grad[vocabulary], logits_grad.mT, tile_hidden)
+
+        hidden_grad = hidden_grad.to(hidden.dtype)
+        weight_grad = weight_grad.to(weight.dtype)
+        if bias_grad is not None:
+            bias_grad = bias_grad.to(bias.dtype)
+        return hidden_grad, weight_grad, bias_grad, None
+
+
+def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The slice of the tokens and the slice of the vocabulary of each tile."""
+    # an unknown device gets the small tiles, which fit everywhere
+    device = hidden.device.type
+    tile_tokens, tile_entries = TILE.get(device, TILE["cpu"])
+    for first_token in range(0, len(hidden), tile_tokens):
+        tokens = slice(first_token, first_token + tile_tokens)
+        for first_entry in range(0, len(weight), tile_entries):
+            end = min(first_entry + tile_entries, len(weight))
+            yield tokens, slice(first_entry, end)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: slice) -> Tensor:
+    """The logits of hidden states over a slice of the vocabulary, float32."""
+    tile_weight = weight[vocabulary]
+    tile_bias = None
+    if bias is not None:
+        tile_bias = bias[vocabulary]
+    logits = torch.nn.functional.linear(hidden, tile_weight, tile_bias)
+    return logits.float()
+
+
+def _index_in(vocabulary: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 1) each: the targets' indices in a slice of the vocabulary, and whether they lie in it.
+
+    The index of a target outside of it is some valid index.
     """
-    completion = torch.arange(lengths.numel(), device=lengths.device)
-    completion = completion.repeat_interleave(lengths.flatten(), output_size=len(token_logps))
+    size = vocabulary.stop - vocabulary.start
+    index = targets[:, None] - vocabulary.start
+    inside = (index >= 0) & (index < size)
+    return index.clamp(0, size - 1), inside
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to a float32 sum in place, also when a and b are in half precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
+
+
+def sum_over_completions(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sum a value per token over each completion, such as log π(y|x) = Σ_t log π(y_t | x, y_<t).
+
+    values (N,), the completions one after another; lengths (B, K), their tokens with the EOS, which sum to N → (B, K),
+    float32. The sum is in float64, because a long sum would lose digits that the difference to the reference needs.
+    """
+    completions = torch.arange(lengths.numel(), device=lengths.device)
+    completion_of_token = completions.repeat_interleave(lengths.flatten(), output_size=len(values))
     sums = torch.zeros(lengths.numel(), dtype=torch.double, device=lengths.device)
-    return sums.index_add(0, completion, token_logps.double()).float().view(lengths.shape)
+    sums = sums.index_add(0, completion_of_token, values.double())
+    return sums.float().view(lengths.shape)

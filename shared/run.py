@@ -1,454 +1,396 @@
-"""What surrounds every training loop: command line, output directory, log, evaluation, status and exit codes."""
+"""A training run: its output directory, its log, evaluation, checkpoints, and how it is stopped and resumed."""
 
-import argparse
 import dataclasses
-import fcntl
 import json
 import math
-import os
 import platform
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from shared import NonFinite, Preempted, StorageError, UserError, checkpoint, writing
-from shared.data import Batch, Batches, Groups, Needs, describe, load
-from shared.distributed import all_sum, from_main, inference, setup
+from shared import NonFinite, Preempted, UserError, checkpoint
+from shared.batches import Batch, Batches
+from shared.command import UNEXPECTED, check_arguments, exit_hooks
+from shared.directory import OutputDirectory
+from shared.distributed import all_sum, from_main, inference, join_processes, unsharded
+from shared.files import storage_errors
+from shared.metrics import Meter, Totals, add_totals, means
+from shared.model import PackedModel
 
-EXIT = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75, KeyboardInterrupt: 130}
-# what may differ between a run and its resumption; all else would change the result
-FREE = "output_dir resume micro_batch_tokens shard_size activation_checkpointing".split()
-FREE += "log_every eval_every save_every keep track".split()
+# arguments that may change when a run is resumed, because they do not change its result
+FREE_ON_RESUME = (
+    "output_dir",
+    "resume",
+    "micro_batch_tokens",
+    "shard_size",
+    "activation_checkpointing",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "track",
+)
+# the metrics that a line on the console shows
+SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")
 
-# ---------------------------------------------------------------- command line
-
-
-def command(main: Callable, arguments: type) -> None:
-    """Read the arguments, run `main`, and end the process with the exit code and status that say how it went."""
-    code, reason = 0, ""
-    try:
-        try:
-            args = parse(arguments, sys.modules[main.__module__].__doc__ or "")
-            if not hasattr(args, "resume"):  # a `Run` checks its own, so that its status.json tells of them
-                check_arguments(args)
-            main(args)
-        finally:  # what ends already, however it ends, is not asked to once more
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    except tuple(EXIT) as error:
-        code = next(c for kind, c in EXIT.items() if isinstance(error, kind))
-        reason = "interrupted" if code == 130 else str(error)
-        if code == 4 or int(os.environ.get("RANK", 0)) == 0:  # the others end for the same reason
-            print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
-    except Exception as error:
-        code, reason = 1, f"{type(error).__name__}: {error}"
-        traceback.print_exc()
-        if Run.current is not None and "timed out" in reason.lower():
-            reason += f"; waited for rank {Run.current.place.silent()}"
-    if Run.current is not None:
-        Run.current.close(code, reason)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == 0 and dist.is_initialized():
-        dist.barrier()
-    os._exit(code)  # gloo's threads can abort an ordinary interpreter exit
+Objective = Callable[[Any, Batch, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
-def parse(arguments: type, doc: str):
-    """The dataclass from the command line; what `--config run.json` holds comes first, so that flags override it."""
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    files.add_argument("--config")
-    file, argv = files.parse_known_args()
-    if file.config is not None:
-        try:
-            values = json.loads(Path(file.config).read_text(encoding="utf-8"))
-            values = values.get("args", values)
-            if unknown := values.keys() - {field.name for field in dataclasses.fields(arguments)}:
-                raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
-            argv = [*_words(values), *argv]
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"--config {file.config}: not a run.json of this algorithm ({error})") from None
-    about = doc.partition("\n")[0] + " --config FILE: arguments of a run.json, under those given beside it."
-    return tyro.cli(arguments, args=argv, description=about)
+class StopSignal:
+    """SIGTERM: asks a run to save its state and stop.
 
+    While steps are running, the signal is noted, and all processes agree on it at the end of a step. Before the first
+    step there is nothing to save, and after the last one everything is saved, so then the process stops at once.
+    """
 
-def _words(values: dict) -> list[str]:
-    """Arguments as a command line writes them."""
-    words = []
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words += [f"--{flag}", str(value)]
-    return words
+    def __init__(self) -> None:
+        self.asked = False
+        self.steps_have_begun = False
+        self.can_resume_from_last_step = False  # the steps are over, and the last one is saved
+        signal.signal(signal.SIGTERM, self._on_signal)
 
-
-ABOVE_0 = (
-    "beta tau lam beta_r epsilon batch_size micro_batch_tokens shard_size epochs max_steps max_length "
-    "max_prompt_length max_grad_norm log_every keep num_completions reference_samples temperature top_p "
-    "repetition_penalty max_new_tokens batch_tokens max_rows num_prompts num_samples steps"
-).split()
-AT_LEAST_0 = (
-    "learning_rate weight_decay warmup_steps eval_every save_every label_smoothing seed gamma_start gamma_end top_k"
-).split()
-AT_MOST = {"label_smoothing": 0.5, "epsilon": 0.5, "top_p": 1, "seed": 2**32 - 1}  # at 0.5 a label says nothing
-
-
-def check_arguments(args) -> None:
-    """Numbers out of their range, and empty names, end the run before anything is loaded."""
-    above_0 = set(ABOVE_0) - ({"beta"} if hasattr(args, "proxy") else set())  # a proxy may steer by nothing
-    for name, value in vars(args).items():
-        if value == "":
-            raise UserError(f"--{name.replace('_', '-')}: must not be empty")
-        if value is None or name not in ABOVE_0 + AT_LEAST_0:
-            continue
-        least, most = "above" if name in above_0 else "of at least", AT_MOST.get(name, math.inf)
-        if not 0 <= value <= most or value == math.inf or (value == 0 and name in above_0):
-            most = "" if most == math.inf else f" and at most {most}"
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a finite number {least} 0{most}")
-
-
-def learning_rate(step: int, last_step: int, args) -> float:
-    """The rate of step 1, 2, ..., S: linear warm-up to the full rate, then constant, or down to 0 just after S."""
-    if step <= args.warmup_steps:
-        return args.learning_rate * step / args.warmup_steps
-    left = (last_step - step + 1) / (last_step - args.warmup_steps)
-    scale = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
-    return args.learning_rate * scale[args.lr_schedule]
-
-
-# ---------------------------------------------------------------- a run
+    def _on_signal(self, *_: object) -> None:
+        if self.asked:
+            return
+        self.asked = True
+        if not self.steps_have_begun:
+            raise Preempted("asked to stop before the first step; start again")
+        if self.can_resume_from_last_step:
+            raise Preempted("asked to stop after the last step; continue with --resume")
 
 
 class Run:
-    """The output directory of one run, its log and its place among the processes."""
+    """One training run, as the loop in `main` sees it."""
 
-    current: "Run | None" = None
+    # set by `resume`
+    _model: PackedModel
+    _optimizer: Optimizer
+    _train: Batches
+    _data_reports: dict[str, dict]  # what became of the rows of each set
 
-    def __init__(self, args):
+    def __init__(self, args: Any):
+        """Join the other processes and claim the output directory.
+
+        Raises UserError if another run has the directory, or an argument is out of its range.
+        """
         if not args.output_dir:
             raise UserError("--output-dir: must not be empty")
-        self.args, self.out = args, Path(args.output_dir)
-        self.algorithm, self.step, self.signalled, self.stopping = Path(sys.argv[0]).stem, 0, False, False
-        self.train: Batches | None = None
-        self.over = False  # the last step is done and saved
-        self.sums: dict[str, list[Tensor]] = {}  # of this step and process, on the device
-        self.counts: Counter[str] = Counter()
-        self.totals: dict[str, list[float]] = {}  # sum and count since the last line, over all processes
-        self.bar = self.events = None
-        signal.signal(signal.SIGTERM, self._asked)
-        self.place = setup(args.dtype, args.shard_size)
-        problem = from_main(self._claim() if self.place.main else None)
+        self.args = args
+        self.algorithm = Path(str(sys.modules[type(args).__module__].__file__)).stem
+        self.directory = Path(args.output_dir)
+        self.stop_signal = StopSignal()
+        self.ranks = join_processes(args.dtype, args.shard_size)
+        self.meter = Meter(self.ranks)
+
+        self.step = 0  # the last one that is done
+        self.stopping = False  # a process was asked to stop, and all know it
+        self._output = OutputDirectory(self.directory)
+        self._bar: tqdm | None = None
+        self._events: Any = None  # the TensorBoard writer
+        # since the last line of the log, over all processes
+        self._totals: Totals = {}
+        self._tokens = 0
+        self._grad_norm = math.nan
+        self._clock = 0.0
+
+        problem = None
+        if self.ranks.is_main:
+            problem = self._claim_directory()
+        problem = from_main(problem)
         if problem:
-            raise UserError(f"--output-dir {self.out}: {problem}")
-        Run.current = self
+            raise UserError(f"--output-dir {self.directory}: {problem}")
+        if not self.ranks.is_main:
+            exit_hooks.append(self._close)
         check_arguments(args)
 
-    def _claim(self) -> str | None:
-        """Lock the output directory; what is wrong with it."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "another run is writing there"
-        except OSError as error:
-            return f"cannot be written ({error.strerror})"
-        if not self.args.resume and any((self.out / f).exists() for f in ("metrics.jsonl", "model.safetensors")):
-            return "holds another run; give --resume or another directory"
-        Run.current = self  # from here on status.json says how it ends
-        self._status("running", "")
+    def _claim_directory(self) -> str | None:
+        problem = self._output.claim(may_hold_run=self.args.resume)
+        if problem is None:
+            exit_hooks.append(self._close)  # from here on, status.json says how the run ends
+            self._output.write_status("running", self.step, "")
+        return problem
 
-    def _asked(self, *_) -> None:
-        """SIGTERM: before the first step there is nothing to save, after the last all is; between, `check` and
-        `evaluate` agree on it."""
-        first, self.signalled = not self.signalled, True
-        if first and self.train is None:
-            raise Preempted("asked to stop before the first step; start again")
-        if first and self.over and self.args.save_every:
-            raise Preempted("asked to stop after the last step; continue with --resume")
-
-    def _status(self, state: str, reason: str) -> None:
-        self.write("status.json", json.dumps({"state": state, "step": self.step, "reason": reason}))
-
-    def write(self, name: str, text: str) -> None:
-        """A file of the output directory, which appears whole or not at all."""
-        temporary = self.out / f".{name}.{os.getpid()}.tmp"
-        with writing(self.out / name):
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.out / name)
-
-    def close(self, code: int, reason: str) -> None:
+    def _close(self, code: int, reason: str) -> None:
         """Write how the run ended to status.json."""
-        if self.bar is not None:
-            self.bar.close()
-        names = {0: "done", 2: "refused", 3: "not finite", 4: "storage", 75: "preempted", 130: "interrupted"}
-        try:
-            state = json.loads((self.out / "status.json").read_text(encoding="utf-8"))["state"]
-            # the first process to end says why; the others may end for no other reason than that
-            if state == "running" and (code or self.place.main):
-                self._status(names.get(code, "failed"), reason)
-        except FileNotFoundError:
-            pass  # it could not be written in the first place, which is the reason
-        except (StorageError, OSError, ValueError) as error:
-            print(f"{self.out}/status.json: cannot be written ({error})", file=sys.stderr)
+        if self._bar is not None:
+            self._bar.close()
+        if code == UNEXPECTED and "timed out" in reason.lower():
+            reason += f"; waited for rank {self.ranks.unresponsive_ranks()}"
+        self._output.write_final_status(code, self.step, reason, self.ranks.is_main)
 
-    # -------- data
+    # ---------------------------------------------------------------- before the first step
 
-    def load_batches(self, tokenizer, config, needs: Needs) -> tuple[Batches, Batches | None]:
-        """Training and held-out micro-batches; prints and keeps what happened to the rows, and one decoded example."""
-        args, positions = self.args, getattr(config, "max_position_embeddings", None)
-        length = args.max_length or positions or sys.maxsize
-        if positions and length > positions:
-            raise UserError(f"--max-length {length}: the model has {positions} positions")
-        found, self.report = {"eval": None}, {}
-        for name, source in (("train", args.train_data), ("eval", args.eval_data)):
-            if source is None:
-                continue
-            groups = load(source, tokenizer, needs, length, args.max_prompt_length)
-            check_fit(groups, config, source)
-            self.report[name] = {"source": source, **groups.report}
-            self.say(f"{name}: {source}: {describe(groups.report)}")
-            seed = args.seed if args.shuffle and name == "train" else None
-            found[name] = Batches(groups, args.batch_size, args.micro_batch_tokens, seed, self.place)
-        train = found["train"]
-        self.say(example(train.groups, tokenizer))
-        steps = max(1, math.ceil(round(args.epochs * train.per_epoch, 6)))
-        self.last_step = train.last_step = args.max_steps or steps
-        return train, found["eval"]
+    def resume(self, model: PackedModel, optimizer: Optimizer, train: Batches, held_out: Batches | None) -> int:
+        """Begin the steps, with --resume behind the newest checkpoint that is whole. Returns the last step done, or 0.
 
-    def say(self, text: str) -> None:
-        """Print one line from the first process, above the progress bar."""
-        if self.place.main:
-            tqdm.write(text)
+        Raises UserError if the checkpoint was written by a run that computes something else.
+        """
+        self._model = model
+        self._optimizer = optimizer
+        self._train = train
+        self._data_reports = {"train": train.groups.report}
+        if held_out is not None:
+            self._data_reports["eval"] = held_out.groups.report
+        self.stop_signal.steps_have_begun = True
 
-    # -------- the loop
+        if self.args.resume:
+            path = checkpoint.newest(self.directory, self.ranks)
+            if path is not None:
+                self._restore(path)
+        if self.ranks.is_main:
+            self._truncate_log()
+            self._write_run_file()
+            if self.args.track:
+                self._events = _event_writer(self.directory, self.step)
 
-    def steps(self, model: nn.Module, optimizer: Optimizer, train: Batches) -> Iterator[int]:
-        """The steps still to do: 1 to S, or those after the newest checkpoint with --resume."""
-        self.train, self.optimizer = train, optimizer
-        if self.args.resume and (path := checkpoint.newest(self.out, self.place)):
-            self._restore(json.loads((path / "state.json").read_text()), model, path)
-            checkpoint.load(path, self.step, model, optimizer, self.place)
-        if self.place.main:
-            self._keep_lines()
-            self._write_run()
-            self.events = _events(self.out, self.step) if self.args.track else None
-        self.bar = tqdm(total=self.last_step, initial=self.step, desc="train", disable=not self.place.main or None)
-        self.clock, self.tokens = time.perf_counter(), 0
-        yield from range(self.step + 1, self.last_step + 1)
-        self.over = True
+        hide = self.ranks.hides_progress
+        self._bar = tqdm(total=train.last_step, initial=self.step, desc="train", disable=hide)
+        self._clock = time.perf_counter()
+        self._note_last_step()
+        return self.step
 
-    def _restore(self, state: dict, model: nn.Module, path: Path) -> None:
-        now = {"algorithm": self.algorithm, **dataclasses.asdict(self.args)}
-        saved = {"algorithm": state["algorithm"], **state["args"]}
-        same = self.args.lr_schedule == "constant" and now.get("gamma_start") == now.get("gamma_end")
-        free = FREE + (["epochs", "max_steps"] if same else [])  # else the course depends on the last step
-        changed = [f"{k} {saved.get(k)!r} → {now[k]!r}" for k in now if k not in free and saved.get(k) != now[k]]
-        changed += [f"the {k} rows" for k, data in self.report.items() if state["data"].get(k) != data["sha256"]]
-        changed += [f"the {name}'s weights" for name, sha in model.sha256.items() if state["weights"].get(name) != sha]
-        if changed:
-            raise UserError(f"--resume: {path} was written by another run: {', '.join(changed)}")
-        if state["step"] > self.last_step:
-            raise UserError(f"--resume: {path} is beyond the last step, {self.last_step}")
-        self.step, self.totals = state["step"], state["totals"]
+    def _restore(self, path: Path) -> None:
+        state = json.loads((path / "state.json").read_text())
+        differences = self._differences(state)
+        if differences:
+            raise UserError(f"--resume: {path} was written by another run: {', '.join(differences)}")
+        if state["step"] > self._train.last_step:
+            raise UserError(f"--resume: {path} is beyond the last step, {self._train.last_step}")
+
+        self.step = state["step"]
+        self._totals = state["totals"]
         self.say(f"resumed from {path}")
+        checkpoint.load(path, self.step, self._model, self._optimizer, self.ranks)
 
-    def _keep_lines(self) -> None:
-        """Cut metrics.jsonl after the step that is resumed from."""
-        path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        self.write("metrics.jsonl", "".join(line + "\n" for line in kept))
+    def _differences(self, state: dict) -> list[str]:
+        """What of the run that wrote a checkpoint is not the same now, and would change the result."""
+        saved = {"algorithm": state["algorithm"], **state["args"]}
+        current = {"algorithm": self.algorithm, **dataclasses.asdict(self.args)}
+        free = list(FREE_ON_RESUME)
+        if not self._depends_on_last_step():
+            free += ["epochs", "max_steps"]
 
-    def _write_run(self) -> None:
-        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers") if m in sys.modules}
-        shell = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        commit = subprocess.run("git rev-parse HEAD", **shell).stdout.strip() or None  # None, too, without git
+        differences = []
+        for name, value in current.items():
+            if name not in free and saved.get(name) != value:
+                differences.append(f"{name} {saved.get(name)!r} → {value!r}")
+        for name, report in self._data_reports.items():
+            if state["data"].get(name) != report["sha256"]:
+                differences.append(f"the {name} rows")
+        for name, fingerprint in self._model.fingerprints.items():
+            if state["weights"].get(name) != fingerprint:
+                differences.append(f"the {name}'s weights")
+        return differences
+
+    def _depends_on_last_step(self) -> bool:
+        """Whether a step depends on how many steps there are: through the learning rate, or an argument's course.
+
+        An argument that changes over the run is a pair, NAME_start and NAME_end.
+        """
+        if self.args.lr_schedule != "constant":
+            return True
+        for name, start in vars(self.args).items():
+            if name.endswith("_start") and start != getattr(self.args, name.removesuffix("_start") + "_end"):
+                return True
+        return False
+
+    def _truncate_log(self) -> None:
+        """Remove from metrics.jsonl what an interrupted run wrote after the step that this one resumes from."""
+        path = self.directory / "metrics.jsonl"
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                is_whole = line.endswith("}")
+                if is_whole and json.loads(line)["step"] <= self.step:
+                    kept.append(line + "\n")
+        self._output.write("metrics.jsonl", "".join(kept))
+
+    def _write_run_file(self) -> None:
+        versions = {"python": platform.python_version()}
+        for name in ("torch", "transformers"):
+            if name in sys.modules:
+                versions[name] = sys.modules[name].__version__
         run = {
             "algorithm": self.algorithm,
             "args": dataclasses.asdict(self.args),
-            "data": self.report,
-            "steps": self.last_step,
-            "processes": self.place.world,
-            "device": str(self.place.device),
-            "versions": {"python": platform.python_version(), **versions},
-            "commit": commit,
+            "data": self._data_reports,
+            "steps": self._train.last_step,
+            "processes": self.ranks.world_size,
+            "device": str(self.ranks.device),
+            "versions": versions,
+            "commit": _git_commit(),
         }
-        self.write("run.json", json.dumps(run, indent=2) + "\n")
+        self._output.write("run.json", json.dumps(run, indent=2) + "\n")
 
-    def add(self, losses: Tensor, metrics: dict[str, Tensor]) -> None:
-        """Sum up one micro-batch for the log, without waiting for the device."""
-        for name, values in {"loss": losses, **metrics}.items():
-            self.sums.setdefault(name, []).append(values.detach().double().sum())
-            self.counts[name] += values.numel()
+    # ---------------------------------------------------------------- a step
 
-    def _reduce(self) -> dict[str, tuple[float, float]]:
-        """Sum and count of each metric over the processes, in one exchange, with whether one was asked to stop."""
-        self.sums["stop"] = [torch.tensor(self.signalled, dtype=torch.double, device=self.place.device)]
-        names, (sums, counts) = list(self.sums), (self.sums, self.counts)
-        self.sums, self.counts = {}, Counter()
-        local = torch.stack([torch.stack(sums[name]).sum() for name in names])
-        both = torch.stack([local, local.new_tensor([counts[name] for name in names])])
-        totals = dict(zip(names, zip(*all_sum(both).tolist(), strict=True), strict=True))
-        self.stopping = totals.pop("stop")[0] > 0
-        return totals
+    def stop_if_not_finite(self, step: int, grad_norm: Tensor) -> None:
+        """Sum the step's losses and metrics over the processes. Call it before the update.
 
-    def check(self, step: int, grad_norm: Tensor) -> None:
-        """Sum the step's metrics over the processes; a value that is not finite ends the run before the update."""
-        losses, totals = self.sums["loss"], self._reduce()
-        self.grad_norm = float(grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm)
-        loss = totals["loss"][0] / totals["loss"][1]
-        if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-            problem = f"step {step}: loss {loss}, gradient norm {self.grad_norm}; {self._blame(step, losses)}"
-            raise NonFinite(f"{problem}; the weights were not updated")
-        for name, (total, count) in totals.items():
-            before = self.totals.get(name, (0.0, 0.0))
-            self.totals[name] = [before[0] + total, before[1] + count]
-        self.tokens += int(self.train.sizes[self.train.rows(step)].sum())
+        Raises NonFinite, with the rows to blame, if the loss or the gradient norm is not a finite number.
+        """
+        loss_sums = self.meter.loss_sums()
+        totals, self.stopping = self.meter.reduce(self.stop_signal.asked)
+        self._grad_norm = float(unsharded(grad_norm))
+
+        loss = means(totals)["loss"]
+        if not (math.isfinite(loss) and math.isfinite(self._grad_norm)):
+            culprits = self._rows_without_finite_loss(step, loss_sums)
+            raise NonFinite(
+                f"step {step}: loss {loss}, gradient norm {self._grad_norm}; {culprits}; the weights were not updated"
+            )
+
+        self._totals = add_totals(self._totals, totals)
+        self._tokens += int(self._train.group_sizes[self._train.groups_of(step)].sum())
         self.step = step
 
-    def _blame(self, step: int, losses: list[Tensor]) -> str:
-        """Which processes had which rows in micro-batches whose loss is not finite; else all rows of the step."""
-        batches, groups = self.train(step), self.train.groups
-        bad = [batch.rows.cpu() for batch, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
-        found = [None] * self.place.world
-        dist.all_gather_object(found, [row for rows in bad for row in groups.rows[rows].tolist()])
-        named = [f"rank {rank}, rows {rows}" for rank, rows in enumerate(found) if rows]
-        return "; ".join(named) or f"all ranks, rows {groups.rows[self.train.rows(step)].tolist()}"
+    def _rows_without_finite_loss(self, step: int, loss_sums: list[Tensor]) -> str:
+        """The ranks and rows of micro-batches whose loss is not finite, or all rows of the step if there is none."""
+        row_numbers = self._train.groups.row_numbers
+        local_rows: list[int] = []
+        for batch, loss_sum in zip(self._train.of_step(step), loss_sums, strict=True):
+            if not loss_sum.isfinite():
+                local_rows += row_numbers[batch.group_index.cpu()].tolist()
+
+        rows_of_ranks: list[Any] = [None] * self.ranks.world_size
+        dist.all_gather_object(rows_of_ranks, local_rows)
+        culprits = [f"rank {rank}, rows {rows}" for rank, rows in enumerate(rows_of_ranks) if rows]
+        if culprits:
+            return "; ".join(culprits)
+        return f"all ranks, rows {row_numbers[self._train.groups_of(step)].tolist()}"
+
+    # ---------------------------------------------------------------- after a step
 
     def log(self, step: int) -> None:
-        """Every `log_every` steps one line: the means over all groups since the last one, the rest as of this step."""
-        self.bar.update()
-        if not self.due(self.args.log_every, step):
+        """Every `--log-every` steps, write a line: means over all groups since the last line, the rest of this step."""
+        assert self._bar is not None
+        self._bar.update()
+        if not self._is_due(self.args.log_every, step):
             return
-        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+
+        now = time.perf_counter()
+        seconds = now - self._clock
         steps = (step - 1) % self.args.log_every + 1
         line = {
             "step": step,
-            "epoch": step / self.train.per_epoch,
-            **_means(self.totals),
-            "grad_norm": self.grad_norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "epoch": step / self._train.steps_per_epoch,
+            **means(self._totals),
+            "grad_norm": self._grad_norm,
+            "learning_rate": self._optimizer.param_groups[0]["lr"],
             "seconds": seconds / steps,
-            "tokens_per_second": self.tokens / seconds,
+            "tokens_per_second": self._tokens / seconds,
         }
-        self.totals, self.tokens = {}, 0
-        self._write(line, [name for name in SHOWN if name in line])
+        self._clock = now
+        self._totals = {}
+        self._tokens = 0
+        self._write_line(line, [name for name in SHOWN if name in line])
 
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens at this one."""
-        return every > 0 and (step % every == 0 or step == self.last_step)
+    def evaluates_at(self, step: int) -> bool:
+        """Whether held-out rows are evaluated after this step."""
+        return self.args.eval_data is not None and self._is_due(self.args.eval_every, step)
 
-    def evaluate(self, step: int, objective: Callable, model: nn.Module, held_out: Iterable[Batch] | None) -> None:
-        """The objective over all held-out rows, without gradients, as one line of `eval/` metrics.
+    def evaluate(self, step: int, objective: Objective, model: PackedModel, held_out: Batches | None) -> None:
+        """Every `--eval-every` steps, write a line with the objective and its metrics over all held-out rows.
 
-        When asked to stop it is given up, so that there is time to save.
+        A run that is asked to stop gives the evaluation up, so that there is time to save.
         """
-        if self.args.eval_data is None or not self.due(self.args.eval_every, step):
+        if held_out is None or not self.evaluates_at(step):
             return
+
         started = time.perf_counter()
+        progress = (step - 1) / max(1, self._train.last_step - 1)  # of training, which γ depends on
         with inference(model):
-            for batch in held_out:
-                batch.progress = (step - 1) / max(1, self.last_step - 1)
-                self.add(*objective(model, batch, self.args))
-                self.stopping = self.stopping or all_sum(torch.tensor(float(self.signalled))) > 0
+            for batch in held_out.all_batches():
+                batch.progress = progress
+                losses, metrics = objective(model, batch, self.args)
+                self.meter.add(losses, metrics)
+                asked = torch.tensor(float(self.stop_signal.asked))
+                self.stopping = self.stopping or bool(all_sum(asked) > 0)
                 if self.stopping:
                     return
-        means = {f"eval/{name}": value for name, value in _means(self._reduce()).items()}
-        self._write({"step": step, **means}, means)
-        self.clock += time.perf_counter() - started
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer) -> None:
-        """Every `save_every` steps, and when asked to stop, a checkpoint of everything that the next step needs."""
-        if self.stopping or self.due(self.args.save_every, step):
-            data = {name: report["sha256"] for name, report in self.report.items()}
-            state = {"algorithm": self.algorithm, "args": dataclasses.asdict(self.args), "data": data}
-            state |= {"weights": model.sha256, "totals": self.totals}
-            checkpoint.save(self.out, step, model, optimizer, state, self.args.keep, self.place)
+        totals, self.stopping = self.meter.reduce(self.stop_signal.asked)
+        values = {f"eval/{name}": value for name, value in means(totals).items()}
+        self._write_line({"step": step, **values}, values)
+        self._clock += time.perf_counter() - started  # evaluation does not count as time of the steps
+
+    def save(self, step: int, model: PackedModel, optimizer: Optimizer) -> None:
+        """Every `--save-every` steps, and when the run is asked to stop, write a checkpoint.
+
+        It holds everything that the next step depends on. Raises Preempted if the run was asked to stop.
+        """
+        if self.stopping or self._is_due(self.args.save_every, step):
+            state = {
+                "algorithm": self.algorithm,
+                "args": dataclasses.asdict(self.args),
+                "data": {name: report["sha256"] for name, report in self._data_reports.items()},
+                "weights": model.fingerprints,
+                "totals": self._totals,
+            }
+            checkpoint.save(self.directory, step, model, optimizer, state, self.args.keep, self.ranks)
         if self.stopping:
             raise Preempted(f"asked to stop; saved at step {step}, continue with --resume")
+        self._note_last_step()
 
-    def card(self) -> str:
-        """The model card: what this model is and how to make it again."""
-        tags = f"---\nlibrary_name: transformers\nbase_model: {self.args.model}\ntags: [{self.algorithm}]\n---\n"
-        settings = "\n".join(f"- {name}: {value}" for name, value in dataclasses.asdict(self.args).items())
-        return f"{tags}\n# {self.args.model}, trained by {self.algorithm} with cleanpo\n\n{settings}\n"
+    def _note_last_step(self) -> None:
+        if self.step == self._train.last_step and self.args.save_every:
+            self.stop_signal.can_resume_from_last_step = True
 
-    def _write(self, line: dict, shown: Iterable[str]) -> None:
-        """A line of metrics.jsonl, of which some values are printed."""
-        if self.place.main:
-            with writing(self.out / "metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as file:
-                finite = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON has no NaN
+    def _is_due(self, every: int, step: int) -> bool:
+        """Whether something that happens every so many steps, and after the last one, happens after this step."""
+        return every > 0 and (step % every == 0 or step == self._train.last_step)
+
+    # ---------------------------------------------------------------- what is written
+
+    def model_card(self) -> str:
+        """The README.md of the trained model: what it is, and how to train it again."""
+        base = self.args.model
+        settings = [f"- {name}: {value}\n" for name, value in dataclasses.asdict(self.args).items()]
+        front_matter = f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [{self.algorithm}]\n---\n"
+        title = f"\n# {base}, trained by {self.algorithm} with cleanpo\n\n"
+        return front_matter + title + "".join(settings)
+
+    def _write_line(self, line: dict[str, float], shown: Iterable[str]) -> None:
+        """Append a line to metrics.jsonl, and print some of its values."""
+        if self.ranks.is_main:
+            finite = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
+            path = self.directory / "metrics.jsonl"
+            with storage_errors(path), open(path, "a") as file:
                 file.write(json.dumps(finite) + "\n")
-            for name in line.keys() - {"step"} if self.events else ():
-                self.events.add_scalar(name, line[name], line["step"])
+            if self._events is not None:
+                for name in line.keys() - {"step"}:
+                    self._events.add_scalar(name, line[name], line["step"])
+
         values = " | ".join(f"{name} {line[name]:.4g}" for name in shown)
-        self.say(f"step {line['step']}/{self.last_step} | {values}")
+        self.say(f"step {line['step']}/{self._train.last_step} | {values}")
+
+    def say(self, text: str) -> None:
+        """Print one line from the first process, above the progress bar."""
+        if self.ranks.is_main:
+            tqdm.write(text)
 
 
-def _events(out: Path, step: int):
+def _git_commit() -> str | None:
+    """The commit of this checkout, or None outside of one and without git."""
+    command = "git rev-parse HEAD"
+    process = subprocess.run(command, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return process.stdout.strip() or None
+
+
+def _event_writer(directory: Path, step: int) -> Any:
     """A TensorBoard writer that hides what an interrupted run wrote after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--track needs TensorBoard: pip install 'cleanpo[track]'") from None
-    return SummaryWriter(out / "events", purge_step=step + 1)
-
-
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")
-
-
-def _means(totals: dict) -> dict[str, float]:
-    return {name: total / count for name, (total, count) in totals.items()}
-
-
-def preference_metrics(rewards: Tensor, logps: Tensor | None = None) -> dict[str, Tensor]:
-    """What every preference algorithm logs, per group: rewards (B, K), logps (B, K), preferred first → (B,) each.
-
-    Chosen is column 0, rejected the mean of the others; a tie counts as wrong.
-    """
-    metrics = {}
-    for name, values in {"rewards": rewards, "logps": logps}.items():
-        if values is not None:
-            metrics |= {f"{name}/chosen": values[:, 0], f"{name}/rejected": values[:, 1:].mean(1)}
-    margins = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    return metrics | {"rewards/margins": margins, "rewards/accuracies": (margins > 0).float()}
-
-
-def plain_length(config) -> float:
-    """The length up to which every token sees all before it, at the same rotary frequencies, as packed rows assume."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits = [getattr(config, "sliding_window", None)]
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
-    return min([limit for limit in limits if limit], default=math.inf)
-
-
-def check_fit(groups: Groups, config, source: str) -> None:
-    """Raises UserError for a token without an embedding, or more of them than the model sees as packed rows do."""
-    largest, longest, most = int(groups.tokens.max()), groups.longest, plain_length(config)
-    if largest >= config.vocab_size:
-        raise UserError(f"{source}: token id {largest}, but the model embeds {config.vocab_size}")
-    if longest > most:
-        problem = f"beyond {most} tokens the model's attention window or rotary embedding changes; give --max-length"
-        raise UserError(f"{source}: {longest} tokens, but {problem}")
-
-
-def example(groups: Groups, tokenizer) -> str:
-    """The first group as the model sees it, the boundary between prompt and first completion visible."""
-    start, middle, end = groups.offsets[0, :3].tolist()
-    prompt, completion = (tokenizer.decode(groups.tokens[a:b]) for a, b in ((start, middle), (middle, end)))
-    return f"first row: {prompt[-300:]!r} | {completion[:300]!r}"
+    return SummaryWriter(directory / "events", purge_step=step + 1)

@@ -1,0 +1,196 @@
+"""A command line becomes arguments, a call of `main`, and an exit code."""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import torch.distributed as dist
+import tyro
+
+from shared import NonFinite, Preempted, StorageError, UserError
+
+EXIT_CODES = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75, KeyboardInterrupt: 130}
+UNEXPECTED = 1
+
+# Called with the exit code and the reason before the process ends. A run writes its status.json there.
+exit_hooks: list[Callable[[int, str], None]] = []
+
+
+def command(main: Callable[[Any], None], arguments: Any) -> None:
+    """Read the dataclass `arguments` from the command line, call `main` with it, and end the process.
+
+    The exit code says how it went (EXIT_CODES). A user's mistake is one line on stderr.
+    """
+    code = 0
+    reason = ""
+    try:
+        _call(main, arguments)
+    except tuple(EXIT_CODES) as error:
+        code = _exit_code(error)
+        reason = str(error)
+        if code == EXIT_CODES[KeyboardInterrupt]:
+            reason = "interrupted"
+
+        # On an ordinary error all processes end for the same reason. A disk may fail for one of them alone.
+        is_main = int(os.environ.get("RANK", 0)) == 0
+        if is_main or code == EXIT_CODES[StorageError]:
+            print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
+    except Exception as error:
+        code = UNEXPECTED
+        reason = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+
+    for hook in exit_hooks:
+        hook(code, reason)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0 and dist.is_initialized():
+        dist.barrier()
+    os._exit(code)  # gloo's threads can abort an ordinary interpreter exit
+
+
+def _call(main: Callable[[Any], None], arguments: Any) -> None:
+    try:
+        documentation = sys.modules[main.__module__].__doc__ or ""
+        main(parse_arguments(arguments, documentation))
+    finally:
+        # ignore SIGTERM from here on: the process is ending already
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _exit_code(error: BaseException) -> int:
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return code
+    return UNEXPECTED
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def parse_arguments(arguments: Any, documentation: str) -> Any:
+    """The dataclass `arguments`, from the command line. The values of `--config run.json` come first.
+
+    Raises UserError if that file is not a run.json with the same arguments.
+    """
+    description = documentation.partition("\n")[0]
+    words = sys.argv[1:]
+    if dataclasses.is_dataclass(arguments):
+        description += " --config FILE: arguments of a run.json, under those given beside it."
+        config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        config_parser.add_argument("--config")
+        known, words = config_parser.parse_known_args()
+        if known.config is not None:
+            words = [*_config_words(known.config, arguments), *words]
+    return tyro.cli(arguments, args=words, description=description)
+
+
+def _config_words(path: str, arguments: Any) -> list[str]:
+    """The arguments of a run.json, as words of a command line."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = values.get("args", values)
+        names = {field.name for field in dataclasses.fields(arguments)}
+        unknown = values.keys() - names
+        if unknown:
+            raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--config {path}: not a run.json of this algorithm ({error})") from None
+
+    words = []
+    for name, value in values.items():
+        words += _argument_words(name, value)
+    return words
+
+
+def _argument_words(name: str, value: object) -> list[str]:
+    flag = flag_of(name)
+    if value is True:
+        return [flag]
+    if value is False:
+        return ["--no-" + flag.removeprefix("--")]
+    if value is None:
+        return []
+    return [flag, str(value)]
+
+
+def flag_of(name: str) -> str:
+    """The flag of an argument: --max-length for max_length."""
+    return "--" + name.replace("_", "-")
+
+
+# ---------------------------------------------------------------- ranges
+
+
+@dataclass(frozen=True)
+class Above:
+    """The range of a number that must be larger than `low`: `beta: Annotated[float, Above(0)] = 0.1`."""
+
+    low: float
+    at_most: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low < value <= self.at_most and value != math.inf
+
+    def __str__(self) -> str:
+        return f"above {self.low}{_upper_limit(self.at_most)}"
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """The range of a number that may be as small as `low`: `seed: Annotated[int, AtLeast(0)] = 0`."""
+
+    low: float
+    at_most: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.at_most and value != math.inf
+
+    def __str__(self) -> str:
+        return f"of at least {self.low}{_upper_limit(self.at_most)}"
+
+
+def _upper_limit(at_most: float) -> str:
+    if at_most == math.inf:
+        return ""
+    return f" and at most {at_most}"
+
+
+PositiveInt = Annotated[int, Above(0)]
+PositiveFloat = Annotated[float, Above(0)]
+NonNegativeInt = Annotated[int, AtLeast(0)]
+NonNegativeFloat = Annotated[float, AtLeast(0)]
+Seed = Annotated[int, AtLeast(0, at_most=2**32 - 1)]
+
+
+def check_arguments(args: Any) -> None:
+    """Raises UserError for a number outside the range in its annotation, and for an empty text."""
+    annotations = get_type_hints(type(args), include_extras=True)
+    for name, value in vars(args).items():
+        if value == "":
+            raise UserError(f"{flag_of(name)}: must not be empty")
+        allowed = _range_in(annotations[name])
+        if value is None or allowed is None:
+            continue
+        if value not in allowed:
+            raise UserError(f"{flag_of(name)} {value}: must be a finite number {allowed}")
+
+
+def _range_in(annotation: Any) -> Above | AtLeast | None:
+    """The range in an annotation such as `Annotated[float, Above(0)]` or `PositiveInt | None`."""
+    for part in get_args(annotation):
+        if isinstance(part, Above | AtLeast):
+            return part
+        inner = _range_in(part)
+        if inner is not None:
+            return inner
+    return None

@@ -1,0 +1,242 @@
+"""Load models and tokenizers, check them, and shard the models."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shared import UserError, first_line
+from shared.attention import ATTENTION_NAME, span_attention
+from shared.batches import Batches
+from shared.distributed import Ranks, from_main, shard
+from shared.files import bytes_of, is_complete
+from shared.groups import Groups
+from shared.last_layer import skip_unread
+from shared.model import Policy, RewardModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+POLICY_CLASS = "AutoModelForCausalLM"
+REWARD_MODEL_CLASS = "AutoModelForSequenceClassification"
+REWARD_HEAD = "score.weight"
+
+AnyModel = TypeVar("AnyModel", Policy, RewardModel)
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
+    """The tokenizer and the configuration of a model directory or hub id.
+
+    Raises UserError if they cannot be loaded, or if the reference has another vocabulary.
+    """
+    tokenizer, config = _load_tokenizer_and_config(path)
+    if reference is not None:
+        reference_tokenizer, reference_config = _load_tokenizer_and_config(reference)
+        same_tokens = reference_tokenizer.get_vocab() == tokenizer.get_vocab()
+        if not same_tokens or reference_config.vocab_size != config.vocab_size:
+            raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
+    return tokenizer, config
+
+
+def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+        raise _unloadable(path, error) from None
+    return tokenizer, config
+
+
+def _unloadable(path: str, error: Exception) -> UserError:
+    looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).exists():
+        return UserError(f"model {path}: no such directory")
+    return UserError(f"model {path}: cannot be loaded ({first_line(error)})")
+
+
+# ---------------------------------------------------------------- models
+
+
+def load_policy(args: Any, ranks: Ranks) -> Policy:
+    """The policy to train, from `args.model`. Raises UserError as `load_model` does."""
+    return load_policy_from(args.model, ranks, args.activation_checkpointing)
+
+
+def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
+    """Load a causal language model in float32, check it, and shard it. Raises UserError as `load_model` does."""
+    lm = _load_lm(POLICY_CLASS, path)
+    return _prepare(Policy(lm), path, ranks, activation_checkpointing)
+
+
+def load_reward_model(args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBase") -> RewardModel:
+    """The reward model to train, from `args.model`. A language model gets a new head, drawn by `args.seed`.
+
+    The classifier of transformers finds the end of a completion by the pad token. The EOS is part of the completion, so
+    the tokenizer gets another pad token if need be. Raises UserError if it has none, and as `load_policy` does.
+    """
+    _set_pad_token(tokenizer, args.model)
+    torch.manual_seed(args.seed)
+    lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
+    model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
+    model.lm.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_scorer(path: str, ranks: Ranks) -> RewardModel:
+    """A trained reward model. Raises UserError if it has no head, and as `load_policy` does."""
+    lm = _load_lm(REWARD_MODEL_CLASS, path, num_labels=1)
+    return _prepare(RewardModel(lm), path, ranks)
+
+
+def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> Any:
+    """A causal language model as transformers has it, to generate with. Raises UserError if it cannot be loaded."""
+    lm = _from_pretrained(POLICY_CLASS, path, dtype=dtype)
+    return lm.to(device).eval()
+
+
+def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = None
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special and token.content not in (tokenizer.eos_token, tokenizer.bos_token):
+                tokenizer.pad_token = token.content
+                break
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"model {path}: a reward model needs a pad token other than the EOS; give its tokenizer one")
+
+
+def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
+    """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
+
+    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, or a tensor is missing
+    or not finite.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, span_attention)
+    options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
+    lm = _from_pretrained(auto_class, path, new_tensor, **options)
+    for name, parameter in lm.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"model {path}: {name} holds values that are not finite")
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return lm.train()  # activation checkpointing works in training mode only
+
+
+def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
+    """A model of transformers, all of whose weights but perhaps `new_tensor` are in its files."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what it would warn of is checked here
+    options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        lm, info = getattr(transformers, auto_class).from_pretrained(path, **options)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+        raise _unloadable(_damaged_file(path) or path, error) from None
+
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    wrong = sorted({*info["missing_keys"], *mismatched} - {new_tensor})
+    if wrong:
+        raise UserError(f"model {path}: missing or misshapen in its weights: {', '.join(wrong)}")
+    return lm
+
+
+def _damaged_file(path: str) -> str | None:
+    for file in sorted(Path(path).glob("*.safetensors")):
+        if not is_complete(file):
+            return str(file)
+    return None
+
+
+def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing: bool = False) -> AnyModel:
+    """Check that packed rows give the model's own values, and shard it.
+
+    Raises UserError if its architecture computes something that packed rows do not reproduce.
+    """
+    lm = model.lm
+    if activation_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        layers = _layers(lm)
+        skip_unread(layers[-1])
+        if ranks.is_main and not _packing_agrees(model):
+            raise ValueError("packed rows give other values than it does")
+    except Exception as error:  # an architecture that does not fit fails in many ways
+        raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
+
+    fingerprint = ""
+    if ranks.is_main:
+        fingerprint = _weights_hash(lm)
+    model.fingerprints["model"] = from_main(fingerprint)
+    model.sync = shard(model, layers, ranks)
+    return model
+
+
+def _layers(lm: Any) -> list[nn.Module]:
+    """The layers of a transformer, from the first to the last."""
+    for module in lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
+            return list(module)
+    raise ValueError("it has no list of layers")
+
+
+def _weights_hash(lm: Any) -> str:
+    """The SHA-256 of a model's weights and configuration."""
+    digest = hashlib.sha256()
+    for name, tensor in lm.state_dict().items():
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor))
+    config = {}
+    for name, value in lm.config.to_dict().items():
+        if not name.startswith("_"):  # as `_name_or_path` does, which says where the model lies
+            config[name] = value
+    digest.update(json.dumps(config, default=str).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- the check of packed rows
+
+
+@torch.no_grad()
+def _packing_agrees(model: Policy | RewardModel) -> bool:
+    """Whether a packed row gives the same values as stock forward passes.
+
+    It would not with sliding windows or soft-capped logits, for instance.
+    """
+    lm = model.lm
+    ids = torch.randint(lm.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
+    groups = Groups(ids.int(), offsets, torch.arange(2), {})
+    ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
+    (batch,) = Batches(groups, batch_size=2, micro_batch_tokens=64, seed=None, ranks=ranks).of_step(1)
+    packed = model.values(batch)
+
+    pad_token_id = lm.config.pad_token_id
+    lm.config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
+    lm.eval().set_attn_implementation("sdpa")
+    stock = _stock_values(model, ids, offsets)
+    lm.train().set_attn_implementation(ATTENTION_NAME)
+    lm.config.pad_token_id = pad_token_id
+    return torch.allclose(packed, stock, rtol=1e-4, atol=1e-3)
+
+
+def _stock_values(model: Policy | RewardModel, ids: Tensor, offsets: Tensor) -> Tensor:
+    """(n, K), the values of the completions by one stock forward pass each."""
+    values = torch.zeros(len(offsets), offsets.shape[1] - 2)
+    for row, (prompt_start, *bounds) in enumerate(offsets.tolist()):
+        prompt = ids[prompt_start : bounds[0]]
+        for k in range(len(bounds) - 1):
+            completion = ids[bounds[k] : bounds[k + 1]]
+            values[row, k] = model.stock_value(prompt, completion)
+    return values

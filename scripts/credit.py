@@ -1,47 +1,64 @@
 """Credit assignment as a number: do token rewards find the wrong words of a summary? From r to Q*, section 5.1.
 
-Rows are notices with a correct summary. Two of its five facts are drawn, and other words of the same slots put in their
-place: three copies of each summary, with the first of the two facts wrong, with the second, and with both. Of the
-tokens that state facts, r = log π_θ(token|before) - log π_ref(token|before), the token reward (Eq 11) in nats per β:
-β changes no order. A policy that was trained without a reference, as by algos/typo.py, gets the same log-ratio.
+Rows are notices with a correct summary. Two of its five facts are chosen at random, and other words of the same slots
+replace them. This gives three summaries: one with the first fact wrong, one with the second, and one with both.
+For each token that states a fact, r = log π_θ(token|before) - log π_ref(token|before). This is the token reward (Eq 11)
+in nats per β; β changes no order. A policy that was trained without a reference, as by algos/typo.py, gets the same
+log-ratio.
 
-    one error       AUROC: P(-r of a wrong fact > -r of a correct one), in all copies with one error; a tie counts half
+    one error       AUROC: P(-r of a wrong fact > -r of a correct one), over all summaries with one error; a tie counts
+                    half
     second error    AUROC of the second error after the first, against the correct word there after the same first error
-    both found      share of copies with both errors in which the two lowest r are exactly theirs (by chance 0.1);
+    both found      share of summaries with both errors in which the two lowest r are exactly theirs (by chance 0.1);
                     with the second error this is the paper's "stitching"
-    wrong, correct  mean r, in nats per β, in the copies with one error
+    wrong, correct  mean r, in nats per β, in the summaries with one error
 
-Beside the policies stands a baseline that needs no preferences: log π_ref in the place of r. The 95% intervals are
+A baseline that needs no preferences stands beside the policies: log π_ref in the place of r. The 95% intervals are
 percentiles of 2,000 bootstrap resamples: prompts are resampled, and the measure is computed anew from all tokens of the
-drawn ones. A figure beside the output shows the values whose AUROC "one error" is.
+resampled prompts. A figure beside the output shows the values whose AUROC "one error" is.
 
     python scripts/credit.py --policies dpo=runs/dpo --reference runs/sft --rows runs/world/held_out.jsonl \\
         --output runs/credit.json
 """
 
-import json
-import os
 import random
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import evaluate
-import figures
-import notices
-import streaming
 import torch
-from family import shown
 from torch import Tensor
 
 from algos.token_dpo_beam import token_rewards
+from scripts.lab import notices, plots
+from scripts.lab.commands import command
+from scripts.lab.policies import (
+    check_tokenizers,
+    encode_completions,
+    evaluation_settings,
+    named_policies,
+    plain_prompt,
+)
+from scripts.lab.row_files import EncodedRow, first_examples
+from scripts.lab.scoring import make_groups, token_logps_of
+from scripts.lab.statistics import auroc_and_interval, interval_text, mean_and_interval
+from scripts.lab.tables import aligned
 from shared import UserError
-from shared.model import load_policy, load_tokenizer
-from shared.run import command
+from shared.command import Above, AtLeast
+from shared.distributed import single_process
+from shared.files import replacing, write_json
+from shared.loading import load_policy_from, load_tokenizer
+from shared.rows import Example, Prompt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BASELINE = "-log π_ref"
-PANELS = 3  # of the figure, side by side
+COLUMNS = 3  # panels of the figure side by side
+BINS = 40
+MICRO_BATCH_TOKENS = 8_192
 
 
 @dataclass(kw_only=True)
@@ -52,118 +69,165 @@ class Args:
     """NAME=DIR of each policy"""
     reference: str
     """directory or hub id of π_ref, the policy that training started from"""
-    rows: Path
+    rows: str
     """file, directory or hub id (`path:split`) of notices, `prompt`, with a correct summary, `completion`"""
     output: Path
-    """json file to write; the figure goes beside it, under the same name in .png"""
-    num_prompts: int = 512
+    """json file to write; the figure is written beside it, under the same name in .png"""
+    num_prompts: Annotated[int, Above(0)] = 512
     """prompts, the first of the file"""
-    seed: int = 0
-    """of the errors and the bootstrap"""
+    seed: Annotated[int, AtLeast(0, at_most=2**32 - 1)] = 0
+    """seed of the errors and of the bootstrap"""
 
 
 # ---------------------------------------------------------------- summaries with errors
 
 
+@dataclass
+class Summaries:
+    """Summaries with errors of n notices."""
+
+    prompts: list[Prompt]
+    texts: list[list[str]]  # n times 3: the first of two facts is wrong, the second, both
+    is_wrong: Tensor  # (n, 3, 5), for each fact in the order of the text
+
+
 def corrupt(summary: str, rng: random.Random) -> tuple[list[str], list[list[bool]]]:
-    """Copies of a summary in which the first of two facts is wrong, the second, and both: 3 texts, and which of the
-    facts (3, 5), in the order of the text, are wrong."""
+    """Three texts as in `Summaries`, and which facts of each are wrong, (3, 5)."""
     facts = list(notices.read_facts(summary).items())
-    first, second = pair = sorted(rng.sample(range(len(facts)), 2))
-    others = {i: rng.choice([v for v in notices.SLOTS[facts[i][0]] if v != facts[i][1]]) for i in pair}
-    copies, wrong = [], []
-    for errors in ([first], [second], pair):
-        copy = summary
-        for i in errors:
-            copy = re.sub(rf"\b{facts[i][1]}\b", others[i], copy)
-        copies.append(copy)
-        wrong.append([i in errors for i in range(len(facts))])
-    return copies, wrong
+    first, second = sorted(rng.sample(range(len(facts)), 2))
+    replacements = {}
+    for index in (first, second):
+        slot, value = facts[index]
+        others = [other for other in notices.SLOTS[slot] if other != value]
+        replacements[index] = rng.choice(others)
+
+    texts = []
+    is_wrong = []
+    for errors in ([first], [second], [first, second]):
+        text = summary
+        for index in errors:
+            _, value = facts[index]
+            text = re.sub(rf"\b{value}\b", replacements[index], text)
+        texts.append(text)
+        is_wrong.append([index in errors for index in range(len(facts))])
+    return texts, is_wrong
 
 
-def read(rows: str, num_prompts: int, seed: int) -> tuple[list[str], list[list[str]], Tensor]:
-    """n prompts, three copies of each summary, and which facts of them are wrong (n, 3, 5)."""
-    rng, prompts, copies, wrong = random.Random(seed), [], [], []
-    for example in streaming.first(rows, num_prompts):
-        texts = [example.prompt, *example.completions]
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{example.where}: needs a notice as `prompt` and its summary as `completion`, plain texts")
-        try:
-            if notices.read_facts(texts[0]) != notices.read_facts(texts[1]):
-                raise ValueError(f"a summary to put errors into must be correct: {texts[1]!r}")
-        except ValueError as error:
-            raise UserError(f"{example.where}: {error}") from None
-        made = corrupt(texts[1], rng)
-        for found, one in zip((prompts, copies, wrong), (texts[0], *made), strict=True):
-            found.append(one)
-    return prompts, copies, torch.tensor(wrong)
+def corrupt_summaries(source: str, num_prompts: int, seed: int) -> Summaries:
+    """The first rows with errors in their summaries.
+
+    Raises UserError for a row that is not a notice with a correct summary.
+    """
+    rng = random.Random(seed)
+    prompts = []
+    summaries = []
+    is_wrong = []
+    for example in first_examples(source, num_prompts):
+        texts, marks = corrupt(correct_summary(example), rng)
+        prompts.append(example.prompt)
+        summaries.append(texts)
+        is_wrong.append(marks)
+    return Summaries(prompts, summaries, torch.tensor(is_wrong))
 
 
-def encode(path: str, prompts: list[str], copies: list[list[str]]) -> tuple[list[streaming.Row], Tensor]:
-    """Token ids, and the places of the five facts in every completion (n, 5).
+def correct_summary(example: Example) -> str:
+    """The summary of a row. Raises UserError unless the row is a notice with a correct summary."""
+    prompt = plain_prompt(example.prompt)
+    texts = [prompt, *example.completions]
+    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        needed = "needs a notice as `prompt` and its summary as `completion`, plain texts"
+        raise UserError(f"{example.location}: {needed}")
+
+    (summary,) = example.completions
+    try:
+        is_correct = notices.read_facts(prompt) == notices.read_facts(summary)
+    except ValueError as error:
+        raise UserError(f"{example.location}: {error}") from None
+    if not is_correct:
+        raise UserError(f"{example.location}: a summary to put errors into must be correct: {summary!r}")
+    return summary
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def encode(path: str, summaries: Summaries) -> tuple[list[EncodedRow], Tensor]:
+    """Token ids, and the positions of the five facts in each prompt's completions, (n, 5).
 
     Raises UserError unless each word of a summary is one token.
     """
     tokenizer, config = load_tokenizer(path)
-    examples = evaluate.make_examples(prompts, copies, [[True] * 3] * len(prompts))
     room = getattr(config, "max_position_embeddings", sys.maxsize)
-    rows = evaluate.encode(path, examples, tokenizer, room, completions=True)
-    for row, texts in zip(rows, copies, strict=True):
+    has_eos = [[True] * len(texts) for texts in summaries.texts]
+    rows = encode_completions(path, summaries.prompts, summaries.texts, has_eos, tokenizer, room)
+
+    positions = []
+    for row, texts in zip(rows, summaries.texts, strict=True):
         for ids, text in zip(row.completions, texts, strict=True):
             tokens = tokenizer.convert_ids_to_tokens(ids)
-            if tokens != [*notices.words(text), tokenizer.eos_token]:
+            expected = [*notices.words(text), tokenizer.eos_token]
+            if tokens != expected:
                 raise UserError(f"{path}: the tokens of {text!r} are not its words and an EOS, but {tokens}")
-    facts = [[i for i, word in enumerate(notices.words(c[0])) if word in notices.SLOT_OF] for c in copies]
-    return rows, torch.tensor(facts)
+        positions.append(fact_positions(texts[0]))
+    return rows, torch.tensor(positions)
 
 
-def fact_logps(paths: list[str], rows: list[streaming.Row], facts: Tensor) -> list[Tensor]:
+def fact_positions(summary: str) -> list[int]:
+    """Which words of a summary state facts; the same for all summaries of a prompt."""
+    positions = []
+    for position, word in enumerate(notices.words(summary)):
+        if word in notices.SLOT_OF:
+            positions.append(position)
+    return positions
+
+
+def fact_logps(paths: list[str], rows: list[EncodedRow], positions: Tensor) -> list[Tensor]:
     """log π of the tokens that state facts, (n, 3, 5) for each policy."""
-    groups, found = streaming.make_groups(rows), []
-    with streaming.alone("float32") as place:
+    groups = make_groups(rows)
+    logps = []
+    with single_process("float32") as ranks:
         for path in paths:
-            logps = streaming.token_logps(load_policy(path, place), groups, evaluate.MICRO_BATCH_TOKENS, place)
-            pairs = zip(logps, facts, strict=True)
-            found.append(torch.stack([torch.stack([logp[at] for logp in row]) for row, at in pairs]))
-    return found
+            policy = load_policy_from(path, ranks)
+            token_logps = token_logps_of(policy, groups, MICRO_BATCH_TOKENS, ranks)
+
+            prompt_logps = []
+            for completions, prompt_positions in zip(token_logps, positions, strict=True):
+                facts = [completion[prompt_positions] for completion in completions]
+                prompt_logps.append(torch.stack(facts))
+            logps.append(torch.stack(prompt_logps))
+    return logps
 
 
 # ---------------------------------------------------------------- statistics
 
 
-def auroc(suspicion: Tensor, wrong: Tensor, weights: Tensor) -> float:
-    """P(suspicion of a wrong token > that of a correct one) + P(equal) / 2 over all pairs of them, exactly: the
-    Mann-Whitney U over its maximum. suspicion, wrong (n, T), of any prompts; weights (n,): each prompt counts so often.
-    """
-    values, rank = suspicion.unique(return_inverse=True)
-    weights = weights.double()[:, None].expand_as(suspicion)
-    bad, good = (torch.bincount(rank[some], weights[some], len(values)) for some in (wrong, ~wrong))
-    return float(bad @ (good.cumsum(0) - good / 2) / (bad.sum() * good.sum()))
+def measure(rewards: Tensor, is_wrong: Tensor, seed: int) -> dict:
+    """The measures of one policy. rewards, is_wrong: (n, 3, 5), for each fact of each summary."""
+    first_error_summary = rewards[:, 0]
+    both_errors_summary = rewards[:, 2]
 
+    single_error_rewards = rewards[:, :2]
+    single_error_wrong = is_wrong[:, :2]
+    one_error = auroc_and_interval(-single_error_rewards.flatten(1), single_error_wrong.flatten(1), seed)
 
-def auroc_number(suspicion: Tensor, wrong: Tensor, seed: int) -> dict:
-    """The AUROC of all prompts, and its 95% percentile interval from 2,000 resamples of the prompts."""
-    n, generator = len(suspicion), torch.Generator().manual_seed(seed)
-    draws = torch.randint(n, (evaluate.RESAMPLES, n), generator=generator)
-    resampled = [auroc(suspicion, wrong, draw.bincount(minlength=n)) for draw in draws]
-    interval = torch.tensor(resampled, dtype=torch.double).quantile(torch.tensor([0.025, 0.975], dtype=torch.double))
-    return {"mean": auroc(suspicion, wrong, torch.ones(n)), "interval": interval.tolist()}
+    # The same position after the same first error: the word is correct in the first summary and wrong in the third.
+    second_error = is_wrong[:, 1]
+    correct_word = first_error_summary[second_error]
+    wrong_word = both_errors_summary[second_error]
+    second_rewards = torch.stack([correct_word, wrong_word], 1)
+    second_wrong = torch.tensor([False, True]).expand_as(second_rewards)
 
+    both_wrong = is_wrong[:, 2]
+    highest_wrong = both_errors_summary.masked_fill(~both_wrong, -torch.inf).amax(1)
+    lowest_correct = both_errors_summary.masked_fill(both_wrong, torch.inf).amin(1)
+    both_found = (highest_wrong < lowest_correct).double()
 
-def measure(rewards: Tensor, wrong: Tensor, seed: int) -> dict:
-    """The measures of one policy. rewards, wrong (n, 3, 5): of each fact of each copy."""
-    one, one_wrong, second = rewards[:, :2], wrong[:, :2], wrong[:, 1]
-    # the same place after the same first error: in the first copy the word is correct, in the third wrong
-    there = torch.stack([rewards[:, 0][second], rewards[:, 2][second]], 1)
-    both, both_wrong = rewards[:, 2], wrong[:, 2]
-    highest_wrong = both.masked_fill(~both_wrong, -torch.inf).amax(1)
-    found = (highest_wrong < both.masked_fill(both_wrong, torch.inf).amin(1)).double()
     return {
-        "one_error": auroc_number(-one.flatten(1), one_wrong.flatten(1), seed),
-        "second_error": auroc_number(-there, torch.tensor([False, True]).expand_as(there), seed),
-        "both_found": {"mean": float(found.mean()), "interval": evaluate.bootstrap(found, seed)},
-        "wrong": float(one[one_wrong].mean()),
-        "correct": float(one[~one_wrong].mean()),
+        "one_error": one_error,
+        "second_error": auroc_and_interval(-second_rewards, second_wrong, seed),
+        "both_found": mean_and_interval(both_found, seed),
+        "wrong": float(single_error_rewards[single_error_wrong].mean()),
+        "correct": float(single_error_rewards[~single_error_wrong].mean()),
     }
 
 
@@ -174,50 +238,73 @@ def table(measures: dict[str, dict]) -> str:
     """Aligned columns, 95% intervals in brackets."""
     lines = [["", "AUROC, one error", "AUROC, second error", "both found", "wrong (nats)", "correct (nats)"]]
     for name, numbers in measures.items():
-        cells = (shown(n, ".3f") if isinstance(n, dict) else f"{n:+.2f}" for n in numbers.values())
-        lines.append([name, *cells])
-    return evaluate.aligned(lines)
+        cells = [name]
+        for measure in ("one_error", "second_error", "both_found"):
+            cells.append(interval_text(numbers[measure], ".3f"))
+        for kind in ("wrong", "correct"):
+            cells.append(f"{numbers[kind]:+.2f}")
+        lines.append(cells)
+    return aligned(lines)
 
 
-def draw(path: Path, rewards: dict[str, Tensor], wrong: Tensor, measures: dict[str, dict]) -> None:
-    """A panel for each policy and the baseline: the values of correct and wrong facts in copies with one error."""
-    panels = list(range(len(rewards)))
-    mosaic = [panels[i : i + PANELS] for i in panels[::PANELS]]
-    mosaic[-1] += ["."] * (len(mosaic[0]) - len(mosaic[-1]))
-    figure, axes = figures.canvas(mosaic, (4.2 * len(mosaic[0]), 3.2 * len(mosaic)))
-    for i, (name, values) in enumerate(rewards.items()):
-        one = values[:, :2]
-        limits = float(one.min()), float(one.max())
-        for kind, some, color in (("correct", ~wrong, figures.BLUE), ("wrong", wrong, figures.ORANGE)):
-            found = one[some[:, :2]]
-            share = torch.full_like(found, 1 / len(found))
-            axes[i].hist(found, 40, range=limits, weights=share, color=color, alpha=0.6, label=f"{kind} facts")
-        unit = "log π_ref of a token (nats)" if name == BASELINE else "log π_θ - log π_ref of a token (nats)"
-        title = f"{name}: AUROC {shown(measures[name]['one_error'], '.3f')}"
-        figures.label(axes[i], title, unit, "share of the kind's tokens")
+def plot(path: Path, rewards: dict[str, Tensor], is_wrong: Tensor, measures: dict[str, dict]) -> None:
+    """A panel for each policy and the baseline: the values of correct and wrong facts in summaries with one error."""
+    names = list(rewards)
+    num_columns = min(COLUMNS, len(names))
+    panels: list[int | str] = list(range(len(names)))
+    while len(panels) % num_columns != 0:
+        panels.append(".")  # stays empty
+    mosaic = [panels[start : start + num_columns] for start in range(0, len(panels), num_columns)]
+    size = (4.2 * num_columns, 3.2 * len(mosaic))
+    figure, axes = plots.canvas(mosaic, size)
+
+    for panel, name in enumerate(names):
+        plot_histograms(axes[panel], rewards[name][:, :2], is_wrong[:, :2])
+        unit = "log π_θ - log π_ref of a token (nats)"
+        if name == BASELINE:
+            unit = "log π_ref of a token (nats)"
+        number = interval_text(measures[name]["one_error"], ".3f")
+        plots.label_axes(axes[panel], f"{name}: AUROC {number}", unit, "share of the kind's tokens")
     figure.savefig(path, format="png", dpi=150)
 
 
+def plot_histograms(axes: "Axes", values: Tensor, is_wrong: Tensor) -> None:
+    """The shares of correct and of wrong tokens over their values, (n, 2, 5)."""
+    limits = (float(values.min()), float(values.max()))
+    groups = {"correct": values[~is_wrong], "wrong": values[is_wrong]}
+    colors = {"correct": plots.BLUE, "wrong": plots.ORANGE}
+    for kind, kind_values in groups.items():
+        shares = torch.full_like(kind_values, 1 / len(kind_values))
+        look = {"color": colors[kind], "alpha": 0.6, "label": f"{kind} facts"}
+        axes.hist(kind_values, BINS, range=limits, weights=shares, **look)
+
+
 def main(args: Args) -> None:
-    """Corrupt, compare, write both files, print the table."""
+    """Put errors into summaries, compare, write both files, and print the table."""
     if args.output.suffix != ".json":
         raise UserError(f"--output {args.output}: must end in .json; the figure goes beside it in .png")
-    figures.check()
-    policies = evaluate.named_policies(args.policies)
-    prompts, copies, wrong = read(str(args.rows), args.num_prompts, args.seed)
-    evaluate.check_tokenizers(list(policies.values()), args.reference)
-    reference, *logps = fact_logps([args.reference, *policies.values()], *encode(args.reference, prompts, copies))
-    rewards = {name: token_rewards(values, reference, 1.0) for name, values in zip(policies, logps, strict=True)}
-    rewards[BASELINE] = reference
-    measures = {name: measure(values, wrong, args.seed) for name, values in rewards.items()}
-    results = {"settings": evaluate.settings(args, args.reference, len(prompts)), "measures": measures}
+    plots.require_matplotlib()
+
+    policies = named_policies(args.policies)
+    paths = list(policies.values())
+    summaries = corrupt_summaries(args.rows, args.num_prompts, args.seed)
+    check_tokenizers(paths, args.reference)
+    rows, positions = encode(args.reference, summaries)
+    ref_logps, *logps = fact_logps([args.reference, *paths], rows, positions)
+
+    rewards = {}
+    for name, policy_logps in zip(policies, logps, strict=True):
+        rewards[name] = token_rewards(policy_logps, ref_logps, beta=1.0)
+    rewards[BASELINE] = ref_logps
+    measures = {}
+    for name, values in rewards.items():
+        measures[name] = measure(values, summaries.is_wrong, args.seed)
+
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    figure = args.output.with_suffix(".png")
-    temporary = [path.with_name(path.name + ".tmp") for path in (figure, args.output)]
-    draw(temporary[0], rewards, wrong, measures)
-    temporary[1].write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
-    for path, final in zip(temporary, (figure, args.output), strict=True):
-        os.replace(path, final)
+    settings = evaluation_settings(args, args.reference, len(summaries.prompts))
+    with replacing(args.output.with_suffix(".png")) as temporary:
+        plot(temporary, rewards, summaries.is_wrong, measures)
+        write_json(args.output, {"settings": settings, "measures": measures})
     print(table(measures))
 
 

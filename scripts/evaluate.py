@@ -4,48 +4,51 @@ For every policy K completions y of each prompt x are sampled. Rewards are those
 model in a directory (`--reward runs/rm`), less its mean over its own training completions. Over all samples, with
 π_ref the reference:
 
-    KL        mean of log π(y|x) - log π_ref(y|x), in nats, of the sampled token ids, the EOS included where it came
+    KL        mean of log π(y|x) - log π_ref(y|x), in nats, of the sampled token ids, the EOS included if it was sampled
     length    mean number of tokens, the EOS included
-    win rate  P(reward > the baseline's reward on the same prompt), over all pairs of samples, a tie counts half
+    win rate  P(reward > the baseline's reward on the same prompt), over all pairs of samples; a tie counts half
 
-The KL is an unbiased estimate where sampling is from the policy itself, as by default; with another temperature,
-top-k or top-p it is the mean log-ratio of what was sampled. The intervals are bootstrap percentiles; prompts are
+The KL is an unbiased estimate if sampling is from the policy itself, which is the default. With another temperature,
+top-k or top-p it is the mean log-ratio of what was sampled. The intervals are bootstrap percentiles. Prompts are
 resampled, not completions, because completions of one prompt are not independent.
 
     python scripts/evaluate.py --policies sft=runs/sft dpo=runs/dpo --rows runs/world/held_out.jsonl \\
         --output runs/results.json --max-new-tokens 48
 """
 
-import dataclasses
 import json
-import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-import notices
-import sample
-import score as scoring
-import streaming
-import torch
-from torch import Tensor
+from scripts.lab.commands import command
+from scripts.lab.policies import (
+    check_tokenizers,
+    comparison_table,
+    evaluation_settings,
+    log_ratios,
+    named_policies,
+    plain_prompt,
+    rewards_of,
+    rewards_of_samples,
+    sample_policy,
+    summarise,
+)
+from scripts.lab.row_files import first_examples
+from scripts.lab.sampling import Sampling
+from shared.command import Above
+from shared.files import write_text
+from shared.rows import Prompt
 
-from shared import UserError
-from shared.model import load_policy, load_tokenizer
-from shared.rows import Example, Text
-from shared.run import command, plain_length
-
-RESAMPLES = 2_000
-SHOWN_PROMPTS = 6  # whose completions are kept as text
-MICRO_BATCH_TOKENS = 8_192
+NUM_SHOWN_PROMPTS = 6  # their completions are kept as text
 
 
 @dataclass(kw_only=True)
-class Args(sample.Sampling):
+class Args(Sampling):
     """Compare policies on held-out prompts."""
 
     policies: tuple[str, ...]
-    """NAME=DIR of each policy, the first is the baseline of the win rates"""
+    """NAME=DIR of each policy; the first is the baseline of the win rates"""
     rows: Path
     """file, directory or hub id (`path:split`) of rows of any form with a prompt"""
     output: Path
@@ -53,214 +56,60 @@ class Args(sample.Sampling):
     reference: str | None = None
     """directory or hub id of the policy that the KL is measured to; default: the first policy"""
     reward: str = "notices"
-    """where rewards come from: `notices`, the oracle of the embedded world, or the directory of a reward model"""
-    num_prompts: int = 512
-    """prompts, the first of the file"""
-    num_samples: int = 4
+    """where rewards come from: `notices`, the oracle of the notices, or the directory of a reward model"""
+    num_prompts: Annotated[int, Above(0)] = 512
+    """number of prompts, from the start of the file"""
+    num_samples: Annotated[int, Above(0)] = 4
     """completions per prompt and policy"""
 
 
-@dataclass
-class Samples:
-    """What one policy wrote: n prompts with K completions each."""
-
-    ids: list[list[list[int]]]  # n prompts, K completions, token ids, with the EOS where it was sampled
-    texts: list[list[str]]
-    finished: list[list[bool]]  # whether there is an EOS
-
-
-def score(reward: str, prompts: list[Text], completions: list[str], finished: list[bool] | None = None) -> list[float]:
-    """The reward of each completion, given its prompt. Raises UserError where a prompt has none."""
-    if reward != "notices":
-        return model_score(reward, prompts, completions, finished or [True] * len(completions))
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"--reward {reward}: a prompt is not a string")
-    try:
-        return [notices.oracle(*pair) for pair in zip(prompts, completions, strict=True)]
-    except ValueError as error:
-        raise UserError(f"--reward {reward}: {error}") from None
-
-
-def model_score(path: str, prompts: list[Text], completions: list[str], finished: list[bool]) -> list[float]:
-    """r(x, y) of the reward model in `path`, its mean over its own training completions subtracted."""
-    with streaming.alone("float32") as place:
-        models = scoring.load([path], place)
-        chat = [isinstance(prompt, list) for prompt in prompts]
-        completions = [
-            [{"role": "assistant", "content": y}] if c else y for y, c in zip(completions, chat, strict=True)
-        ]
-        examples = make_examples(prompts, [[y] for y in completions], [[end] for end in finished])
-        rows = encode(path, examples, models.tokenizer, models.room, completions=True)
-        return [value[0][0] for value in models.rewards(rows, MICRO_BATCH_TOKENS, normalise=True)]
-
-
-def make_examples(prompts: list[Text], completions: list[list], finished: list[list[bool]]) -> list[tuple]:
-    """Examples with rows of their own, as `streaming.encode` takes them."""
-    triples = enumerate(zip(prompts, completions, finished, strict=True), 1)
-    return [(Example("", i, x, ys, ended=ends), {}) for i, (x, ys, ends) in triples]
-
-
-def encode(path: str, examples: list[tuple], tokenizer, room: int, completions: bool) -> list[streaming.Row]:
-    """The token ids of examples, all of which must be usable: the policies are compared on the same prompts."""
-    dropped: Counter = Counter()
-    rows = list(streaming.encode(examples, tokenizer, dropped, room, completions))
-    if dropped:
-        raise UserError(f"{path}: cannot use all prompts: {', '.join(f'{why} {n}' for why, n in dropped.items())}")
-    return rows
-
-
-# ---------------------------------------------------------------- samples and their log-probs
-
-
-def draw(path: str, prompts: list[Text], args: Args) -> tuple[list[list[int]], Samples]:
-    """The token ids of the prompts, and `args.num_samples` completions of each from the policy in `path`."""
-    model, tokenizer, ends = sample.load(path, args.dtype)
-    examples = make_examples(prompts, [[]] * len(prompts), [[]] * len(prompts))
-    room = min(sample.room(model, args.max_new_tokens), plain_length(model.config) - args.max_new_tokens + 1)
-    rows = encode(path, examples, tokenizer, room, completions=False)
-    encoded = [row.prompt for row in rows]
-    ids = list(sample.draw(model, ends, encoded, args.num_samples, args, progress=f"sample {path}"))
-    texts = [[sample.decode(tokenizer, y) for y in row] for row in ids]
-    return encoded, Samples(ids, texts, [[y[-1] in ends for y in row] for row in ids])
-
-
-def log_ratios(
-    paths: list[str], reference: str, prompts: list[list[list[int]]], samples: list[Samples]
-) -> list[Tensor]:
-    """log π(y|x) - log π_ref(y|x) (n, K) of each policy's own samples; exactly 0 for the reference itself."""
-    example = Example("", 0, "", [])
-    rows = [
-        [streaming.Row(example, {}, *pair) for pair in zip(x, s.ids, strict=True)]
-        for x, s in zip(prompts, samples, strict=True)
-    ]
-    sets = [streaming.make_groups(some) for some in rows]
-    with streaming.alone("float32") as place:
-
-        def logps(path: str, some: list) -> list[Tensor]:
-            policy = load_policy(path, place)
-            return [streaming.over_groups(policy, policy.logps, groups, MICRO_BATCH_TOKENS, place) for groups in some]
-
-        own = [logps(path, [groups])[0] for path, groups in zip(paths, sets, strict=True)]
-        return [a - b for a, b in zip(own, logps(reference, sets), strict=True)]
-
-
-# ---------------------------------------------------------------- statistics
-
-
-def win_rates(rewards: Tensor, baseline: Tensor) -> Tensor:
-    """Of each prompt, the share of pairs of samples that win, ties counting half: (n, K), (n, K') → (n,)."""
-    difference = rewards[:, :, None] - baseline[:, None, :]
-    return ((difference.sign() + 1) / 2).mean((1, 2))
-
-
-def bootstrap(values: Tensor, seed: int) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values` (n,), one per prompt, from 2,000 resamples of the prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.double)
-    low, high = values.double()[drawn].mean(1).quantile(quantiles).tolist()
-    return low, high
-
-
-def summarise(rewards: Tensor, baseline: Tensor, ratios: Tensor, samples: Samples, seed: int) -> dict:
-    """The numbers of one policy: each measure's mean and its interval [low, high]."""
-    lengths = torch.tensor([[len(y) for y in row] for row in samples.ids], dtype=torch.double)
-    measures = {
-        "reward": rewards.mean(1),
-        "kl": ratios.mean(1),
-        "length": lengths.mean(1),
-        "win_rate": win_rates(rewards, baseline),
-    }
-    return {
-        **{name: {"mean": float(v.mean()), "interval": bootstrap(v, seed)} for name, v in measures.items()},
-        "finished": float(torch.tensor(samples.finished).double().mean()),
-        "rewards": rewards.tolist(),
-    }
-
-
-# ---------------------------------------------------------------- command line
-
-
-def table(results: dict) -> str:
-    """Aligned columns: each measure's mean and its 95% interval."""
-    columns = {"reward": ".2f", "kl": ".2f", "length": ".1f", "win_rate": ".3f"}
-    lines = [["policy", "reward", "KL (nats)", "length (tokens)", "win rate"]]
-    for name, policy in results["policies"].items():
-        cells = [(policy[key], form) for key, form in columns.items()]
-        lines.append([name, *(f"{c['mean']:{f}} [{c['interval'][0]:{f}}, {c['interval'][1]:{f}}]" for c, f in cells)])
-    return aligned(lines)
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Cells in columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(row).rstrip() for row in rows)
-
-
-def named_policies(policies: tuple[str, ...]) -> dict[str, str]:
-    """NAME=DIR words as a dictionary. Raises UserError where one is not of that form or a name comes twice."""
-    named = {}
-    for word in policies:
-        name, equals, path = word.partition("=")
-        if not (name and equals and path) or name in named:
-            raise UserError(f"--policies {word}: must be NAME=DIR, each name once")
-        named[name] = path
-    return named
-
-
-def check_tokenizers(paths: list[str], reference: str) -> None:
-    """Raises UserError where a policy's ids mean other tokens to the reference: the KL would be of another text."""
-    vocabulary = load_tokenizer(reference)[0].get_vocab()
-    for path in paths:
-        if load_tokenizer(path)[0].get_vocab() != vocabulary:
-            raise UserError(f"--policies {path}: has another tokenizer than the reference {reference}")
-
-
 def evaluate(args: Args) -> dict:
-    """Sample, score and compare; the contents of the results file."""
-    policies = named_policies(args.policies)
-    prompts = [example.prompt for example in streaming.first(str(args.rows), args.num_prompts)]
-    # what has no reward should not cost minutes of sampling
-    score(args.reward, *zip(*[(x, "") for x in prompts[: None if args.reward == "notices" else 1]], strict=True))
-    paths, reference = list(policies.values()), args.reference or next(iter(policies.values()))
+    """Sample, score and compare; returns the contents of the results file."""
+    directories = named_policies(args.policies)
+    examples = first_examples(str(args.rows), args.num_prompts)
+    prompts = [example.prompt for example in examples]
+    check_rewards(args.reward, prompts)
+
+    paths = list(directories.values())
+    reference = args.reference or paths[0]
     check_tokenizers(paths, reference)
-    encoded, samples = zip(*(draw(path, prompts, args) for path in paths), strict=True)
-    ratios = log_ratios(paths, reference, list(encoded), list(samples))
-    repeated = [prompt for prompt in prompts for _ in range(args.num_samples)]
-    flat = [([t for row in d.texts for t in row], [f for row in d.finished for f in row]) for d in samples]
-    rewards = [score(args.reward, repeated, texts, finished) for texts, finished in flat]
-    rewards = [torch.tensor(r, dtype=torch.double).view(len(prompts), -1) for r in rewards]
-    results = {"settings": settings(args, reference, len(prompts)), "prompts": prompts[:SHOWN_PROMPTS], "policies": {}}
-    for name, path, r, ratio, drawn in zip(policies, paths, rewards, ratios, samples, strict=True):
-        numbers = summarise(r, rewards[0], ratio, drawn, args.seed)
-        results["policies"][name] = {"path": path, **numbers, "completions": drawn.texts[:SHOWN_PROMPTS]}
-    return results
 
+    encoded_prompts = []
+    samples = []
+    for path in paths:
+        encoded, policy_samples = sample_policy(path, prompts, args, args.num_samples)
+        encoded_prompts.append(encoded)
+        samples.append(policy_samples)
 
-def settings(args: Args, reference: str, num_prompts: int) -> dict:
-    """All arguments, as JSON can hold them, with the number of prompts that there were, and the versions."""
-    import transformers
+    ratios = log_ratios(paths, reference, encoded_prompts, samples)
+    rewards = [rewards_of_samples(args.reward, prompts, policy_samples) for policy_samples in samples]
 
-    plain = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(args).items()}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    policies = {}
+    for i, (name, path) in enumerate(directories.items()):
+        numbers = summarise(rewards[i], rewards[0], ratios[i], samples[i], args.seed)
+        shown = samples[i].texts[:NUM_SHOWN_PROMPTS]
+        policies[name] = {"path": path, **numbers, "completions": shown}
+
     return {
-        **plain,
-        "reference": reference,
-        "num_prompts": num_prompts,
-        "resamples": RESAMPLES,
-        "versions": versions,
+        "settings": evaluation_settings(args, reference, len(prompts)),
+        "prompts": [plain_prompt(prompt) for prompt in prompts[:NUM_SHOWN_PROMPTS]],
+        "policies": policies,
     }
+
+
+def check_rewards(reward: str, prompts: list[Prompt]) -> None:
+    """Raises UserError if there are no rewards, before minutes are spent on sampling."""
+    if reward != "notices":
+        prompts = prompts[:1]  # enough to load a reward model; the oracle must be able to read every prompt
+    rewards_of(reward, prompts, [""] * len(prompts))
 
 
 def main(args: Args) -> None:
     """Evaluate, write the results, print the table."""
     results = evaluate(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    os.replace(temporary, args.output)
-    print(table(results))
+    write_text(args.output, json.dumps(results, indent=1))
+    print(comparison_table(results["policies"]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ goes back to the system (MALLOC_MMAP_THRESHOLD_), so that what is seen is what i
     again      the same at the next start, when tokens and log-probs of π_ref are in the cache
     step       mean seconds of the steps after the first
     memory     most resident memory of a process, the largest of them, without what the libraries take
-    saving     seconds of writing one checkpoint, its bytes, and how far it lifts the most resident memory
+    saving     seconds of writing one checkpoint, its bytes, and how far it lifts the most resident memory; measured
+               in a run of its own, which saves after every step
 
     python scripts/growth.py
 """
@@ -15,40 +16,95 @@ goes back to the system (MALLOC_MMAP_THRESHOLD_), so that what is seen is what i
 import json
 import os
 import platform
-import re
-import subprocess
-import sys
 import tempfile
-import time
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import benchmark
-import figures
-import quickstart
-import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from scripts.lab import plots
+from scripts.lab.commands import ROOT, command
+from scripts.lab.contenders import Spec
+from scripts.lab.machine import processor_name
+from scripts.lab.tables import markdown_table
+from scripts.lab.timing import Measurement, launch
+from scripts.lab.workload import PROFILES, Lengths, Profile, Shape, Workload, prepare
+from shared import UserError
+from shared.files import write_text
 
-from shared import UserError, checkpoint
-from shared.run import command
+LEARNING_RATE = 1e-4
+MICRO_BATCH_TOKENS = 2_048
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # larger blocks go back to the system when they are freed
 
-SMALL = (8_192, 256, 4, 8, 8, 688)  # vocabulary, width, layers, heads, their keys and values, inner width
-THIN = (64, 4, 4, 4, 172)  # behind a vocabulary
-LARGE = (8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outweigh all else
-HH = benchmark.PROFILES["hh"]
-SAVING = {"save_every": 1, "micro_batch_tokens": 256}  # so small that weights and optimizer are most of the memory
-# what grows → points of: its value, what the run has that others have not
-SWEEPS: dict[str, list[tuple[int, dict]]] = {
-    "tokens of a prompt and of a completion": [
-        (n, {"profile": ((n, 0, n), (n, 0, n)), "rows": 3 * 4096 // n, "batch": 4096 // n})
-        for n in (64, 256, 1024, 2048)
-    ],
-    "completions": [(k, {"k": k, "rows": 96 // k, "batch": 32 // k}) for k in (2, 4, 8, 16)],
-    "vocabulary": [(v, {"shape": (v, *THIN)}) for v in (8_192, 32_768, 131_072)],
-    "rows": [(n, {"rows": n, "options": {"max_steps": 2}, "again": True}) for n in (1_000, 10_000, 100_000)],
-    "processes": [(n, {"shape": LARGE, "processes": n, "rows": 12, "batch": 4, "options": SAVING}) for n in (1, 2, 4)],
+SMALL = Shape(8_192, 256, 4, 8, 8, 688)
+LARGE = Shape(8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outweigh all else
+
+
+def thin_shape(vocab_size: int) -> Shape:
+    """A narrow body behind a vocabulary."""
+    return Shape(vocab_size, 64, 4, 4, 4, 172)
+
+
+def fixed_lengths(tokens: int) -> Profile:
+    """Prompts and completions of exactly so many tokens."""
+    lengths = Lengths(tokens, 0, tokens)
+    return Profile(lengths, lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A run that is measured."""
+
+    value: int  # of what grows
+    profile: Profile = PROFILES["hh"]
+    shape: Shape = SMALL
+    num_completions: int = 2
+    rows: int = 96
+    batch_size: int = 16
+    processes: int = 1
+    options: dict = field(default_factory=dict)  # of the algorithm
+    again: bool = False  # whether the next start is measured too
+    micro_batch_tokens: int = MICRO_BATCH_TOKENS
+    saving: bool = False  # whether checkpoints are measured too
+
+
+def length_point(tokens: int) -> Point:
+    """Always 12,288 tokens a step."""
+    prompts = 4096 // tokens
+    return Point(value=tokens, profile=fixed_lengths(tokens), rows=3 * prompts, batch_size=prompts)
+
+
+def completions_point(num_completions: int) -> Point:
+    """Always 32 completions a step."""
+    return Point(
+        value=num_completions,
+        num_completions=num_completions,
+        rows=96 // num_completions,
+        batch_size=32 // num_completions,
+    )
+
+
+def processes_point(processes: int) -> Point:
+    """Few tokens in a forward pass, so that weights and optimizer are most of the memory."""
+    return Point(
+        value=processes,
+        shape=LARGE,
+        rows=12,
+        batch_size=4,
+        processes=processes,
+        micro_batch_tokens=256,
+        saving=True,
+    )
+
+
+SWEEPS = {
+    "tokens of a prompt and of a completion": [length_point(n) for n in (64, 256, 1024, 2048)],
+    "completions": [completions_point(n) for n in (2, 4, 8, 16)],
+    "vocabulary": [Point(value=n, shape=thin_shape(n)) for n in (8_192, 32_768, 131_072)],
+    "rows": [Point(value=n, rows=n, options={"max_steps": 2}, again=True) for n in (1_000, 10_000, 100_000)],
+    "processes": [processes_point(n) for n in (1, 2, 4)],
 }
+
+# of the tables: key and format of each number
 COLUMNS = {
     "first (s)": ("first", ".2f"),
     "again (s)": ("again", ".2f"),
@@ -68,134 +124,148 @@ class Args:
     """How time and memory of training grow."""
 
     sweeps: tuple[str, ...] = tuple(SWEEPS)
-    """which"""
-    output_dir: Path = quickstart.ROOT / "results"
+    """sweeps to run"""
+    output_dir: Path = ROOT / "results"
     """where the tables (growth.md), all numbers (growth.json) and the picture (growth.png) go"""
 
 
-# ---------------------------------------------------------------- one process
+# ---------------------------------------------------------------- measuring
 
 
-def worker(spec: dict) -> None:
-    """One run of one process; a file beside the output directory says what was measured."""
-    for name in benchmark.MODULES.split():
-        import_module(name)
-    (module, args), ends, saves = benchmark.own(spec), [], []
-    register_optimizer_step_post_hook(lambda *_: ends.append(time.perf_counter()))
-    plain = checkpoint.save
+def measure_point(point: Point, scratch: Path) -> dict[str, float]:
+    """What the run of a point takes. Raises UserError if it fails."""
+    workload = Workload(
+        shape=point.shape,
+        max_rows=point.rows,
+        profile=point.profile,
+        num_completions=point.num_completions,
+    )
+    model, rows, lengths = prepare(workload, scratch)
+    spec = Spec(
+        model=str(model),
+        train_data=str(rows),
+        batch_size=point.batch_size,
+        micro_batch_tokens=point.micro_batch_tokens,
+        learning_rate=LEARNING_RATE,
+        options=point.options,
+    )
 
-    def save(out: Path, step: int, *words: object) -> None:
-        before, began = benchmark.resident("VmHWM"), time.perf_counter()
-        plain(out, step, *words)
-        dist.barrier()  # the first process has still to rename it
-        files = (out / "checkpoints" / f"step-{step:06d}").glob("*")
-        size = sum(file.stat().st_size for file in files) if step == 1 else 0
-        saves.append((time.perf_counter() - began, benchmark.resident("VmHWM") - before, size))
+    numbers = largest_numbers(run_point("first", spec, point.processes, scratch))
+    if point.again:
+        again = run_point("again", spec, point.processes, scratch)
+        numbers["again"] = largest_numbers(again)["first"]
+    if point.saving:
+        runs = run_point("saving", replace(spec, job="saving"), point.processes, scratch)
+        for key in ("saving", "checkpoint", "extra"):
+            numbers[key] = max(run.result[key] for run in runs)
 
-    checkpoint.save = save
-    libraries, began = benchmark.resident("VmRSS"), time.perf_counter()
-    module.main(args)
-    found = {"first": ends[0] - began, "step": (ends[-1] - ends[0]) / (len(ends) - 1), "libraries": libraries / 1e6}
-    found["memory"] = (benchmark.resident("VmHWM") - libraries) / 1e6
-    if saves:  # the first one grows what memory the allocator holds
-        seconds, extra, size = zip(*saves, strict=True)
-        found["step"] -= sum(seconds[:-1]) / (len(ends) - 1)
-        found |= {"saving": min(seconds), "checkpoint": size[0] / 1e6, "extra": max(extra) / 1e6}
-    Path(f"{spec['output_dir']}.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
-    os._exit(0)  # gloo's threads can abort an ordinary interpreter exit
-
-
-def launch(spec: dict, processes: int, folder: Path, name: str) -> dict:
-    """The largest of each number over the processes. Raises UserError where a run fails."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    line = [sys.executable, *(torchrun if processes > 1 else []), __file__, "worker"]
-    environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "XDG_CACHE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    words = [*line, json.dumps(spec | {"output_dir": str(folder / name)})]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}.*.json")]
-    if done.returncode or len(found) != processes:
-        said = re.findall(r"^\[rank\d+\]: (\w\S*: .*)", done.stderr, re.MULTILINE)  # torchrun says more below it
-        raise UserError(f"{name}: failed: {said[-1] if said else done.stderr[-1000:] or 'it wrote nothing'}")
-    return {key: max(one[key] for one in found) for key in found[0]}
+    later_steps = point.rows / point.batch_size - 1
+    numbers["tokens"] = float(lengths[point.batch_size :].sum()) / later_steps
+    numbers["ids"] = 4 * float(lengths.sum()) / 1e6
+    return numbers
 
 
-# ---------------------------------------------------------------- points
+def run_point(name: str, spec: Spec, processes: int, scratch: Path) -> list[Measurement]:
+    """Run the processes, which share the machine's cores and the caches of earlier runs in `scratch`."""
+    spec = replace(spec, output_dir=str(scratch / name))
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": str(threads), **ALLOCATOR}
+    return launch(name, spec, scratch, processes, environment)
 
 
-def point(
-    scratch: Path,
-    profile: tuple = HH,
-    shape: tuple = SMALL,
-    k: int = 2,
-    rows: int = 96,
-    batch: int = 16,
-    processes: int = 1,
-    options: dict | None = None,
-    again: bool = False,
-) -> dict:
-    """What one run takes. profile: as `benchmark.PROFILES`; options: of the algorithm."""
-    benchmark.PROFILES["own"], benchmark.SHAPES["own"] = profile, (shape, False)
-    args = benchmark.Args(profile="own", shape="own", max_rows=rows, batch_size=batch, num_completions=k)
-    model, path, lengths = benchmark.prepare(args, scratch)
-    spec = {name: getattr(args, name) for name in ("algorithm", "batch_size", "micro_batch_tokens", "dtype")}
-    spec |= {"model": str(model), "train_data": str(path), "learning_rate": 1e-4, "options": options or {}}
-    found = launch(spec, processes, scratch, "first")
-    if again:
-        found["again"] = launch(spec, processes, scratch, "again")["first"]
-    return found | {"tokens": float(lengths[batch:].sum()) / (rows / batch - 1), "ids": float(lengths.sum()) * 4 / 1e6}
+def largest_numbers(runs: list[Measurement]) -> dict[str, float]:
+    """The largest of each number over the processes."""
+    numbers = {}
+    for run in runs:
+        later_steps = len(run.updates) - 1
+        of_run = {
+            "first": run.updates[0],
+            "step": (run.updates[-1] - run.updates[0]) / later_steps,
+            "libraries": run.libraries / 1e6,
+            "memory": (run.memory - run.libraries) / 1e6,
+        }
+        for key, value in of_run.items():
+            numbers[key] = max(value, numbers.get(key, value))
+    return numbers
 
 
-def markdown(machine: dict, sweeps: dict[str, list[dict]]) -> str:
+# ---------------------------------------------------------------- output
+
+
+def markdown(machine: dict[str, Any], sweeps: dict[str, list[dict]]) -> str:
     """A table for each sweep, with the columns that its points have."""
-    lines = ["# growth", "", f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}."]
+    shown = [f"{key} {value}" for key, value in machine.items()]
+    paragraphs = ["# growth", f"Machine: {', '.join(shown)}."]
     for name, points in sweeps.items():
         columns = {title: column for title, column in COLUMNS.items() if column[0] in points[0]}
-        lines += ["", f"| {name} | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-        for one in points:
-            lines.append(f"| {one['value']} | {' | '.join(f'{one[key]:{form}}' for key, form in columns.values())} |")
-    return "\n".join(lines) + "\n"
+        lines = []
+        for point in points:
+            cells = [str(point["value"])]
+            for key, form in columns.values():
+                cells.append(f"{point[key]:{form}}")
+            lines.append(cells)
+        paragraphs.append(markdown_table([name, *columns], lines))
+    return "\n\n".join(paragraphs) + "\n"
 
 
-def draw(path: Path, sweeps: dict[str, list[dict]]) -> None:
+def plot(path: Path, sweeps: dict[str, list[dict]]) -> None:
     """Step time and memory of every sweep."""
-    names = list(sweeps)
-    mosaic = [[f"{name}, {what}" for name in names] for what in ("step", "memory")]
-    figure, axes = figures.canvas(mosaic, (3.1 * len(names), 5.2))
+    quantities = [("step", "step (s)", plots.BLUE), ("memory", "memory (MB)", plots.ORANGE)]
+    mosaic = []
+    for key, _, _ in quantities:
+        mosaic.append([f"{name}, {key}" for name in sweeps])
+    figure, panels = plots.canvas(mosaic, (3.1 * len(sweeps), 5.2))
+
+    leftmost = next(iter(sweeps))
     for name, points in sweeps.items():
-        for what, unit, color in (("step", "step (s)", figures.BLUE), ("memory", "memory (MB)", figures.ORANGE)):
-            panel = axes[f"{name}, {what}"]
-            panel.plot([one["value"] for one in points], [one[what] for one in points], "o-", color=color)
+        values = [point["value"] for point in points]
+        for key, unit, color in quantities:
+            numbers = [point[key] for point in points]
+            panel = panels[f"{name}, {key}"]
+            panel.plot(values, numbers, "o-", color=color)
             panel.set_xscale("log")
-            panel.set_ylim(0, 1.1 * max(one[what] for one in points))
-            panel.set_xticks([one["value"] for one in points], [f"{one['value']:,}" for one in points], minor=False)
+            panel.set_ylim(0, 1.1 * max(numbers))
+            panel.set_xticks(values, [f"{value:,}" for value in values], minor=False)
             panel.minorticks_off()
-            figures.label(panel, "", name, unit if name == names[0] else "")
+            if name != leftmost:
+                unit = ""
+            plots.label_axes(panel, "", name, unit)
     figure.savefig(path, format="png", dpi=100)
+
+
+def require_known_sweeps(names: tuple[str, ...]) -> None:
+    """Raises UserError where there is nothing to run, or a sweep that does not exist."""
+    known = ", ".join(repr(name) for name in SWEEPS)
+    if not names:
+        raise UserError(f"--sweeps: needs at least one of {known}")
+    for name in names:
+        if name not in SWEEPS:
+            raise UserError(f"--sweeps {name!r}: must be of {known}")
 
 
 def main(args: Args) -> None:
     """Measure all points, write and print the tables."""
-    figures.check()
-    if not args.sweeps:
-        raise UserError(f"--sweeps: needs at least one of {', '.join(map(repr, SWEEPS))}")
-    if unknown := set(args.sweeps) - set(SWEEPS):
-        raise UserError(f"--sweeps {unknown.pop()!r}: must be of {', '.join(map(repr, SWEEPS))}")
-    sweeps: dict[str, list[dict]] = {}
-    machine = {"device": benchmark.cpu(), "cores": os.cpu_count(), "python": platform.python_version()}
+    plots.require_matplotlib()
+    require_known_sweeps(args.sweeps)
+    machine = {"device": processor_name(), "cores": os.cpu_count(), "python": platform.python_version()}
     args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    sweeps: dict[str, list[dict]] = {}
     for name in args.sweeps:
-        for value, own in SWEEPS[name]:
+        sweeps[name] = []
+        for point in SWEEPS[name]:
             with tempfile.TemporaryDirectory() as scratch:
-                sweeps.setdefault(name, []).append({"value": value, **point(Path(scratch), **own)})
-            print(f"{name} {value}: {sweeps[name][-1]['step']:.3f} s a step", flush=True)
-            numbers = json.dumps({"machine": machine, "sweeps": sweeps}, indent=1)
-            (args.output_dir / "growth.json").write_text(numbers + "\n", encoding="utf-8")
-    draw(args.output_dir / "growth.png", sweeps)
-    (args.output_dir / "growth.md").write_text(markdown(machine, sweeps), encoding="utf-8")
-    print(f"\n{markdown(machine, sweeps)}")
+                numbers = measure_point(point, Path(scratch))
+            sweeps[name].append({"value": point.value, **numbers})
+            print(f"{name} {point.value}: {numbers['step']:.3f} s a step", flush=True)
+            results = json.dumps({"machine": machine, "sweeps": sweeps}, indent=1)
+            write_text(args.output_dir / "growth.json", results + "\n")
+
+    plot(args.output_dir / "growth.png", sweeps)
+    tables = markdown(machine, sweeps)
+    write_text(args.output_dir / "growth.md", tables)
+    print(f"\n{tables}")
 
 
 if __name__ == "__main__":
-    worker(json.loads(sys.argv[2])) if sys.argv[1:2] == ["worker"] else command(main, Args)
+    command(main, Args)

@@ -2,40 +2,44 @@
 
     r(s_t, a_t) = β log π_θ(a_t|s_t) - β log π_ref(a_t|s_t)             Eq 11 of From r to Q*, arXiv 2404.12358
 
-Blue: the policy makes the token likelier than the reference does; orange: less likely; all colours on one scale. The
-number, in nats, stands behind each token in the HTML page (point at it), the sum of a completion below it. Tokens that
-only together are characters share one field, with the sum of their rewards. Special tokens have a frame. Letters that
-run from right to left or join need matplotlib 3.11 in the PNG.
+Blue means that the policy makes the token likelier than the reference does, orange that it makes it less likely. All
+colours have one scale. The HTML page shows a token's reward, in nats, when the mouse points at it. The sum of a
+completion's rewards stands below it. Tokens that form characters only together share one field, which shows the sum of
+their rewards. Special tokens have a frame. In the PNG, letters that join or run from right to left need matplotlib
+3.11.
 
     python scripts/heatmap.py --policy runs/dpo --reference runs/sft --rows pairs.jsonl --output runs/heatmap.html
 """
 
 import html
-import math
-import os
 import re
 import sys
 import unicodedata
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
-
-import figures
-import streaming
-from figures import GREY
+from typing import TYPE_CHECKING, Annotated
 
 from algos.token_dpo_beam import token_rewards
+from scripts.lab import heatmap_png, plots
+from scripts.lab.commands import command
+from scripts.lab.heatmap_panels import HIDDEN, Panel, Piece, mark, nats_text, return_text, reward_color
+from scripts.lab.row_files import EncodedRow, encode_rows, read_examples, summary
+from scripts.lab.scoring import make_groups, token_logps_of
 from shared import NonFinite, UserError
-from shared.model import load_policy, load_tokenizer
-from shared.run import command, plain_length
+from shared.command import Above
+from shared.distributed import single_process
+from shared.files import replacing
+from shared.groups import full_attention_length
+from shared.loading import load_policy_from, load_tokenizer
+from shared.rows import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MICRO_BATCH_TOKENS = 8_192
-BLUE, ORANGE = (tuple(bytes.fromhex(color[1:])) for color in (figures.BLUE, figures.ORANGE))
-STRONGEST = 0.7  # opacity of a colour at the end of the scale: text stays readable on it
-HIDDEN = re.compile(r"[\x00-\x1f\x7f]|[^\S ]| (?=\s|$)")  # a blank between words shows as it is
 
 
 @dataclass(kw_only=True)
@@ -45,146 +49,142 @@ class Args:
     policy: str
     """directory or hub id of the trained policy, π_θ"""
     reference: str
-    """directory or hub id of the policy that it was trained from, π_ref"""
+    """directory or hub id of the policy that training started from, π_ref"""
     rows: str
     """file, directory or hub id (`path:split`) of rows with two or more completions"""
     output: Path
-    """html file to write; the same picture as .png beside it"""
-    beta: float = 0.1
+    """html file to write; the same picture is written beside it as .png"""
+    beta: Annotated[float, Above(0)] = 0.1
     """β that the policy was trained with, per nat of log-ratio"""
-    max_rows: int = 4
+    max_rows: Annotated[int, Above(0)] = 4
     """rows in the picture, the first of the file"""
-
-
-@dataclass
-class Piece:
-    """Text of one token, or of several that only together are characters."""
-
-    text: str
-    rewards: list[float]  # r(s_t, a_t) of its tokens, nats
-    special: bool
-
-    @property
-    def reward(self) -> float:
-        """The sum over its tokens."""
-        return math.fsum(self.rewards)
-
-
-@dataclass
-class Panel:
-    """One row of the file."""
-
-    number: int
-    prompt: str
-    completions: dict[str, list[Piece]]  # by what they are called, in the order of the row
 
 
 # ---------------------------------------------------------------- rewards
 
 
-def read(args: Args, dropped: Counter) -> Iterator[tuple]:
-    """Examples, each with its row. Raises UserError where one has nothing to compare."""
-    for example, own in streaming.read(args.rows, dropped, args.max_rows):
-        if len(example.completions) < 2:
-            raise UserError(f"{example.where}: nothing to compare, completions: {len(example.completions)}")
-        yield example, own
+def read_comparisons(args: Args, dropped: Counter[str]) -> Iterator[Example]:
+    """The examples. Raises UserError if one has fewer than two completions."""
+    for example in read_examples(args.rows, dropped, args.max_rows):
+        num_completions = len(example.completions)
+        if num_completions < 2:
+            raise UserError(f"{example.location}: nothing to compare, completions: {num_completions}")
+        yield example
 
 
-def encode(args: Args, dropped: Counter) -> tuple[list[streaming.Row], object]:
+def encode(args: Args, dropped: Counter[str]) -> tuple[list[EncodedRow], "PreTrainedTokenizerBase"]:
     """The rows with their token ids, and the tokenizer, which both models must share."""
     tokenizer, config = load_tokenizer(args.policy, args.reference)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model {args.policy}: the tokenizer has no EOS token; set one so that completions can end")
+
     room = sys.maxsize
-    for one in (config, load_tokenizer(args.reference)[1]):
-        room = min(room, getattr(one, "max_position_embeddings", None) or room, plain_length(one))
-    return list(streaming.encode(read(args, dropped), tokenizer, dropped, room, completions=True)), tokenizer
+    _, reference_config = load_tokenizer(args.reference)
+    for model_config in (config, reference_config):
+        positions = getattr(model_config, "max_position_embeddings", None) or room
+        room = min(room, positions, full_attention_length(model_config))
+
+    examples = read_comparisons(args, dropped)
+    rows = list(encode_rows(examples, tokenizer, dropped, room, completions=True))
+    return rows, tokenizer
 
 
-def rewards(args: Args, rows: list[streaming.Row]) -> list[list[list[float]]]:
-    """Eq 11 of each token of each completion of each row, nats."""
+def rewards_of_tokens(args: Args, rows: list[EncodedRow]) -> list[list[list[float]]]:
+    """Eq 11 for each token of each completion of each row, nats."""
+    groups = [make_groups([row]) for row in rows]
     logps = []
-    with streaming.alone("float32") as place:
+    with single_process("float32") as ranks:
         for path in (args.policy, args.reference):
-            policy = load_policy(path, place)
-            groups = [streaming.make_groups([row]) for row in rows]
-            logps.append([streaming.token_logps(policy, one, MICRO_BATCH_TOKENS, place)[0] for one in groups])
-    found = []
-    for row, own, ref in zip(rows, *logps, strict=True):
-        values = [token_rewards(*pair, args.beta).tolist() for pair in zip(own, ref, strict=True)]
-        if not all(math.isfinite(value) for one in values for value in one):
-            raise NonFinite(f"{row.example.where}: a token's reward is not a finite number")
-        found.append(values)
-    return found
+            policy = load_policy_from(path, ranks)
+            rows_logps = []
+            for row_groups in groups:
+                (completions_logps,) = token_logps_of(policy, row_groups, MICRO_BATCH_TOKENS, ranks)
+                rows_logps.append(completions_logps)
+            logps.append(rows_logps)
+
+    rewards = []
+    policy_logps, ref_logps = logps
+    for row, row_logps, row_ref_logps in zip(rows, policy_logps, ref_logps, strict=True):
+        row_rewards = []
+        for completion_logps, completion_ref_logps in zip(row_logps, row_ref_logps, strict=True):
+            values = token_rewards(completion_logps, completion_ref_logps, args.beta)
+            if not values.isfinite().all():
+                raise NonFinite(f"{row.example.location}: a token's reward is not a finite number")
+            row_rewards.append(values.tolist())
+        rewards.append(row_rewards)
+    return rewards
 
 
-def joined(text: str, at: int) -> bool:
-    """Whether text[at] is drawn as one with what stands before it: accents, joiners, skin tones, flags."""
-    before, after = text[at - 1], text[at]
-    flag = "\U0001f1e6" <= min(before, after) and max(before, after) <= "\U0001f1ff"
-    tone = "\U0001f3fb" <= after <= "\U0001f3ff"
-    return flag or tone or before == "\u200d" or unicodedata.category(after) in ("Mn", "Mc", "Me", "Cf")
+# ---------------------------------------------------------------- pieces
 
 
-def cut(tokenizer, ids: list[int], values: list[float]) -> list[Piece]:
-    """A completion in pieces that hold whole characters; their texts make up the decoded completion.
+def make_panel(row: EncodedRow, rewards: list[list[float]], tokenizer: "PreTrainedTokenizerBase") -> Panel:
+    """A row with its completions in pieces. rewards: of each token of each completion, nats."""
+    titles = ["chosen", "rejected"]
+    if not row.example.ranked:
+        titles = [f"completion {number}" for number in range(1, len(row.completions) + 1)]
 
-    A piece may end behind a token where the text so far is a beginning of the whole text: within a character of
-    several tokens it ends in a replacement character instead. The work grows with the square of the length.
+    completions = {}
+    for title, ids, values in zip(titles, row.completions, rewards, strict=True):
+        completions[title] = split_into_pieces(tokenizer, ids, values)
+
+    prompt_ids = row.prompt
+    if prompt_ids[0] == tokenizer.bos_token_id:
+        prompt_ids = prompt_ids[1:]
+    prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
+    return Panel(row.example.number, prompt.strip(), completions)
+
+
+def split_into_pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int], rewards: list[float]) -> list[Piece]:
+    """A completion in pieces that hold whole characters. Their texts make up the decoded completion."""
+    special_ids = set()
+    for token_id, token in tokenizer.added_tokens_decoder.items():
+        if token.special:
+            special_ids.add(token_id)
+
+    pieces = []
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    for (start, text_start), (end, text_end) in pairwise(piece_boundaries(tokenizer, ids, text)):
+        special = end - start == 1 and ids[start] in special_ids
+        pieces.append(Piece(text[text_start:text_end], rewards[start:end], special))
+    return pieces
+
+
+def piece_boundaries(tokenizer: "PreTrainedTokenizerBase", ids: list[int], text: str) -> list[tuple[int, int]]:
+    """Where pieces start and end: (tokens before, characters before), from (0, 0) to the end of `text`.
+
+    A piece can end behind a token if the text up to there is a beginning of the whole text. Within a character of
+    several tokens it is not, because it ends in a replacement character. The work grows with the square of the length.
     """
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-
-    def decode(length: int) -> str:
-        return tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False)
-
-    text = decode(len(ids))
-    ends = [(len(ids), len(text))]
-    for length in range(len(ids) - 1, 0, -1):
-        part = decode(length)
-        if 0 < len(part) < ends[-1][1] and text.startswith(part) and not joined(text, len(part)):
-            ends.append((length, len(part)))
-    spans = pairwise([(0, 0), *reversed(ends)])
-    return [Piece(text[a:b], values[i:j], j - i == 1 and ids[i] in special) for (i, a), (j, b) in spans]
-
-
-def make_panel(row: streaming.Row, values: list[list[float]], tokenizer) -> Panel:
-    """A row with its completions in pieces."""
-    count = len(row.completions)
-    names = ["chosen", "rejected"] if row.example.ordered else [f"completion {k}" for k in range(1, count + 1)]
-    pieces = [cut(tokenizer, *pair) for pair in zip(row.completions, values, strict=True)]
-    prompt = row.prompt[row.prompt[0] == tokenizer.bos_token_id :]
-    prompt = tokenizer.decode(prompt, clean_up_tokenization_spaces=False).strip()
-    return Panel(row.example.number, prompt, dict(zip(names, pieces, strict=True)))
+    boundaries = [(len(ids), len(text))]
+    text_end = len(text)
+    for num_tokens in range(len(ids) - 1, 0, -1):
+        beginning = tokenizer.decode(ids[:num_tokens], clean_up_tokenization_spaces=False)
+        position = len(beginning)
+        if not 0 < position < text_end:
+            continue
+        if text.startswith(beginning) and not joins_previous(text, position):
+            boundaries.append((num_tokens, position))
+            text_end = position
+    boundaries.append((0, 0))
+    boundaries.reverse()
+    return boundaries
 
 
-# ---------------------------------------------------------------- what both pictures show
+def joins_previous(text: str, position: int) -> bool:
+    """Whether the character at `position` is drawn as one with its predecessor: accents, joiners, skin tones, flags."""
+    previous = text[position - 1]
+    char = text[position]
+    is_flag = is_flag_letter(previous) and is_flag_letter(char)
+    is_skin_tone = "\U0001f3fb" <= char <= "\U0001f3ff"
+    follows_joiner = previous == "\u200d"
+    is_mark = unicodedata.category(char) in ("Mn", "Mc", "Me", "Cf")
+    return is_flag or is_skin_tone or follows_joiner or is_mark
 
 
-def mark(char: str) -> str:
-    """What is shown for a character that would not be seen."""
-    caret = f"^{chr(ord(char) ^ 64)}" if unicodedata.category(char) == "Cc" else "·"
-    return {"\n": "↵", "\t": "⇥"}.get(char, caret)
-
-
-def color(reward: float, scale: float) -> tuple[int, int, int, float]:
-    """Red, green and blue of 255, and the opacity; `scale` is the reward of the strongest colour."""
-    return *(BLUE if reward > 0 else ORANGE), round(STRONGEST * abs(reward) / scale, 3)
-
-
-def nats(value: float) -> str:
-    """Four digits with a sign."""
-    return f"{value:+.4g}".replace("-", "−")
-
-
-def total(pieces: list[Piece]) -> str:
-    """The return of a completion."""
-    count = sum(len(piece.rewards) for piece in pieces)
-    return f"Σ r = {nats(math.fsum(piece.reward for piece in pieces))} nats, {count} tokens"
-
-
-def compared(args: Args) -> str:
-    """What was compared."""
-    return f"β = {args.beta:g}, policy {Path(args.policy).name}, reference {Path(args.reference).name}"
+def is_flag_letter(char: str) -> bool:
+    """Whether the character is one of the letters two of which are drawn as a country's flag."""
+    return "\U0001f1e6" <= char <= "\U0001f1ff"
 
 
 # ---------------------------------------------------------------- HTML
@@ -220,230 +220,117 @@ i { font-style: normal; }
 
 
 def visible_html(text: str) -> str:
-    """The text itself, with marks where one would see nothing; control characters, which HTML cannot hold, left out."""
+    """The escaped text with marks for hidden characters. Control characters, which HTML cannot hold, are left out."""
 
-    def shown(found: re.Match) -> str:
-        held = found[0] if found[0] in "\n\t" or unicodedata.category(found[0]) != "Cc" else ""
-        return f'<i data-mark="{mark(found[0])}">{held}</i>'
+    def with_mark(match: re.Match[str]) -> str:
+        char = match[0]
+        content = char
+        if unicodedata.category(char) == "Cc" and char not in "\n\t":
+            content = ""
+        return f'<i data-mark="{mark(char)}">{content}</i>'
 
-    return HIDDEN.sub(shown, html.escape(text))
+    return HIDDEN.sub(with_mark, html.escape(text))
+
+
+def css_color(reward: float, scale: float) -> str:
+    """The colour of a reward in CSS. scale: the reward of the strongest colour."""
+    color = reward_color(reward, scale)
+    return f"rgba({color.red}, {color.green}, {color.blue}, {color.opacity})"
 
 
 def piece_html(piece: Piece, scale: float) -> str:
-    """The text on its colour, the reward behind it."""
-    several = f", {len(piece.rewards)} tokens that only together are characters: {' '.join(map(nats, piece.rewards))}"
-    title = f"{nats(piece.reward)} nats{several if len(piece.rewards) > 1 else ''}"
-    kind = ' class="special"' if piece.special else ""
-    background = f"background:rgba{color(piece.reward, scale)}"
-    return f'<span{kind} style="{background}" title="{title}">{visible_html(piece.text)}</span>'
+    """The text on its colour. The reward is the title, which a browser shows when the mouse points at the text."""
+    title = f"{nats_text(piece.reward)} nats"
+    if len(piece.rewards) > 1:
+        rewards = " ".join(map(nats_text, piece.rewards))
+        title += f", {len(piece.rewards)} tokens that only together are characters: {rewards}"
+
+    attributes = f'style="background:{css_color(piece.reward, scale)}" title="{title}"'
+    if piece.special:
+        attributes = f'class="special" {attributes}'
+    return f"<span {attributes}>{visible_html(piece.text)}</span>"
+
+
+def completion_html(title: str, pieces: list[Piece], scale: float) -> str:
+    """The title, the pieces, and the sum of their rewards."""
+    caption = f"<figcaption>{title}</figcaption>"
+    spans = "".join(piece_html(piece, scale) for piece in pieces)
+    text = f'<p class="text" dir="auto">{spans}</p>'
+    total = f'<p class="total">{return_text(pieces)}</p>'
+    return f"<figure>{caption}{text}{total}</figure>"
 
 
 def panel_html(panel: Panel, scale: float) -> str:
     """The prompt, and below it the completions side by side."""
-    figures = []
-    for name, pieces in panel.completions.items():
-        text = "".join(piece_html(piece, scale) for piece in pieces)
-        below = f'<p class="total">{total(pieces)}</p>'
-        figures.append(f'<figure><figcaption>{name}</figcaption><p class="text" dir="auto">{text}</p>{below}</figure>')
     prompt = f'<div class="prompt" tabindex="0"><p class="text" dir="auto">{visible_html(panel.prompt)}</p></div>'
-    return f'<h2>Row {panel.number}</h2>{prompt}<div class="completions">{"".join(figures)}</div>'
+    figures = ""
+    for title, pieces in panel.completions.items():
+        figures += completion_html(title, pieces, scale)
+    return f'<h2>Row {panel.number}</h2>{prompt}<div class="completions">{figures}</div>'
 
 
-def page(args: Args, panels: list[Panel], scale: float) -> str:
-    """The whole picture as HTML that needs nothing outside it."""
-    low, high = (f"rgba{color(end, scale)}" for end in (-scale, scale))
+def page_html(comparison: str, panels: list[Panel], scale: float) -> str:
+    """The whole picture as HTML that refers to nothing outside it. comparison: β and the names of the models."""
+    low = css_color(-scale, scale)
+    high = css_color(scale, scale)
+    gradient = f"linear-gradient(90deg,{low},transparent,{high})"
+    body = "".join(panel_html(panel, scale) for panel in panels)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Token rewards</title><style>{STYLE}</style></head><body>
 <h1>Token rewards</h1>
 <p class="note">r(s<sub>t</sub>, a<sub>t</sub>) = β log π<sub>θ</sub>(a<sub>t</sub>|s<sub>t</sub>) −
-β log π<sub>ref</sub>(a<sub>t</sub>|s<sub>t</sub>), {html.escape(compared(args))}. Point at a token for its reward.</p>
-<div class="legend">{nats(-scale)}<div class="bar" style="background:linear-gradient(90deg,{low},transparent,{high})">
-</div>{nats(scale)} nats</div>
-{"".join(panel_html(panel, scale) for panel in panels)}
+β log π<sub>ref</sub>(a<sub>t</sub>|s<sub>t</sub>), {html.escape(comparison)}. Point at a token for its reward.</p>
+<div class="legend">{nats_text(-scale)}<div class="bar" style="background:{gradient}">
+</div>{nats_text(scale)} nats</div>
+{body}
 </body></html>
 """
-
-
-# ---------------------------------------------------------------- PNG
-
-PAGE, MARGIN, GAP = 612, 18, 20  # points: the page's width, what is left free around it and between columns
-SIZE, LINE, DPI = 9, 15, 200  # the text's size and the distance of lines in points, pixels per inch
-COLUMNS, BAR = 3, 120  # completions side by side; points of the legend's bar
-TAIL = 400  # characters of the prompt
-RTL = {"R": True, "AL": True, "L": False, "EN": False, "AN": False}  # classes of characters with a direction
-
-
-def directions(text: str) -> tuple[bool, list[bool]]:
-    """Whether a paragraph, and whether each character of it, is written from right to left.
-
-    As the first letter; blanks and signs as the characters around them (Unicode's algorithm, without nesting).
-    """
-    own = [RTL.get(unicodedata.bidirectional(char)) for char in text]
-    whole = next((one for one in own if one is not None), False)
-    before = accumulate(own, lambda last, one: last if one is None else one)
-    after = accumulate(reversed(own), lambda last, one: last if one is None else one)
-    return whole, [whole if a is None or a != b else a for a, b in zip(before, reversed([*after]), strict=True)]
-
-
-def families(text: str) -> tuple[list[str], set[str]]:
-    """DejaVu Sans, of the installed fonts those that have what it lacks, and the characters that none of them has."""
-    from matplotlib.font_manager import fontManager, get_font
-
-    found, missing = ["DejaVu Sans"], set(HIDDEN.sub("", text))
-    for font in sorted(fontManager.ttflist, key=lambda font: font.name != found[0]):
-        has = {char for char in missing if get_font(font.fname).get_char_index(ord(char))}
-        if has and not font.name.startswith("Last Resort"):  # its glyphs are boxes
-            found += [font.name] * (font.name not in found)
-            missing -= has
-        if not missing:
-            break
-    return found, missing
-
-
-class Canvas:
-    """Texts on coloured fields, in points from the upper left corner, until it is known how high the page is."""
-
-    def __init__(self, text: str, scale: float):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.font_manager import FontProperties
-
-        found, missing = families(text)
-        if missing:
-            print(f"no installed font has {''.join(sorted(missing))[:50]}: boxes in the PNG, text in the HTML")
-        self.font, self.boxed = FontProperties(family=found, size=SIZE), dict.fromkeys(map(ord, missing), "□")
-        self.figure, self.scale = Figure(dpi=DPI), scale
-        self.renderer = FigureCanvasAgg(self.figure).get_renderer()
-        self.texts, self.fields = [], []
-
-    def width(self, text: str) -> float:
-        """Points from its start to where the next text would start."""
-        return self.renderer.get_text_width_height_descent(text.rstrip("\n"), self.font, False)[0] * 72 / DPI
-
-    def note(self, text: str, x: float, y: float, column: float, ink: str = GREY) -> float:
-        """A paragraph without rewards."""
-        return self.paragraph([Piece(text, [], False)], x, y, column, ink)
-
-    def paragraph(self, pieces: list[Piece], x: float, y: float, column: float, ink: str = "black") -> float:
-        """Pieces on their colours, in lines of at most `column` points; returns where the next paragraph starts."""
-        shown = [HIDDEN.sub(lambda f: mark(f[0]) + "\n" * (f[0] == "\n"), piece.text) for piece in pieces]
-        shown = [text.translate(self.boxed) for text in shown]
-        text, starts = "".join(shown), [0, *accumulate(map(len, shown))]
-        spans = [(a, b, piece) for (a, b), piece in zip(pairwise(starts), pieces, strict=True)]
-        whole, flags = directions("".join("x" * (b - a) if piece.special else text[a:b] for a, b, piece in spans))
-        words = {a for a, _, piece in spans if piece.special}
-        words |= {i for i in range(1, len(text)) if text[i] == " " or text[i - 1] == "·" or is_wide(text[i])}
-        for start, end in self.lines(text, [words, set(starts)], column):
-            start += start > 0 and text[start] == " " and text[start - 1] != "\n"
-            at = x + column - self.width(text[start:end]) if whole else x
-            runs = [(rtl, [*run]) for rtl, run in groupby(range(start, end), key=flags.__getitem__)]
-            for rtl, run in reversed(runs) if whole else runs:
-                a, b = run[0], run[-1] + 1
-                self.texts.append((at, y, text[a:b].rstrip("\n"), ink))
-                self.fill(text, a, b, at, y, rtl, spans)
-                at += self.width(text[a:b])
-            y += LINE
-        return y
-
-    def lines(self, text: str, breaks: list[set[int]], column: float) -> Iterator[tuple[int, int]]:
-        """Where each line starts and ends: at the last of `breaks`, the better ones first, or where it is full."""
-        start = 0
-        while start < len(text):
-            end = text.find("\n", start) + 1 or len(text)
-            if self.width(text[start:end]) > column:
-                fits = bisect_right(range(1, end - start), column, key=lambda n: self.width(text[start : start + n]))
-                last = start + max(1, fits)
-                end = next((at for good in breaks for at in range(last, start, -1) if at in good), last)
-            yield start, end
-            start = end
-
-    def fill(self, text: str, a: int, b: int, x: float, y: float, rtl: bool, spans: list[tuple]) -> None:
-        """The fields behind text[a:b], all of it in one direction, which starts at x."""
-        for start, end, piece in spans:
-            if start < b and end > a:
-                left, right = (self.width(text[a:at]) for at in (max(a, start), min(b, end)))
-                place = x + (self.width(text[a:b]) - right if rtl else left)
-                edge = GREY if piece.special else "white"
-                self.fields.append((place, y, right - left, color(piece.reward, self.scale), edge))
-
-    def save(self, path: Path, height: float) -> None:
-        """Draw what has been laid out. Raises UserError where a PNG cannot be that high."""
-        from matplotlib.patches import Rectangle
-
-        pixels = round(height * DPI / 72)
-        if pixels >= 2**16:
-            raise UserError(f"{path.stem}: {pixels} pixels high, a PNG has at most 65535; give a smaller --max-rows")
-        self.figure.set_size_inches(PAGE / 72, height / 72)
-        axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, PAGE), ylim=(height, 0))
-        axes.set_axis_off()
-        for x, y, width, (*rgb, alpha), edge in self.fields:
-            fill = (*(part / 255 for part in rgb), alpha)
-            axes.add_patch(Rectangle((x, y), width, LINE - 2, facecolor=fill, edgecolor=edge, linewidth=0.5))
-        for x, y, text, ink in self.texts:
-            axes.text(x, y + 0.68 * LINE, text, font=self.font, color=ink, parse_math=False)
-        self.figure.savefig(path, format="png")
-
-
-def is_wide(char: str) -> bool:
-    """Whether it is of a script that has no blanks and breaks lines anywhere."""
-    return unicodedata.east_asian_width(char) in "WF"
-
-
-def draw_panel(canvas: Canvas, panel: Panel, y: float) -> float:
-    """The end of the prompt, and below it the completions side by side; returns where they end."""
-    prompt, width = " ".join(panel.prompt.split()), PAGE - 2 * MARGIN
-    y = canvas.note(f"Row {panel.number}", MARGIN, y, width, "black")
-    y = canvas.note("…" * (len(prompt) > TAIL) + prompt[-TAIL:], MARGIN, y, width)
-    columns = min(COLUMNS, len(panel.completions))
-    column = (width - GAP * (columns - 1)) / columns
-    for start in range(0, len(panel.completions), columns):
-        ends = []
-        for i, (name, pieces) in enumerate([*panel.completions.items()][start : start + columns]):
-            x = MARGIN + i * (column + GAP)
-            end = canvas.paragraph(pieces, x, canvas.note(name, x, y + LINE / 2, column), column)
-            ends.append(canvas.note(total(pieces), x, end + LINE / 4, column))
-        y = max(ends)
-    return y
-
-
-def draw(args: Args, panels: list[Panel], scale: float, path: Path) -> None:
-    """The whole picture as PNG."""
-    texts = [panel.prompt for panel in panels]
-    texts += [piece.text for panel in panels for pieces in panel.completions.values() for piece in pieces]
-    canvas = Canvas("".join(texts), scale)
-    y = canvas.note(f"Token rewards β log(π/π_ref), {compared(args)}", MARGIN, MARGIN, PAGE - 2 * MARGIN, "black") + 3
-    x = MARGIN + canvas.width(nats(-scale)) + 4
-    canvas.fields += [(x + i, y, 1, color((i - BAR / 2) / BAR * 2 * scale, scale), "none") for i in range(BAR + 1)]
-    canvas.note(nats(-scale), MARGIN, y, PAGE)
-    y = canvas.note(f"{nats(scale)} nats", x + BAR + 5, y, PAGE)
-    for panel in panels:
-        y = draw_panel(canvas, panel, y + LINE)
-    canvas.save(path, y + MARGIN)
 
 
 # ---------------------------------------------------------------- command line
 
 
+def largest_reward(panels: list[Panel]) -> float:
+    """The largest absolute reward of a piece, the end of the colours' scale; 1 if all rewards are 0."""
+    largest = 0.0
+    for panel in panels:
+        for pieces in panel.completions.values():
+            for piece in pieces:
+                largest = max(largest, abs(piece.reward))
+    return largest or 1.0
+
+
 def main(args: Args) -> None:
-    """Compute the rewards, write both pictures."""
+    """Compute the rewards and write both pictures."""
     if args.output.suffix != ".html":
         raise UserError(f"--output {args.output}: must end in .html")
-    figures.check()
-    dropped: Counter = Counter()
+    plots.require_matplotlib()
+
+    dropped: Counter[str] = Counter()
     rows, tokenizer = encode(args, dropped)
-    counts = streaming.summary(args.rows, len(rows), dropped)
-    panels = [make_panel(*pair, tokenizer) for pair in zip(rows, rewards(args, rows), strict=True)]
-    pieces = [piece for panel in panels for one in panel.completions.values() for piece in one]
-    scale = max(abs(piece.reward) for piece in pieces) or 1.0
+    counts = summary(args.rows, len(rows), dropped)
+
+    panels = []
+    for row, rewards in zip(rows, rewards_of_tokens(args, rows), strict=True):
+        panels.append(make_panel(row, rewards, tokenizer))
+
+    comparison = f"β = {args.beta:g}, policy {Path(args.policy).name}, reference {Path(args.reference).name}"
+    scale = largest_reward(panels)
+    page = page_html(comparison, panels, scale)
+    picture = heatmap_png.lay_out(f"Token rewards β log(π/π_ref), {comparison}", panels, scale)
+
+    png = args.output.with_suffix(".png")
+    pixels = picture.height_in_pixels
+    if pixels > heatmap_png.MAX_PIXELS:
+        limit = f"a PNG has at most {heatmap_png.MAX_PIXELS}"
+        raise UserError(f"{png.name}: {pixels} pixels high, {limit}; give a smaller --max-rows")
+
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    picture = args.output.with_suffix(".png")
-    temporary = [path.with_name(path.name + ".tmp") for path in (args.output, picture)]
-    temporary[0].write_text(page(args, panels, scale), encoding="utf-8")
-    draw(args, panels, scale, temporary[1])
-    for path, final in zip(temporary, (args.output, picture), strict=True):
-        os.replace(path, final)
-    print(f"{args.output}, {picture}: {counts}")
+    with replacing(args.output) as temporary_page, replacing(png) as temporary_png:
+        temporary_page.write_text(page, encoding="utf-8")
+        picture.save(temporary_png)
+    print(f"{args.output}, {png}: {counts}")
 
 
 if __name__ == "__main__":

@@ -7,29 +7,44 @@ of `scripts/evaluate.py`, and `quickstart.json` with the commands that were run.
 """
 
 import html
-import io
 import json
-import os
 import re
-import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-import notices
-import tyro
-from figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from scripts.lab import notices
+from scripts.lab.commands import command
+from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, require_matplotlib, to_svg
+from scripts.lab.row_files import read_jsonl
+from scripts.lab.statistics import interval_text
+from shared import StorageError, UserError
+from shared.files import write_text
 
-from shared import UserError
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 POLICY_COLORS = (BLUE, ORANGE, GREEN, PURPLE)
-MEASURES = {
-    "reward": ("Reward", "oracle reward, at most 5", ".2f"),
-    "kl": ("KL to the reference", "nats", ".2f"),
-    "length": ("Length", "tokens", ".1f"),
-    "win_rate": ("Win rate", "share of pairs won", ".3f"),
-}
+GRID_COLOR = "#e4e4e4"
 SAMPLES_PER_POLICY = 2
+BIN = 0.5  # of the rewards, the oracle's step
+
+
+class Measure(NamedTuple):
+    """One of the measures that policies are compared by."""
+
+    title: str
+    unit: str
+    form: str
+
+
+MEASURES = {
+    "reward": Measure("Reward", "oracle reward, at most 5", ".2f"),
+    "kl": Measure("KL to the reference", "nats", ".2f"),
+    "length": Measure("Length", "tokens", ".1f"),
+    "win_rate": Measure("Win rate", "share of pairs won", ".3f"),
+}
 
 
 @dataclass(kw_only=True)
@@ -43,20 +58,20 @@ class Args:
 
 
 @dataclass
-class Line:
-    """One curve; `metric` is the metric's name, on held-out rows it stands after `eval/`."""
+class Curve:
+    """One metric over the steps of a run; for held-out rows its name is `metric` after `eval/`."""
 
-    label: str
-    held_out: str
-    color: str
     metric: str
+    color: str
+    label: str = "training"
+    held_out_label: str = "held out"
 
 
 # ---------------------------------------------------------------- reading
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError where there is none."""
+    """The object in a JSON file. Raises UserError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -64,103 +79,103 @@ def read_json(path: Path) -> dict:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl. Raises UserError where they cannot be read."""
+    """The lines of a metrics.jsonl. Raises UserError if they cannot be read."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_jsonl(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- plots
 
 
-def to_svg(figure) -> str:
-    """The figure as inline SVG that scales with the page and refers to nothing outside it."""
-    from matplotlib import pyplot
-
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
-    pyplot.close(figure)
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # in HTML the namespaces are known; the size comes from the style sheet
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1),
-        count=1,
-    )
-
-
-def new_axes(x_label: str, y_label: str, width: float = 4.6):
-    """A figure of one panel, `width` x 3 inches, its frame reduced to two axes, its text left as text."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.edgecolor": GREY}
-    pyplot.rcParams.update(style | {"axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = pyplot.subplots(figsize=(width, 3), layout="constrained")
+def new_axes(x_label: str, y_label: str, width: float = 4.6) -> tuple["Figure", "Axes"]:
+    """A figure of one panel, `width` x 3 inches, with horizontal lines behind what is plotted."""
+    figure, panels = canvas([["panel"]], (width, 3))
+    axes = panels["panel"]
+    axes.spines[["left", "bottom"]].set_edgecolor(GREY)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.grid(axis="y", color=GRID_COLOR, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def curves(metrics: list[dict], lines: list[Line], y_label: str) -> str:
-    """Metrics over optimizer steps: training as a line, held-out rows as points where there are any."""
+def training_plot(metrics: list[dict], curves: list[Curve], y_label: str) -> str:
+    """Metrics over optimizer steps: training as a line, held-out rows as points if there are any."""
     figure, axes = new_axes("optimizer step", y_label)
-    for line in lines:
-        points = [(row["step"], row[line.metric]) for row in metrics if line.metric in row]
-        axes.plot(*zip(*points, strict=True), color=line.color, linewidth=1.5, label=line.label)
-        name = f"eval/{line.metric}"
-        held_out = [(row["step"], row[name]) for row in metrics if name in row]
-        if held_out:
-            style = dict(color=line.color, marker="o", markersize=5, linestyle="none", markeredgecolor="white")
-            axes.plot(*zip(*held_out, strict=True), **style, label=line.held_out)
+    for curve in curves:
+        steps, values = series(metrics, curve.metric)
+        axes.plot(steps, values, color=curve.color, linewidth=1.5, label=curve.label)
+
+        steps, values = series(metrics, f"eval/{curve.metric}")
+        if steps:
+            axes.plot(
+                steps,
+                values,
+                color=curve.color,
+                marker="o",
+                markersize=5,
+                linestyle="none",
+                markeredgecolor="white",
+                label=curve.held_out_label,
+            )
     axes.legend(frameon=False, fontsize=9)
     return to_svg(figure)
 
 
-def intervals(policies: dict, measure: str) -> str:
+def series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
+    """The steps at which a metric was logged, and its values."""
+    steps = []
+    values = []
+    for line in metrics:
+        if name in line:
+            steps.append(line["step"])
+            values.append(line[name])
+    return steps, values
+
+
+def comparison_plot(policies: dict[str, dict], measure: str) -> str:
     """One measure of all policies: means as points, 95% intervals as bars."""
     _, unit, form = MEASURES[measure]
     figure, axes = new_axes("", unit, width=3)
     for i, (policy, color) in enumerate(zip(policies.values(), POLICY_COLORS, strict=False)):
-        mean, (low, high) = policy[measure]["mean"], policy[measure]["interval"]
-        axes.errorbar(
-            i, mean, [[mean - low], [high - mean]], fmt="o", color=color, capsize=5, markersize=7, linewidth=2
-        )
-        axes.annotate(f"{mean:{form}}", (i, mean), (12, 0), textcoords="offset points", va="center", color=color)
+        mean = policy[measure]["mean"]
+        low, high = policy[measure]["interval"]
+        bars = [[mean - low], [high - mean]]
+        axes.errorbar(i, mean, bars, fmt="o", color=color, capsize=5, markersize=7, linewidth=2)
+        axes.annotate(format(mean, form), (i, mean), (12, 0), textcoords="offset points", va="center", color=color)
+
     axes.set_xticks(range(len(policies)), list(policies))
     axes.set_xlim(-0.6, len(policies) - 0.4)
     axes.margins(y=0.25)
     if measure == "kl":
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        bottom, _ = axes.get_ylim()
+        axes.set_ylim(bottom=min(0.0, bottom))
     return to_svg(figure)
 
 
-def histogram(policies: dict) -> str:
-    """The share of samples at each reward, in bins of half a point (the oracle's step)."""
-    figure, axes = new_axes("oracle reward of a sample (bins of 0.5)", "share of samples")
-    values = {name: [r for row in policy["rewards"] for r in row] for name, policy in policies.items()}
-    low = min(map(min, values.values()))
-    high = max(map(max, values.values()))
-    edges = [low - 0.25 + 0.5 * i for i in range(round(2 * (high - low)) + 2)]
-    for (name, rewards), color in zip(values.items(), POLICY_COLORS, strict=False):
-        weights = [1 / len(rewards)] * len(rewards)
-        axes.hist(rewards, edges, weights=weights, color=color, alpha=0.22)
-        axes.hist(rewards, edges, weights=weights, color=color, histtype="step", linewidth=1.5, label=name)
+def reward_plot(policies: dict[str, dict]) -> str:
+    """The share of samples at each reward."""
+    rewards = {}
+    for name, policy in policies.items():
+        rewards[name] = [reward for prompt_rewards in policy["rewards"] for reward in prompt_rewards]
+    low = min(min(values) for values in rewards.values())
+    high = max(max(values) for values in rewards.values())
+    num_edges = round((high - low) / BIN) + 2
+    edges = [low - BIN / 2 + BIN * i for i in range(num_edges)]
+
+    figure, axes = new_axes(f"oracle reward of a sample (bins of {BIN})", "share of samples")
+    for (name, values), color in zip(rewards.items(), POLICY_COLORS, strict=False):
+        shares = [1 / len(values)] * len(values)
+        axes.hist(values, edges, weights=shares, color=color, alpha=0.22)
+        axes.hist(values, edges, weights=shares, color=color, histtype="step", linewidth=1.5, label=name)
     axes.legend(frameon=False, loc="upper left")
     return to_svg(figure)
 
 
 def panel(title: str, svg: str) -> str:
-    """A picture under its title."""
+    """A plot under its title."""
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
 
 
@@ -169,60 +184,81 @@ def panel(title: str, svg: str) -> str:
 
 def mark_html(prompt: str, completion: str) -> str:
     """The completion as HTML: correct facts green, wrong ones red, clauses without a new fact grey."""
-    out, clause = [], []
-    for word, mark in [*notices.mark_words(prompt, completion), ("", notices.NEITHER)]:
+    pieces = []
+    clause: list[tuple[str, int]] = []
+    for word, mark in notices.mark_words(prompt, completion):
         if re.match(r"\w", word):
             clause.append((word, mark))
-            continue
-        out.append(clause_html(clause) + html.escape(word))
-        clause = []
-    return " ".join(filter(None, out)) or "<i>(empty)</i>"
+        else:
+            pieces.append(clause_html(clause) + html.escape(word))
+            clause = []
+    pieces.append(clause_html(clause))
+
+    text = " ".join(piece for piece in pieces if piece)
+    return text or "<i>(empty)</i>"
 
 
 def clause_html(clause: list[tuple[str, int]]) -> str:
-    """The words between two punctuation marks; one without a new fact is superfluous."""
-    text = " ".join(html.escape(word) for word, _ in clause)
-    if not any(mark for _, mark in clause):
-        return f'<span class="superfluous">{text}</span>' if text else ""
-    classes = {notices.CORRECT: "correct", notices.WRONG: "wrong"}
-    words = [
-        f'<span class="{classes[mark]}">{html.escape(word)}</span>' if mark in classes else html.escape(word)
-        for word, mark in clause
-    ]
+    """The words between two punctuation marks; a clause without a new fact is superfluous."""
+    if not clause:
+        return ""
+    if all(mark == notices.NEITHER for _, mark in clause):
+        text = " ".join(html.escape(word) for word, _ in clause)
+        return span("superfluous", text)
+
+    words = []
+    for word, mark in clause:
+        text = html.escape(word)
+        if mark == notices.CORRECT:
+            text = span("correct", text)
+        elif mark == notices.WRONG:
+            text = span("wrong", text)
+        words.append(text)
     return " ".join(words)
 
 
+def span(name: str, text: str) -> str:
+    """HTML in the style of one of the marks."""
+    return f'<span class="{name}">{text}</span>'
+
+
 def samples_html(results: dict) -> str:
-    """Posts, and below each a few summaries of every policy with their rewards."""
+    """Posts, and below each of them a few summaries of every policy with their rewards."""
     blocks = []
     for i, prompt in enumerate(results["prompts"]):
         rows = []
         for name, policy in results["policies"].items():
-            drawn = zip(policy["completions"][i], policy["rewards"][i], strict=True)
-            for text, reward in islice(drawn, SAMPLES_PER_POLICY):
+            samples = list(zip(policy["completions"][i], policy["rewards"][i], strict=True))
+            for text, reward in samples[:SAMPLES_PER_POLICY]:
                 cells = f'<th>{html.escape(name)}</th><td class="number">{reward:.1f}</td>'
                 rows.append(f"<tr>{cells}<td>{mark_html(prompt, text)}</td></tr>")
+
         post = html.escape(prompt.removesuffix(notices.CUE).strip())
         blocks.append(f'<div class="sample"><p class="post">{post}</p><table>{"".join(rows)}</table></div>')
     return "".join(blocks)
 
 
-def table_html(policies: dict) -> str:
+def table_html(policies: dict[str, dict]) -> str:
     """Means with their 95% intervals, one row per policy."""
-    head = "".join(f"<th>{title}<br><small>{unit}</small></th>" for title, unit, _ in MEASURES.values())
-    rows = []
+    headings = ""
+    for measure in MEASURES.values():
+        headings += f"<th>{measure.title}<br><small>{measure.unit}</small></th>"
+
+    rows = ""
     for name, policy in policies.items():
-        cells = []
-        for key, (_, _, form) in MEASURES.items():
-            mean, (low, high) = policy[key]["mean"], policy[key]["interval"]
-            cells.append(f"<td>{mean:{form}}<br><small>[{low:{form}}, {high:{form}}]</small></td>")
-        rows.append(f"<tr><th>{html.escape(name)}</th>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table class="numbers"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+        cells = ""
+        for key, measure in MEASURES.items():
+            mean, interval = interval_text(policy[key], measure.form).split(" ", 1)
+            cells += f"<td>{mean}<br><small>{interval}</small></td>"
+        rows += f"<tr><th>{html.escape(name)}</th>{cells}</tr>"
+    return f'<div class="scroll"><table class="numbers"><tr><th></th>{headings}</tr>{rows}</table></div>'
 
 
 def commands_html(quickstart: dict) -> str:
     """The commands as they were run, each with its seconds."""
-    lines = [f"{html.escape(c['command'])}  <i># {c['seconds']:.0f} s</i>" for c in quickstart["commands"]]
+    lines = []
+    for stage in quickstart["commands"]:
+        lines.append(f"{html.escape(stage['command'])}  <i># {stage['seconds']:.0f} s</i>")
     return "<pre>" + "\n".join(lines) + "</pre>"
 
 
@@ -265,28 +301,29 @@ pre i { color: #777; }
 
 
 def training_html(sft: list[dict], dpo: list[dict]) -> str:
-    """The curves of both runs."""
+    """The curves of both runs, from their metrics."""
+    sft_loss = Curve("loss", BLUE)
+    dpo_loss = Curve("loss", ORANGE)
+    margins = Curve("rewards/margins", ORANGE)
+    accuracies = Curve("rewards/accuracies", ORANGE)
+    chosen = Curve("logps/chosen", GREEN, "chosen", "chosen, held out")
+    rejected = Curve("logps/rejected", PURPLE, "rejected", "rejected, held out")
 
-    def one(color: str, metric: str) -> list[Line]:
-        return [Line("training", "held out", color, metric)]
-
-    likelihoods = [
-        Line("chosen", "chosen, held out", GREEN, "logps/chosen"),
-        Line("rejected", "rejected, held out", PURPLE, "logps/rejected"),
-    ]
     panels = [
-        panel("SFT: loss", curves(sft, one(BLUE, "loss"), "nats per token")),
-        panel("DPO: loss", curves(dpo, one(ORANGE, "loss"), "nats per pair")),
-        panel("DPO: reward margin", curves(dpo, one(ORANGE, "rewards/margins"), "β · log-ratio (nats)")),
-        panel("DPO: accuracy", curves(dpo, one(ORANGE, "rewards/accuracies"), "share of pairs ranked right")),
-        panel("DPO: log-probabilities", curves(dpo, likelihoods, "log π(y|x) (nats)")),
+        panel("SFT: loss", training_plot(sft, [sft_loss], "nats per token")),
+        panel("DPO: loss", training_plot(dpo, [dpo_loss], "nats per pair")),
+        panel("DPO: reward margin", training_plot(dpo, [margins], "β · log-ratio (nats)")),
+        panel("DPO: accuracy", training_plot(dpo, [accuracies], "share of pairs ranked right")),
+        panel("DPO: log-probabilities", training_plot(dpo, [chosen, rejected], "log π(y|x) (nats)")),
     ]
     return f'<div class="panels">{"".join(panels)}</div>'
 
 
 def introduction(results: dict, sft: dict, dpo: dict) -> str:
-    """What was done, in three sentences, from the arguments and counts of the runs."""
-    demonstrations, pairs, settings = sft["data"]["train"], dpo["data"]["train"], results["settings"]
+    """Three sentences on how the results came about, from the arguments and counts of the runs."""
+    demonstrations = sft["data"]["train"]
+    pairs = dpo["data"]["train"]
+    settings = results["settings"]
     return (
         f"<p>A Llama of about a million parameters, randomly initialised, learned by SFT ({sft['steps']} steps of "
         f"{sft['args']['batch_size']}) to summarise notices from {demonstrations['kept']:,} imperfect demonstrations. "
@@ -299,16 +336,30 @@ def introduction(results: dict, sft: dict, dpo: dict) -> str:
     )
 
 
+def versions_text(run: dict) -> str:
+    """Versions and commit of a run, from its run.json."""
+    parts = [f"{name} {version}" for name, version in run["versions"].items()]
+    if run["commit"]:
+        parts.append(f"commit {run['commit'][:12]}")
+    return ", ".join(parts)
+
+
 def page(run_dir: Path) -> str:
     """The whole report as HTML."""
-    results, quickstart = read_json(run_dir / "results.json"), read_json(run_dir / "quickstart.json")
-    sft, dpo = (read_json(run_dir / name / "run.json") for name in ("sft", "dpo"))
-    sft_metrics, dpo_metrics = (read_metrics(run_dir / name / "metrics.jsonl") for name in ("sft", "dpo"))
+    results = read_json(run_dir / "results.json")
+    quickstart = read_json(run_dir / "quickstart.json")
+    sft = read_json(run_dir / "sft" / "run.json")
+    dpo = read_json(run_dir / "dpo" / "run.json")
+    sft_metrics = read_metrics(run_dir / "sft" / "metrics.jsonl")
+    dpo_metrics = read_metrics(run_dir / "dpo" / "metrics.jsonl")
+
     policies = results["policies"]
-    comparison = "".join(panel(MEASURES[name][0], intervals(policies, name)) for name in MEASURES)
-    versions = ", ".join(f"{name} {version}" for name, version in dpo["versions"].items())
-    commit = f", commit {dpo['commit'][:12]}" if dpo["commit"] else ""
+    comparison = ""
+    for key, measure in MEASURES.items():
+        comparison += panel(measure.title, comparison_plot(policies, key))
+    rewards = panel("Distribution of the reward", reward_plot(policies))
     reference = html.escape(results["settings"]["reference"])
+    footer = html.escape(f"{versions_text(dpo)}, {dpo['device']}; {quickstart['seconds']:.0f} s in all.")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Quickstart: SFT, then DPO</title><style>{STYLE}</style></head><body>
@@ -321,7 +372,7 @@ count half, and the first policy is the baseline.</p>
 {table_html(policies)}
 <div class="panels four">{comparison}</div>
 <h2>Rewards of single samples</h2>
-<div class="panels">{panel("Distribution of the reward", histogram(policies))}</div>
+<div class="panels">{rewards}</div>
 <h2>Training</h2>
 <p class="note">Lines: means over the training rows since the last logged step. Points: held-out rows; those of SFT
 are perfect summaries, unlike its training rows, and so have the lower loss.</p>
@@ -333,28 +384,20 @@ completions drawn, not picked.</p>
 {samples_html(results)}
 <h2>How to run this again</h2>
 {commands_html(quickstart)}
-<p class="note">{html.escape(f"{versions}{commit}, {dpo['device']}; {quickstart['seconds']:.0f} s in all.")}</p>
+<p class="note">{footer}</p>
 </body></html>
 """
 
 
 def main(args: Args) -> None:
     """Write the report."""
+    require_matplotlib()
     output = args.output or args.run_dir / "report.html"
     try:
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(page(args.run_dir), encoding="utf-8")
-        os.replace(temporary, output)
-    except (UserError, OSError) as error:
-        print(f"report.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except ImportError as error:
-        print(
-            f'report.py: {error}; install the pictures\' library with pip install -e ".[plot]"',
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        write_text(output, page(args.run_dir))
+    except StorageError as error:
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    command(main, Args)

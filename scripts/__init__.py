@@ -1,0 +1,1 @@
+"""Commands that surround the algorithms: data, sampling, scoring, evaluation and experiments."""

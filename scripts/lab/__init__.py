@@ -1,0 +1,1 @@
+"""What several commands share. It uses `algos` and `shared`; no module here is a command."""

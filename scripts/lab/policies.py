@@ -1,0 +1,309 @@
+"""What policies write for held-out prompts, its rewards, and its log-ratios to a reference."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scripts.lab import notices
+from scripts.lab.row_files import EncodedRow, encode_rows
+from scripts.lab.sampling import Sampling, decode, load_sampler, prompt_room, sample_completions
+from scripts.lab.scoring import load_reward_models, make_groups, over_groups
+from scripts.lab.statistics import RESAMPLES, interval_text, mean_and_interval, win_rates
+from scripts.lab.tables import aligned
+from shared import UserError
+from shared.distributed import Ranks, single_process
+from shared.groups import Groups, full_attention_length
+from shared.loading import load_policy_from, load_tokenizer
+from shared.rows import Example, Prompt, Text, UserTurn
+
+MICRO_BATCH_TOKENS = 8_192
+MEASURES = {"reward": ".2f", "kl": ".2f", "length": ".1f", "win_rate": ".3f"}  # with the format of their numbers
+
+
+@dataclass
+class Samples:
+    """What one policy wrote: n prompts with K completions each."""
+
+    ids: list[list[list[int]]]  # token ids of each completion, with the EOS if it was sampled
+    texts: list[list[str]]
+    has_eos: list[list[bool]]
+
+
+# ---------------------------------------------------------------- the policies of a command line
+
+
+def named_policies(policies: tuple[str, ...]) -> dict[str, str]:
+    """Arguments of the form NAME=DIR as a dictionary. Raises UserError for another form or a repeated name."""
+    directories: dict[str, str] = {}
+    for argument in policies:
+        name, _, directory = argument.partition("=")
+        if not name or not directory or name in directories:
+            raise UserError(f"--policies {argument}: must be NAME=DIR, each name once")
+        directories[name] = directory
+    return directories
+
+
+def check_tokenizers(paths: list[str], reference: str) -> None:
+    """Raises UserError if a policy's vocabulary is not that of the reference: their log-ratio would mean nothing."""
+    tokenizer, _ = load_tokenizer(reference)
+    vocabulary = tokenizer.get_vocab()
+    for path in paths:
+        tokenizer, _ = load_tokenizer(path)
+        if tokenizer.get_vocab() != vocabulary:
+            raise UserError(f"--policies {path}: has another tokenizer than the reference {reference}")
+
+
+def evaluation_settings(args: Any, reference: str, num_prompts: int) -> dict:
+    """All arguments as JSON can hold them, the number of prompts that there were, and the versions."""
+    import transformers
+
+    settings = dataclasses.asdict(args)
+    for name, value in settings.items():
+        if isinstance(value, Path):
+            settings[name] = str(value)
+
+    settings["reference"] = reference
+    settings["num_prompts"] = num_prompts
+    settings["resamples"] = RESAMPLES
+    settings["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return settings
+
+
+# ---------------------------------------------------------------- token ids
+
+
+def encode_prompts(source: str, prompts: list[Prompt], tokenizer: Any, room: int) -> list[list[int]]:
+    """The token ids of prompts of less than `room` tokens. Raises UserError, naming `source`, if one is unusable."""
+    examples = []
+    for number, prompt in enumerate(prompts, 1):
+        examples.append(Example("", number, prompt, []))
+    rows = _encode_all(source, examples, tokenizer, room, completions=False)
+    return [row.prompt for row in rows]
+
+
+def encode_completions(
+    source: str,
+    prompts: list[Prompt],
+    completions: list[list[Text]],
+    has_eos: list[list[bool]],
+    tokenizer: Any,
+    room: int,
+) -> list[EncodedRow]:
+    """The token ids of prompts and their completions, at most `room` for a prompt with each of its completions.
+
+    Raises UserError, naming `source`, if a prompt is unusable.
+    """
+    examples = []
+    columns = zip(prompts, completions, has_eos, strict=True)
+    for number, (prompt, texts, ends) in enumerate(columns, 1):
+        example = Example("", number, prompt, texts, has_eos=ends)
+        examples.append(example)
+    return _encode_all(source, examples, tokenizer, room, completions=True)
+
+
+def _encode_all(source: str, examples: list[Example], tokenizer: Any, room: int, completions: bool) -> list[EncodedRow]:
+    """No example may be dropped, because the policies are compared on the same prompts."""
+    dropped: Counter[str] = Counter()
+    rows = list(encode_rows(examples, tokenizer, dropped, room, completions))
+    if dropped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+        raise UserError(f"{source}: cannot use all prompts: {reasons}")
+    return rows
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sample_policy(
+    path: str, prompts: list[Prompt], sampling: Sampling, num_samples: int
+) -> tuple[list[list[int]], Samples]:
+    """Sample `num_samples` completions of each prompt from the policy in `path`; returns the prompts' ids as well."""
+    model, tokenizer, eos_ids = load_sampler(path, sampling.dtype)
+    max_new_tokens = sampling.max_new_tokens
+    # a sequence that is longer than a layer's window would not get its log-probs from packed rows
+    longest_prompt = full_attention_length(model.config) - max_new_tokens
+    room = min(prompt_room(model, max_new_tokens), longest_prompt + 1)
+    prompt_ids = encode_prompts(path, prompts, tokenizer, room)
+
+    completions = sample_completions(model, eos_ids, prompt_ids, num_samples, sampling, progress=f"sample {path}")
+    return prompt_ids, collect_samples(completions, tokenizer, eos_ids)
+
+
+def collect_samples(completions: Iterable[list[list[int]]], tokenizer: Any, eos_ids: list[int]) -> Samples:
+    """The token ids of each prompt's completions, with their texts and whether they have an EOS."""
+    samples = Samples([], [], [])
+    for prompt_completions in completions:
+        texts = []
+        has_eos = []
+        for ids in prompt_completions:
+            texts.append(decode(tokenizer, ids))
+            has_eos.append(ids[-1] in eos_ids)
+
+        samples.ids.append(prompt_completions)
+        samples.texts.append(texts)
+        samples.has_eos.append(has_eos)
+    return samples
+
+
+def log_ratios(
+    paths: list[str], reference: str, prompts: list[list[list[int]]], samples: list[Samples]
+) -> list[Tensor]:
+    """log π(y|x) - log π_ref(y|x), (n, K), of each policy's own samples; exactly 0 for the reference itself.
+
+    prompts: for each policy, the token ids of the n prompts.
+    """
+    groups = []
+    for prompt_ids, policy_samples in zip(prompts, samples, strict=True):
+        groups.append(_groups_of_samples(prompt_ids, policy_samples))
+
+    with single_process("float32") as ranks:
+        logps = []
+        for path, policy_groups in zip(paths, groups, strict=True):
+            logps += _logps_under(path, [policy_groups], ranks)
+        ref_logps = _logps_under(reference, groups, ranks)
+
+    ratios = []
+    for policy_logps, policy_ref_logps in zip(logps, ref_logps, strict=True):
+        ratios.append(policy_logps - policy_ref_logps)
+    return ratios
+
+
+def _groups_of_samples(prompts: list[list[int]], samples: Samples) -> Groups:
+    example = Example("", 0, "", [])  # only token ids are needed
+    rows = []
+    for prompt, completions in zip(prompts, samples.ids, strict=True):
+        rows.append(EncodedRow(example, prompt, completions))
+    return make_groups(rows)
+
+
+def _logps_under(path: str, groups: list[Groups], ranks: Ranks) -> list[Tensor]:
+    """log π(y|x), (n, K), of several sets of samples under the policy in `path`, which leaves memory afterwards."""
+    policy = load_policy_from(path, ranks)
+    return [over_groups(policy, policy.logps, samples, MICRO_BATCH_TOKENS, ranks) for samples in groups]
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def rewards_of(
+    reward: str, prompts: list[Prompt], completions: list[str], has_eos: list[bool] | None = None
+) -> list[float]:
+    """The reward of each completion, given its prompt.
+
+    reward: `notices`, the oracle, or the directory of a reward model. Raises UserError if a prompt cannot have one.
+    """
+    if reward != "notices":
+        if has_eos is None:
+            has_eos = [True] * len(completions)
+        return model_rewards(reward, prompts, completions, has_eos)
+
+    posts = []
+    for prompt in prompts:
+        post = plain_prompt(prompt)
+        if not isinstance(post, str):
+            raise UserError(f"--reward {reward}: a prompt is not a string")
+        posts.append(post)
+
+    rewards = []
+    try:
+        for post, text in zip(posts, completions, strict=True):
+            rewards.append(notices.oracle(post, text))
+    except ValueError as error:
+        raise UserError(f"--reward {reward}: {error}") from None
+    return rewards
+
+
+def rewards_of_samples(reward: str, prompts: list[Prompt], samples: Samples) -> Tensor:
+    """The reward of each sample, (n, K), float64."""
+    repeated: list[Prompt] = []
+    texts: list[str] = []
+    has_eos: list[bool] = []
+    for prompt, prompt_texts, prompt_has_eos in zip(prompts, samples.texts, samples.has_eos, strict=True):
+        repeated += [prompt] * len(prompt_texts)
+        texts += prompt_texts
+        has_eos += prompt_has_eos
+
+    rewards = rewards_of(reward, repeated, texts, has_eos)
+    return torch.tensor(rewards, dtype=torch.double).view(len(prompts), -1)
+
+
+def plain_prompt(prompt: Prompt) -> Text | None:
+    """The prompt as JSON can hold it."""
+    if isinstance(prompt, UserTurn):
+        return prompt.text
+    return prompt
+
+
+def model_rewards(path: str, prompts: list[Prompt], completions: list[str], has_eos: list[bool]) -> list[float]:
+    """r(x, y) of the reward model in `path`, less its mean over its own training completions."""
+    written: list[list[Text]] = []
+    for prompt, text in zip(prompts, completions, strict=True):
+        if isinstance(prompt, list):
+            written.append([[{"role": "assistant", "content": text}]])
+        else:
+            written.append([text])
+
+    with single_process("float32") as ranks:
+        models = load_reward_models([path], ranks)
+        ends = [[end] for end in has_eos]
+        rows = encode_completions(path, prompts, written, ends, models.tokenizer, models.room)
+        rewards = models.rewards(rows, MICRO_BATCH_TOKENS, normalise=True)
+    return [row_rewards[0][0] for row_rewards in rewards]
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def summarise(rewards: Tensor, baseline: Tensor, ratios: Tensor, samples: Samples, seed: int) -> dict:
+    """The numbers of one policy: each measure's mean and its interval.
+
+    rewards, ratios: (n, K), of the policy's samples. baseline: (n, K'), rewards of the policy to win against.
+    """
+    by_prompt = {
+        "reward": rewards.mean(1),
+        "kl": ratios.mean(1),
+        "length": lengths_of(samples).mean(1),
+        "win_rate": win_rates(rewards, baseline),
+    }
+    numbers: dict[str, Any] = {}
+    for measure, values in by_prompt.items():
+        numbers[measure] = mean_and_interval(values, seed)
+
+    has_eos = torch.tensor(samples.has_eos, dtype=torch.double)
+    numbers["finished"] = float(has_eos.mean())
+    numbers["rewards"] = rewards.tolist()
+    return numbers
+
+
+def lengths_of(samples: Samples) -> Tensor:
+    """The number of tokens of each sample, the EOS included: (n, K), float64."""
+    lengths = []
+    for completions in samples.ids:
+        lengths.append([len(ids) for ids in completions])
+    return torch.tensor(lengths, dtype=torch.double)
+
+
+def comparison_rows(policies: dict[str, dict]) -> list[list[str]]:
+    """A line of cells for each policy: its name, and each of MEASURES with its interval.
+
+    policies: for each name, the numbers that `summarise` gives.
+    """
+    rows = []
+    for name, numbers in policies.items():
+        cells = [name]
+        for measure, form in MEASURES.items():
+            cells.append(interval_text(numbers[measure], form))
+        rows.append(cells)
+    return rows
+
+
+def comparison_table(policies: dict[str, dict]) -> str:
+    """Aligned columns: each measure's mean and its 95% interval."""
+    heading = ["policy", "reward", "KL (nats)", "length (tokens)", "win rate"]
+    return aligned([heading, *comparison_rows(policies)])

@@ -1,25 +1,24 @@
-"""A neutral environment for every test: no hub, an own cache, `scripts` and the repository importable.
+"""A neutral environment for every test: no hub, and a cache of its own.
 
-`--all` runs the slow tests too. `--fault-table PATH` writes what became of each fault of tests/faults into the last
-column of a Markdown table, as docs/reliability.md has one.
+`--all` runs the slow tests too. `--fault-table PATH` writes the outcome of each fault of tests/faults into the last
+column of a Markdown table, such as the one in docs/reliability.md.
+
+pytest makes the modules in this folder importable, such as `tiny` and `reference`. `algos`, `scripts` and `shared` are
+installed packages.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-for folder in (ROOT / "scripts", ROOT):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 OUTCOMES = ("skipped", "passed", "failed")  # a fault with several tests has the last of theirs
 SIGNS = {"skipped": "not tested", "passed": "✓", "failed": "✗"}
-faults: dict[str, str] = {}
+FAULT_COLUMNS = 5
+outcome_of_fault: dict[str, str] = {}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,8 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # a report carries these from a worker to the main process
-        item.user_properties += [("fault", str(n)) for mark in item.iter_markers("fault") for n in mark.args]
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            for number in mark.args:
+                # a report carries the user properties from a worker of pytest-xdist to the main process
+                item.user_properties.append(("fault", str(number)))
+
     if not config.getoption("--all"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
@@ -50,18 +53,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" or not report.passed:
-        for _, fault in (found for found in report.user_properties if found[0] == "fault"):
-            faults[fault] = max(faults.get(fault, "skipped"), report.outcome, key=OUTCOMES.index)
+    if report.when != "call" and report.passed:
+        return
+    for name, value in report.user_properties:
+        if name == "fault":
+            outcomes = [outcome_of_fault.get(value, "skipped"), report.outcome]
+            outcome_of_fault[value] = max(outcomes, key=OUTCOMES.index)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--fault-table")
-    if path and not hasattr(session.config, "workerinput"):  # the main process of pytest-xdist has all reports
+    is_worker = hasattr(session.config, "workerinput")  # only the main process of pytest-xdist has all reports
+    if path and not is_worker:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-        for i, line in enumerate(lines):
-            cells = line.split("|")
-            fault = cells[1].strip(" ²") if len(cells) == 7 else None
-            if fault in faults:
-                lines[i] = "|".join([*cells[:-2], f" {SIGNS[faults[fault]]} ", ""])
-        Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        table = "\n".join(_with_outcome(line) for line in lines)
+        Path(path).write_text(table + "\n", encoding="utf-8")
+
+
+def _with_outcome(line: str) -> str:
+    """A line of the table, with the outcome in its last column if it is about a fault that was tested."""
+    parts = line.split("|")  # the cells between an empty part at either end
+    if len(parts) != FAULT_COLUMNS + 2:
+        return line
+    fault = parts[1].strip(" ²")
+    if fault in outcome_of_fault:
+        parts[-2] = f" {SIGNS[outcome_of_fault[fault]]} "
+    return "|".join(parts)

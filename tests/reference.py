@@ -1,16 +1,23 @@
 """What every algorithm must reproduce: float64, one completion at a time, stock model code, no packing.
 
-A loss sees the whole batch at once, `loss(batch, step) -> (scalar, metrics)`, with one `Scored` per group.
+A loss sees the whole batch at once, `loss(batch, step) -> (scalar, metrics)`, with one `ScoredGroup` per group.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 
 
 @dataclass
@@ -21,79 +28,115 @@ class Group:
     completions: list[list[int]]
     row: dict
     scores: list[list[float]]  # of each completion, one number per reward model
-    samples: list[list[int]]  # with an EOS unless cut off
+    samples: list[list[int]]  # with an EOS unless truncated
+
+    @property
+    def size(self) -> int:
+        """The tokens of all its pieces."""
+        return len(self.prompt) + sum(len(ids) for ids in self.completions + self.samples)
 
 
 @dataclass
-class Scored:
+class ScoredGroup:
     """Token log-probs of the K completions under the policy and under the reference; of a reward model, one number."""
 
     token_logps: list[Tensor]
     ref_token_logps: list[Tensor]
-    row: dict
     scores: list[list[float]]
     sample_token_logps: list[Tensor]
 
     @property
     def logps(self) -> Tensor:
         """(K,) sums under the policy."""
-        return torch.stack([logps.sum() for logps in self.token_logps])
+        return _sums(self.token_logps)
 
     @property
     def ref_logps(self) -> Tensor:
         """(K,) sums under the reference."""
-        return torch.stack([logps.sum() for logps in self.ref_token_logps])
+        return _sums(self.ref_token_logps)
+
+    @property
+    def sample_logps(self) -> Tensor:
+        """(M,) sums over the samples under the policy."""
+        return _sums(self.sample_token_logps)
 
 
-Loss = Callable[[Sequence[Scored], int], tuple[Tensor, dict[str, float]]]
+Batch = Sequence[ScoredGroup]
+Metrics = dict[str, float]
+LossAndMetrics = tuple[Tensor, Metrics]
+Loss = Callable[[Batch, int], LossAndMetrics]
+LossOfGroup = Callable[[ScoredGroup], Tensor]
+Rewards = Callable[[ScoredGroup], Tensor]
+
+
+def _sums(values: list[Tensor]) -> Tensor:
+    return torch.stack([tokens.sum() for tokens in values])
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean."""
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+# ---------------------------------------------------------------- rows
 
 
 def scores_of(row: dict) -> list[list[float]]:
-    """The scores of a row's completions as they stand there, one list per completion; empty without scores."""
+    """The scores of a row's completions in the row's order, one list per completion; empty without scores."""
     if "score_chosen" in row:
         return [[row["score_chosen"]], [row["score_rejected"]]]
-    return [score if isinstance(score, list) else [score] for score in row.get("scores", [])]
-
-
-def order_of(row: dict) -> list[int]:
-    """The completions of a row by falling mean score where they are a list with scores, else as they stand."""
-    if "completions" not in row:
-        return [0] if "completion" in row else [0, 1]
-    if "scores" not in row:
-        return list(range(len(row["completions"])))
-    means = [mean(score) for score in scores_of(row)]
-    return sorted(range(len(means)), key=lambda k: (-means[k], k))
+    scores = []
+    for score in row.get("scores", []):
+        if not isinstance(score, list):
+            score = [score]
+        scores.append(score)
+    return scores
 
 
 def completions_of(row: dict) -> list[str]:
-    """The K completions of a row, best first."""
-    if "completions" in row:
-        return [row["completions"][k] for k in order_of(row)]
-    return [row["completion"]] if "completion" in row else [row["chosen"], row["rejected"]]
+    """The K completions of a row in the row's order."""
+    if "completion" in row:
+        return [row["completion"]]
+    if "chosen" in row:
+        return [row["chosen"], row["rejected"]]
+    return row["completions"]
 
 
-def encode(tokenizer, row: dict) -> Group:  # noqa: ANN001
-    """Prompt with the tokenizer's special tokens, completions without, EOS at their end unless they were cut off."""
+def order_of(row: dict) -> list[int]:
+    """The completions of a row by falling mean score where they are a list with scores, else in the row's order."""
+    indices = range(len(completions_of(row)))
+    if "completions" not in row or "scores" not in row:
+        return list(indices)
+    means = [mean(scores) for scores in scores_of(row)]
+    return sorted(indices, key=lambda k: (-means[k], k))
 
-    def ids(text: str, finished: bool = True) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id] * finished
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: dict) -> Group:
+    """Prompt with the tokenizer's special tokens, completions without, EOS at their end unless they were truncated."""
+
+    def ids(text: str, has_eos: bool = True) -> list[int]:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        if has_eos:
+            tokens.append(tokenizer.eos_token_id)
+        return tokens
+
+    order = order_of(row)
+    texts = completions_of(row)
+    completions = [ids(texts[k]) for k in order]
+    scores = scores_of(row)
+    if scores:
+        scores = [scores[k] for k in order]
+
+    samples = row.get("reference_samples", [])
+    have_eos = row.get("reference_samples_finished", [True] * len(samples))
+    sample_ids = [ids(sample, has_eos) for sample, has_eos in zip(samples, have_eos, strict=True)]
 
     prompt = tokenizer.encode(row["prompt"], add_special_tokens=True)
-    samples = row.get("reference_samples", [])
-    finished = row.get("reference_samples_finished", [True] * len(samples))
-    scores = scores_of(row)
-    return Group(
-        prompt,
-        [ids(completion) for completion in completions_of(row)],
-        row,
-        [scores[k] for k in order_of(row)] if scores else [],
-        [ids(sample, end) for sample, end in zip(samples, finished, strict=True)],
-    )
+    return Group(prompt, completions, row, scores, sample_ids)
 
 
-def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
-    eps = getattr(self, "variance_epsilon", None) or self.eps
-    return self.weight * (x / (x.square().mean(-1, keepdim=True) + eps).sqrt())
+# ---------------------------------------------------------------- models
 
 
 def load_model(directory: Path) -> nn.Module:
@@ -108,13 +151,20 @@ def load_reward_model(directory: Path) -> nn.Module:
     return model
 
 
-def _load(auto: type, directory: Path, **options: object) -> nn.Module:
-    options = dict(dtype=torch.float64, attn_implementation="sdpa", local_files_only=True, **options)
-    model = auto.from_pretrained(directory, **options).eval()
+def _load(auto_class: Any, directory: Path, **options: object) -> Any:
+    model = auto_class.from_pretrained(
+        directory, dtype=torch.float64, attn_implementation="sdpa", local_files_only=True, **options
+    )
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = _rms_norm.__get__(module)
-    return model
+            module.forward = partial(_rms_norm, module)
+    return model.eval()
+
+
+def _rms_norm(module: Any, x: Tensor) -> Tensor:
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    mean_square = x.square().mean(-1, keepdim=True)
+    return module.weight * (x / (mean_square + eps).sqrt())
 
 
 def token_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
@@ -126,152 +176,195 @@ def token_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> T
 
 
 def reward(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
-    """(1,), what a reward model says of one completion, at its last token."""
-    return model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
+    """(1,), the reward of one completion, read at its last token."""
+    ids = torch.tensor([prompt + completion])
+    return model(input_ids=ids, use_cache=False).logits[0]
 
 
-def learning_rate(step: int, steps: int, peak: float, schedule: str = "constant", warmup: int = 0) -> float:
-    """The rate of step 1 … `steps`: linear warm-up to `peak`, then constant or decaying to 0 after it."""
-    if step <= warmup:
-        return peak * step / warmup
-    progress = (step - 1 - warmup) / (steps - warmup)
-    return {
-        "constant": peak,
-        "linear": peak * (1 - progress),
-        "cosine": peak * (1 + math.cos(math.pi * progress)) / 2,
-    }[schedule]
+# ---------------------------------------------------------------- losses
 
 
 def sft() -> Loss:
     """−Σ log π over all completion tokens of the batch, divided by their number."""
 
-    def loss(batch: Sequence[Scored], step: int) -> tuple[Tensor, dict[str, float]]:
-        tokens = torch.cat([logps for scored in batch for logps in scored.token_logps])
+    def loss(batch: Batch, step: int) -> LossAndMetrics:
+        tokens = torch.cat([logps for group in batch for logps in group.token_logps])
         return -tokens.sum() / len(tokens), {}
 
     return loss
 
 
-def preference(value: Callable[[Sequence[Scored], int], Tensor], rewards: Callable[[Scored], Tensor]) -> Loss:
-    """A loss of the batch with what every preference algorithm logs; `rewards` gives (K,) numbers of a group."""
+def mean_loss(loss_of_group: LossOfGroup, rewards: Rewards) -> Loss:
+    """The mean of a loss of one group, and what every preference algorithm logs."""
 
-    def loss(batch: Sequence[Scored], step: int) -> tuple[Tensor, dict[str, float]]:
-        logged = [rewards(scored).detach() for scored in batch]
-        logps = [scored.logps.detach() for scored in batch]
-        margins = [float(r[0] - r[1:].mean()) for r in logged]
-        metrics = {
-            "rewards/chosen": mean(float(r[0]) for r in logged),
-            "rewards/rejected": mean(float(r[1:].mean()) for r in logged),
-            "rewards/margins": mean(margins),
-            "rewards/accuracies": mean(float(m > 0) for m in margins),
-            "logps/chosen": mean(float(p[0]) for p in logps),
-            "logps/rejected": mean(float(p[1:].mean()) for p in logps),
-        }
-        return value(batch, step), metrics
+    def loss(batch: Batch, step: int) -> LossAndMetrics:
+        losses = [loss_of_group(group) for group in batch]
+        return torch.stack(losses).mean(), preference_metrics(batch, rewards)
 
     return loss
 
 
-def each(per_group: Callable[[Scored], Tensor]) -> Callable[[Sequence[Scored], int], Tensor]:
-    """The mean of a loss of one group."""
-    return lambda batch, step: sum(per_group(scored) for scored in batch) / len(batch)
+def preference_metrics(batch: Batch, rewards: Rewards) -> Metrics:
+    """What every preference algorithm logs; `rewards` gives (K,) numbers of a group."""
+    chosen, rejected = _chosen_and_rejected([rewards(group) for group in batch])
+    margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
+    chosen_logps, rejected_logps = _chosen_and_rejected([group.logps for group in batch])
+    return {
+        "rewards/chosen": mean(chosen),
+        "rewards/rejected": mean(rejected),
+        "rewards/margins": mean(margins),
+        "rewards/accuracies": mean(margin > 0 for margin in margins),
+        "logps/chosen": mean(chosen_logps),
+        "logps/rejected": mean(rejected_logps),
+    }
 
 
-def implicit(scale: float) -> Callable[[Scored], Tensor]:
-    """The reward of the papers: scale · (logp − ref)."""
-    return lambda scored: scale * (scored.logps - scored.ref_logps)
+def _chosen_and_rejected(values: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Of each group, the number of its first completion and the mean of the others'."""
+    chosen = []
+    rejected = []
+    for row in values:
+        first, *others = row.detach().tolist()
+        chosen.append(first)
+        rejected.append(mean(others))
+    return chosen, rejected
 
 
-def _ranking(r: Tensor) -> Tensor:
+def log_ratios(group: ScoredGroup) -> Tensor:
+    """(K,) ρ = log π_θ(y|x) − log π_ref(y|x)."""
+    return group.logps - group.ref_logps
+
+
+def implicit_rewards(group: ScoredGroup, scale: float) -> Tensor:
+    """(K,) the reward of the papers, scale · ρ."""
+    return scale * log_ratios(group)
+
+
+def plackett_luce(rewards: Tensor) -> Tensor:
     """−log of the probability, under Plackett–Luce with worths exp(r), of the order given."""
-    return sum((r[k:] - r[k]).exp().sum().log() for k in range(len(r)))
+    terms = []
+    for k, reward_of_best in enumerate(rewards):
+        remaining = rewards[k:]
+        relative_worths = (remaining - reward_of_best).exp()
+        terms.append(relative_worths.sum().log())
+    return torch.stack(terms).sum()
 
 
-def _dpo(scored: Scored, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    r = implicit(beta)(scored)
-    if len(r) > 2:
-        return _ranking(r)
-    flipped = (r[0] - r[1]).exp().log1p()
-    return (1 - label_smoothing) * (r[1] - r[0]).exp().log1p() + label_smoothing * flipped
-
-
-def _distill(scored: Scored, beta: float, model: int = 0) -> Tensor:
-    """(r_1 − r_2 − β log [π_θ(1) π_ref(2) / (π_θ(2) π_ref(1))])² with one reward model's scores."""
-    logp, ref = scored.logps, scored.ref_logps
-    first, second = (score[model] for score in scored.scores)
-    return (first - second - beta * (logp[0] + ref[1] - logp[1] - ref[0])) ** 2
+def bradley_terry(margin: Tensor) -> Tensor:
+    """−log σ(margin), as log(1 + exp(−margin))."""
+    return (-margin).exp().log1p()
 
 
 def dpo(beta: float, label_smoothing: float = 0.0) -> Loss:
     """DPO; Plackett–Luce for K > 2."""
-    return preference(each(lambda scored: _dpo(scored, beta, label_smoothing)), implicit(beta))
+    return mean_loss(
+        partial(dpo_of_group, beta=beta, label_smoothing=label_smoothing),
+        partial(implicit_rewards, scale=beta),
+    )
+
+
+def dpo_of_group(group: ScoredGroup, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """−log σ(β h), and with a wrong label −log σ(−β h)."""
+    rewards = implicit_rewards(group, beta)
+    if len(rewards) > 2:
+        return plackett_luce(rewards)
+    margin = rewards[0] - rewards[1]
+    right = bradley_terry(margin)
+    wrong = bradley_terry(-margin)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
 def token_dpo(beta: float) -> Loss:
     """log(1 + exp(Σ r_l − Σ r_w)) of the tokens' rewards, their means, and the share of those below 0."""
+    sequence_loss = mean_loss(partial(token_dpo_of_group, beta=beta), partial(implicit_rewards, scale=beta))
 
-    def rewards(scored: Scored) -> list[Tensor]:
-        return [beta * (o - r) for o, r in zip(scored.token_logps, scored.ref_token_logps, strict=True)]
-
-    def per_group(scored: Scored) -> Tensor:
-        chosen, rejected = rewards(scored)
-        return (rejected.sum() - chosen.sum()).exp().log1p()
-
-    plain = preference(each(per_group), implicit(beta))
-
-    def loss(batch: Sequence[Scored], step: int) -> tuple[Tensor, dict[str, float]]:
-        value, metrics = plain(batch, step)
-        for k, name in enumerate(("chosen", "rejected")):
-            tokens = [rewards(scored)[k].tolist() for scored in batch]
-            metrics[f"token_rewards/{name}"] = mean(mean(r) for r in tokens)
-            metrics[f"negative_tokens/{name}"] = mean(mean(x < 0 for x in r) for r in tokens)
+    def loss(batch: Batch, step: int) -> LossAndMetrics:
+        value, metrics = sequence_loss(batch, step)
+        for k, side in enumerate(("chosen", "rejected")):
+            rewards = [token_rewards(group, beta)[k].tolist() for group in batch]
+            shares = [mean(reward < 0 for reward in completion) for completion in rewards]
+            metrics[f"token_rewards/{side}"] = mean(map(mean, rewards))
+            metrics[f"negative_tokens/{side}"] = mean(shares)
         return value, metrics
 
     return loss
 
 
+def token_rewards(group: ScoredGroup, beta: float) -> list[Tensor]:
+    """β log π_θ / π_ref of the tokens of each completion."""
+    pairs = zip(group.token_logps, group.ref_token_logps, strict=True)
+    return [beta * (logps - ref_logps) for logps, ref_logps in pairs]
+
+
+def token_dpo_of_group(group: ScoredGroup, beta: float) -> Tensor:
+    """DPO of the sums of token rewards."""
+    chosen, rejected = token_rewards(group, beta)
+    return bradley_terry(chosen.sum() - rejected.sum())
+
+
 def ipo(tau: float) -> Loss:
     """(h − 1/(2τ))², and τ times the log-ratio as the reward."""
+    return mean_loss(partial(ipo_of_group, tau=tau), partial(implicit_rewards, scale=tau))
 
-    def per_group(scored: Scored) -> Tensor:
-        chosen, rejected = scored.logps - scored.ref_logps
-        return (chosen - rejected - 1 / (2 * tau)) ** 2
 
-    return preference(each(per_group), implicit(tau))
+def ipo_of_group(group: ScoredGroup, tau: float) -> Tensor:
+    """(h − 1/(2τ))²."""
+    chosen, rejected = log_ratios(group)
+    return (chosen - rejected - 1 / (2 * tau)) ** 2
 
 
 def exo(beta: float, epsilon: float, beta_r: float | None = None, kl: str = "reverse") -> Loss:
     """KL(q ‖ p), or −Σ p log q, of q_k ∝ (π_θ / π_ref)^β; p from mean scores over β_r, or (1−ε, ε)."""
 
-    def per_group(scored: Scored) -> Tensor:
-        worths = ((scored.logps - scored.ref_logps) * beta).exp()
-        q = worths / worths.sum()
+    def loss_of_group(group: ScoredGroup) -> Tensor:
+        q = _normalised(implicit_rewards(group, beta).exp())
         if beta_r is None:
             p = q.new_tensor([1 - epsilon, epsilon])
         else:
-            worths = q.new_tensor([mean(score) for score in scored.scores]).div(beta_r).exp()
-            p = worths / worths.sum()
-        return -(p * q.log()).sum() if kl == "forward" else (q * (q / p).log()).sum()
+            means = q.new_tensor([mean(scores) for scores in group.scores])
+            p = _normalised((means / beta_r).exp())
+        if kl == "forward":
+            return -(p * q.log()).sum()
+        return (q * (q / p).log()).sum()
 
-    return preference(each(per_group), implicit(beta))
+    return mean_loss(loss_of_group, partial(implicit_rewards, scale=beta))
+
+
+def _normalised(worths: Tensor) -> Tensor:
+    return worths / worths.sum()
 
 
 def typo(lam: float, length_normalise: bool = False) -> Loss:
     """log(1 + π(l) / π(w)) − λ · the mean log-prob of the samples; the log-probs per token if asked."""
 
-    def logps(tokens: list[Tensor]) -> Tensor:
-        return torch.stack([t.sum() / (len(t) if length_normalise else 1) for t in tokens])
+    def loss_of_group(group: ScoredGroup) -> Tensor:
+        logps = group.logps
+        sample_logps = group.sample_logps
+        if length_normalise:
+            logps = torch.stack([tokens.mean() for tokens in group.token_logps])
+            sample_logps = torch.stack([tokens.mean() for tokens in group.sample_token_logps])
+        return bradley_terry(logps[0] - logps[1]) - lam * sample_logps.mean()
 
-    def per_group(scored: Scored) -> Tensor:
-        chosen, rejected = logps(scored.token_logps)
-        return (rejected - chosen).exp().log1p() - lam * logps(scored.sample_token_logps).mean()
+    return mean_loss(loss_of_group, log_probabilities)
 
-    return preference(each(per_group), lambda scored: scored.logps)
+
+def log_probabilities(group: ScoredGroup) -> Tensor:
+    """(K,) log π_θ(y|x) as the reward; of a reward model, its rewards."""
+    return group.logps
 
 
 def distill_dpo(beta: float) -> Loss:
     """The squared error of the implicit reward difference."""
-    return preference(each(lambda scored: _distill(scored, beta)), implicit(beta))
+    return mean_loss(partial(distill_of_group, beta=beta), partial(implicit_rewards, scale=beta))
+
+
+def distill_of_group(group: ScoredGroup, beta: float, reward_model: int = 0) -> Tensor:
+    """(r_1 − r_2 − β log [π_θ(1) π_ref(2) / (π_θ(2) π_ref(1))])² with one reward model's scores."""
+    logps = group.logps
+    ref_logps = group.ref_logps
+    log_odds = logps[0] + ref_logps[1] - logps[1] - ref_logps[0]
+    first, second = group.scores
+    return (first[reward_model] - second[reward_model] - beta * log_odds) ** 2
 
 
 def gamma(step: int, steps: int, start: float, end: float) -> float:
@@ -279,22 +372,26 @@ def gamma(step: int, steps: int, start: float, end: float) -> float:
     return start + (end - start) * (step - 1) / (steps - 1)
 
 
-def omega(scored: Scored) -> Tensor:
-    """−Σ log π of the preference completions, or −mean log π of samples of π_ref where there are any."""
-    if scored.sample_token_logps:
-        return -torch.stack([logps.sum() for logps in scored.sample_token_logps]).mean()
-    return -scored.logps.sum()
+def omega(batch: Batch) -> Tensor:
+    """The mean of −Σ log π of the preference completions, or of −mean log π of the samples where there are any."""
+    terms = []
+    for group in batch:
+        if group.sample_token_logps:
+            terms.append(-group.sample_logps.mean())
+        else:
+            terms.append(-group.logps.sum())
+    return torch.stack(terms).mean()
 
 
 def pessimistic_dpo(beta: float, base: str, steps: int, start: float, end: float) -> Loss:
     """DPO or distillation plus γ Ω."""
-    per_group = {"dpo": _dpo, "distill": _distill}[base]
+    base_loss = {"dpo": dpo, "distill": distill_dpo}[base](beta)
 
-    def value(batch: Sequence[Scored], step: int) -> Tensor:
-        g = gamma(step, steps, start, end)
-        return sum(per_group(scored, beta) + g * omega(scored) for scored in batch) / len(batch)
+    def loss(batch: Batch, step: int) -> LossAndMetrics:
+        value, metrics = base_loss(batch, step)
+        return value + gamma(step, steps, start, end) * omega(batch), metrics
 
-    return preference(value, implicit(beta))
+    return loss
 
 
 def ensemble_dpo(beta: float, steps: int, start: float, end: float, seen: list[Tensor] | None = None) -> Loss:
@@ -303,26 +400,65 @@ def ensemble_dpo(beta: float, steps: int, start: float, end: float, seen: list[T
     `seen` collects the (B, R) losses of every step.
     """
 
-    def value(batch: Sequence[Scored], step: int) -> Tensor:
-        models = range(len(batch[0].scores[0]))
-        losses = torch.stack([torch.stack([_distill(scored, beta, i) for i in models]) for scored in batch])
+    def loss(batch: Batch, step: int) -> LossAndMetrics:
+        losses_of_models = []
+        for reward_model in range(len(batch[0].scores[0])):
+            losses = [distill_of_group(group, beta, reward_model) for group in batch]
+            losses_of_models.append(torch.stack(losses))
         if seen is not None:
-            seen.append(losses.detach())
-        penalty = sum(omega(scored) for scored in batch) / len(batch)
-        return min(losses[:, i].mean() for i in models) + gamma(step, steps, start, end) * penalty
+            seen.append(torch.stack(losses_of_models, 1).detach())
 
-    return preference(value, implicit(beta))
+        least = min(losses.mean() for losses in losses_of_models)
+        value = least + gamma(step, steps, start, end) * omega(batch)
+        return value, preference_metrics(batch, partial(implicit_rewards, scale=beta))
+
+    return loss
 
 
 def rm() -> Loss:
     """−log of the Plackett–Luce probability of the order, with the scores themselves as rewards."""
-    return preference(each(lambda scored: _ranking(scored.logps)), lambda scored: scored.logps)
+    return mean_loss(rm_of_group, log_probabilities)
 
 
-def mean(values) -> float:  # noqa: ANN001
-    """Arithmetic mean of an iterable."""
-    values = list(values)
-    return math.fsum(values) / len(values)
+def rm_of_group(group: ScoredGroup) -> Tensor:
+    """−log of the Plackett–Luce probability of the order."""
+    return plackett_luce(log_probabilities(group))
+
+
+# ---------------------------------------------------------------- training
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: str = "constant", warmup: int = 0) -> float:
+    """The rate of step 1 … `steps`: linear warm-up to `peak`, then constant or decaying to 0 after it."""
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - 1 - warmup) / (steps - warmup)
+    if schedule == "linear":
+        return peak * (1 - progress)
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * progress)) / 2
+    return peak
+
+
+class AdamW:
+    """Adam with decoupled weight decay on every parameter (Loshchilov and Hutter); betas (0.9, 0.999), eps 1e-8."""
+
+    def __init__(self, parameters: Iterable[Tensor], weight_decay: float):
+        self.parameters = list(parameters)
+        self.weight_decay = weight_decay
+        self.first_moments = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.second_moments = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    def update(self, gradients: Iterable[Tensor], step: int, rate: float) -> None:
+        """Step 1, 2, …."""
+        everything = zip(self.parameters, gradients, self.first_moments, self.second_moments, strict=True)
+        for parameter, gradient, first, second in everything:
+            first.mul_(0.9).add_(0.1 * gradient)
+            second.mul_(0.999).add_(0.001 * gradient**2)
+            unbiased_first = first / (1 - 0.9**step)
+            unbiased_second = second / (1 - 0.999**step)
+            parameter.data.mul_(1 - rate * self.weight_decay)
+            parameter.data.sub_(rate * unbiased_first / (unbiased_second.sqrt() + 1e-8))
 
 
 def train(
@@ -342,54 +478,60 @@ def train(
 ) -> tuple[list[dict], nn.Module]:
     """Train on rows in file order; the metrics of every step, and the model at the end. `rewards`: a reward model."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    model = load_reward_model(model_dir) if rewards else load_model(model_dir)
     groups = [encode(tokenizer, row) for row in rows[: steps * batch_size]]
-    refs = [[] for _ in groups]
-    if not rewards:
-        with torch.no_grad():
-            reference = load_model(reference_dir or model_dir)
-            refs = [[token_logps(reference, g.prompt, c) for c in g.completions] for g in groups]
-    parameters = list(model.parameters())
-    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    if rewards:
+        model = load_reward_model(model_dir)
+        ref_token_logps: list[list[Tensor]] = [[] for _ in groups]
+    else:
+        model = load_model(model_dir)
+        ref_token_logps = _reference_logps(reference_dir or model_dir, groups)
+
+    optimizer = AdamW(model.parameters(), weight_decay)
     history = []
     for step in range(1, steps + 1):
-        chosen = range((step - 1) * batch_size, step * batch_size)
-        batch = [_score(model, groups[i], refs[i], reward if rewards else token_logps) for i in chosen]
+        batch = []
+        for i in range((step - 1) * batch_size, step * batch_size):
+            batch.append(_score(model, groups[i], ref_token_logps[i], rewards))
         value, metrics = loss(batch, step)
-        gradients = torch.autograd.grad(value, parameters)
-        norm = math.sqrt(math.fsum(float(g.square().sum()) for g in gradients))
-        scale = min(1.0, max_grad_norm / (norm + 1e-6))
+
+        gradients = torch.autograd.grad(value, optimizer.parameters)
+        squares = [float(gradient.square().sum()) for gradient in gradients]
+        grad_norm = math.sqrt(math.fsum(squares))
+        clipping = min(1.0, max_grad_norm / (grad_norm + 1e-6))
         rate = learning_rate(step, steps, peak, schedule, warmup)
-        for parameter, gradient, m, v in zip(parameters, gradients, first, second, strict=True):
-            _adamw(parameter.data, gradient * scale, m, v, step, rate, weight_decay)
-        history.append(
-            {"step": step, "loss": float(value.detach()), "grad_norm": norm, "learning_rate": rate, **metrics}
-        )
+        optimizer.update([gradient * clipping for gradient in gradients], step, rate)
+
+        line = {"step": step, "loss": float(value.detach()), "grad_norm": grad_norm, "learning_rate": rate}
+        history.append({**line, **metrics})
     return history, model
 
 
 def evaluate(
     model_dir: Path, reference_dir: Path, model: nn.Module, rows: Sequence[dict], loss: Loss, step: int = 1
-) -> dict:
+) -> Metrics:
     """The loss and its metrics over all rows at once, for a model that `train` returned, as of a step."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    groups, reference = [encode(tokenizer, row) for row in rows], load_model(reference_dir)
+    groups = [encode(tokenizer, row) for row in rows]
+    ref_token_logps = _reference_logps(reference_dir, groups)
     with torch.no_grad():
-        refs = [[token_logps(reference, g.prompt, c) for c in g.completions] for g in groups]
-        value, metrics = loss([_score(model, g, ref) for g, ref in zip(groups, refs, strict=True)], step)
+        batch = [_score(model, group, ref) for group, ref in zip(groups, ref_token_logps, strict=True)]
+        value, metrics = loss(batch, step)
     return {"loss": float(value), **metrics}
 
 
-def _score(model: nn.Module, group: Group, ref: list[Tensor], score: Callable = token_logps) -> Scored:
-    ours, samples = (
-        [score(model, group.prompt, ids) for ids in pieces] for pieces in (group.completions, group.samples)
-    )
-    return Scored(ours, ref, group.row, group.scores, samples)
+@torch.no_grad()
+def _reference_logps(reference_dir: Path, groups: Sequence[Group]) -> list[list[Tensor]]:
+    reference = load_model(reference_dir)
+    logps = []
+    for group in groups:
+        logps.append([token_logps(reference, group.prompt, ids) for ids in group.completions])
+    return logps
 
 
-def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, rate: float, decay: float) -> None:
-    """Loshchilov and Hutter's decoupled weight decay on every parameter; betas (0.9, 0.999), eps 1e-8."""
-    m.mul_(0.9).add_(0.1 * g)
-    v.mul_(0.999).add_(0.001 * g * g)
-    p.mul_(1 - rate * decay)
-    p.sub_(rate * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+def _score(model: nn.Module, group: Group, ref_token_logps: list[Tensor], rewards: bool = False) -> ScoredGroup:
+    score = token_logps
+    if rewards:
+        score = reward
+    completions = [score(model, group.prompt, ids) for ids in group.completions]
+    samples = [score(model, group.prompt, ids) for ids in group.samples]
+    return ScoredGroup(completions, ref_token_logps, group.scores, samples)

@@ -1,88 +1,227 @@
-"""Span attention against a dense mask in float64: every architecture's layer sees exactly what it should."""
+"""Span attention against a dense mask in float64: every token sees exactly what it should."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from shared import attention
-from shared.attention import Spans, span_attention
+from shared.attention import ATTENTION_NAME, Group, Spans, span_attention
+from shared.last_layer import skip_unread, without_prompts
 
-GROUPS = [(5, (3, 1, 4)), (1, (2,)), (7, (1, 6)), (2, (5, 2, 2, 3))]  # prompt length, completion lengths
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
+GROUPS: list[Group] = [(5, (3, 1, 4)), (1, (2,)), (7, (1, 6)), (2, (5, 2, 2, 3))]
+TOKENS = sum(prompt + sum(completions) for prompt, completions in GROUPS)
+HEADS = 4
+WIDTH = 16
 
-
-def visible(groups: list[tuple[int, tuple[int, ...]]]) -> torch.Tensor:
-    """(T, T) booleans, written from the rule: causal, own group, and the key in the prompt or the own completion."""
-    group, piece = [], []
-    for g, (p, cs) in enumerate(groups):
-        for k, n in enumerate((p, *cs)):
-            group += [g] * n
-            piece += [k] * n
-    t = range(len(group))
-    rule = [[j <= i and group[i] == group[j] and piece[j] in (0, piece[i]) for j in t] for i in t]
-    return torch.tensor(rule)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 
 
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT * scale).masked_fill(~visible(GROUPS), float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+def visible(groups: list[Group]) -> Tensor:
+    """(T queries, T keys) booleans from the rule: causal, same group, and the key in the prompt or the same piece."""
+    group_of_token = []
+    piece_of_token = []
+    for group, (prompt, completions) in enumerate(groups):
+        for piece, length in enumerate((prompt, *completions)):
+            group_of_token += [group] * length
+            piece_of_token += [piece] * length
+
+    group = torch.tensor(group_of_token)
+    piece = torch.tensor(piece_of_token)
+    token = torch.arange(len(group))
+    causal = token <= token[:, None]
+    same_group = group == group[:, None]
+    same_piece = piece == piece[:, None]
+    in_prompt = piece == 0
+    return causal & same_group & (in_prompt | same_piece)
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attention over GROUPS as one softmax over all keys, the invisible ones masked."""
+    queries_per_key = query.shape[1] // key.shape[1]
+    key = key.repeat_interleave(queries_per_key, 1)
+    value = value.repeat_interleave(queries_per_key, 1)
+    invisible = ~visible(GROUPS)
+    scores = query @ key.mT * scale
+    scores = scores.masked_fill(invisible, float("-inf"))
+    output = scores.softmax(-1) @ value
+    return output.transpose(1, 2)
+
+
+def random_inputs(kv_heads: int, width: int = WIDTH) -> list[Tensor]:
+    """Query, key and value of GROUPS in float64."""
+    shapes = [(1, heads, TOKENS, width) for heads in (HEADS, kv_heads, kv_heads)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def skipped_outputs(spans: Spans) -> Tensor:
+    """(T,) booleans: the outputs that are not needed."""
+    skipped = []
+    for (prompt, completions), queries in zip(spans.groups, spans.skipped, strict=True):
+        token = torch.arange(prompt + sum(completions))
+        skipped.append(token < queries)
+    return torch.cat(skipped)
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Up to the rounding of a dtype, relative to the norm of the whole tensor."""
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    error = actual.cpu().double() - expected
+    assert error.norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("last", [False, True])
-def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_heads: int, last: bool) -> None:
-    """In the last layer, where the outputs of all but a prompt's last token are of no account."""
+@pytest.mark.parametrize("skipping", [False, True])
+def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_heads: int, skipping: bool) -> None:
+    """With `skipping`, the outputs of long prompts are left out, and no gradient comes through them."""
     torch.manual_seed(0)
-    total = sum(p + sum(cs) for p, cs in GROUPS)
-    inputs = [torch.randn(1, h, total, 16).to(dtype).double().requires_grad_() for h in (4, kv_heads, kv_heads)]
-    weights = torch.randn(1, total, 4, 16, dtype=torch.float64)
-    of_account = torch.cat([torch.arange(p + sum(cs)) >= last * (p - 1) for p, cs in GROUPS])
-    weights[:, ~of_account] = 0
-    expected = dense(*inputs, scale=0.3)
-    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    spans = Spans.of(GROUPS, device, dtype)
+    if skipping:
+        spans = without_prompts(spans)
+    skipped = skipped_outputs(spans)
+    inputs = [x.to(dtype) for x in random_inputs(kv_heads)]
+    output_grad = torch.randn(1, TOKENS, HEADS, WIDTH, dtype=torch.float64)
+    output_grad[:, skipped] = 0
 
-    ours = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
-    output, _ = span_attention(None, *ours, None, spans=Spans.of(GROUPS, device, dtype), scaling=0.3, last=last)
-    grads = torch.autograd.grad((output * weights.to(device, dtype)).sum(), ours)
-    tolerance = 2e-6 if dtype == torch.float32 else 2e-2
-    for got, want in zip((output[:, of_account], *grads), (expected[:, of_account], *expected_grads), strict=True):
-        assert (got.cpu().double() - want).norm() <= tolerance * want.norm()
-    if device == "cpu":  # a prompt longer than its first completion is left out
-        skipped = torch.cat([torch.arange(p + sum(cs)) < last * (p > cs[0]) * (p - 1) for p, cs in GROUPS])
-        assert torch.equal((output == 0).all((0, 2, 3)), skipped)
+    exact_inputs = [x.double().requires_grad_() for x in inputs]
+    expected = dense_attention(*exact_inputs, scale=0.3)
+    expected_grads = torch.autograd.grad(expected, exact_inputs, output_grad)
+
+    inputs = [x.to(device).requires_grad_() for x in inputs]
+    query, key, value = inputs
+    output, _ = span_attention(None, query, key, value, None, spans=spans, scaling=0.3)
+    grads = torch.autograd.grad(output, inputs, output_grad.to(device, dtype))
+
+    assert_close(output[:, ~skipped], expected[:, ~skipped], dtype)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, dtype)
+    if device == "cpu":
+        is_zero = (output == 0).all(-1).all(-1)[0]
+        assert torch.equal(is_zero, skipped)
 
 
-def segments(q, k, v, cu_q, cu_k, max_q, max_k, scale):  # noqa: ANN001, ANN201
-    """What the variable-length kernel documents: each query range against its key range, causal from the end."""
-    assert q.shape[-1] % 8 == 0  # all widths of heads that it takes
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def test_prompts_longer_than_their_first_completion_are_left_out() -> None:
+    """All of their tokens but the last, which predicts the completions."""
+    spans = Spans.of(GROUPS, "cpu", torch.float32)
+    assert spans.skipped == [0, 0, 0, 0]
+    assert without_prompts(spans).skipped == [4, 0, 6, 0]
+
+
+def test_groups_without_a_second_completion() -> None:
+    spans = Spans.of([(3, (2,)), (1, ())], "cpu", torch.float32)
+    x = torch.randn(1, 2, 6, 8)
+    output, _ = span_attention(None, x, x, x, None, spans=spans)
+    sees_only_itself = x[0, :, -1]
+    assert torch.equal(output[0, -1], sees_only_itself)
+
+
+# ---------------------------------------------------------------- the last layer
+
+
+def tiny_model() -> torch.nn.Module:
+    """A Llama of two layers without a head, which attends in spans."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaModel
+
+    AttentionInterface.register(ATTENTION_NAME, span_attention)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attn_implementation=ATTENTION_NAME,
+    )
+    return LlamaModel(config)
+
+
+def test_the_last_layer_computes_what_is_read() -> None:
+    torch.manual_seed(0)
+    model = tiny_model()
+    read_positions = torch.tensor([4, 5, 6, 9, 11, 22])
+    arguments = {
+        "input_ids": torch.randint(50, (1, TOKENS)),
+        "position_ids": torch.arange(TOKENS)[None],
+        "spans": Spans.of(GROUPS, "cpu", torch.float32),
+        "use_cache": False,
+    }
+    everything = model(**arguments).last_hidden_state
+
+    skip_unread(model.layers[-1])
+    computed = []
+
+    def note_length(module: torch.nn.Module, args: tuple) -> None:
+        computed.append(args[0].shape[1])
+
+    for layer in model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(note_length)
+
+    states = model(**arguments, read_positions=read_positions).last_hidden_state
+    assert computed == [TOKENS, len(read_positions)]
+    torch.testing.assert_close(states[:, read_positions], everything[:, read_positions])
+
+    computed.clear()
+    states = model(**arguments).last_hidden_state
+    assert computed == [TOKENS, TOKENS]
+    assert torch.equal(states, everything)
+
+
+# ---------------------------------------------------------------- the variable-length kernel, without a GPU
+
+
+def segment_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale) -> Tensor:
+    """As the kernel is documented: each query range against its key range, causal from the bottom-right corner."""
+    width = q.shape[-1]
+    assert width % 8 == 0, "the kernel takes no other width"
+    if scale is None:
+        scale = width**-0.5
+    queries_per_key = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(queries_per_key, 1)
+    v = v.repeat_interleave(queries_per_key, 1)
+
     outputs = []
-    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
-        assert b - a <= max_q and d - c <= max_k
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], k[c:d].repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
-        allowed = torch.ones(b - a, d - c, dtype=torch.bool).tril(int((d - c) - (b - a)))
-        values = v[c:d].repeat_interleave(q.shape[1] // v.shape[1], 1)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~allowed, float("-inf")).softmax(-1), values))
+    for segment in range(len(cu_q) - 1):
+        q_start, q_end = cu_q[segment : segment + 2].tolist()
+        k_start, k_end = cu_k[segment : segment + 2].tolist()
+        query_count = q_end - q_start
+        key_count = k_end - k_start
+        assert query_count <= max_q
+        assert key_count <= max_k
+
+        queries = q[q_start:q_end]
+        keys = k[k_start:k_end]
+        values = v[k_start:k_end]
+        causal = torch.ones(query_count, key_count).tril(key_count - query_count) == 1
+        scores = torch.einsum("qhd,khd->hqk", queries, keys) * scale
+        weights = scores.masked_fill(~causal, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, values))
     return torch.cat(outputs)
 
 
-def torch_2_10(q, k, v, cu_q, cu_k, max_q, max_k, *, is_causal=False, scale=None):  # noqa: ANN001, ANN201
-    assert is_causal and q.shape[1] == k.shape[1]
-    return segments(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+def torch_2_10(*segments, is_causal=False, scale=None) -> Tensor:
+    assert is_causal
+    assert not has_grouped_heads(*segments)
+    return segment_attention(*segments, scale)
 
 
-def torch_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # noqa: ANN001, ANN201
-    assert window_size == (-1, 0) and q.shape[1] == k.shape[1]
-    return segments(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+def torch_2_11(*segments, scale=None, window_size=(-1, -1)) -> Tensor:
+    assert window_size == (-1, 0)
+    assert not has_grouped_heads(*segments)
+    return segment_attention(*segments, scale)
 
 
-def torch_2_12(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # noqa: ANN001, ANN201
-    assert window_size == (-1, 0) and enable_gqa
-    return segments(q, k, v, cu_q, cu_k, max_q, max_k, scale)
+def torch_2_12(*segments, scale=None, window_size=(-1, -1), enable_gqa=False) -> Tensor:
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    return segment_attention(*segments, scale)
+
+
+def has_grouped_heads(q, k, *_) -> bool:
+    return q.shape[1] != k.shape[1]
 
 
 @pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_12])
@@ -91,20 +230,18 @@ def torch_2_12(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1
 def test_the_gpu_kernel_is_asked_for_the_same(
     monkeypatch: pytest.MonkeyPatch, kernel: Callable, width: int, scale: float | None
 ) -> None:
-    """Without a GPU: the arguments of the one variable-length call describe the same attention, in each version."""
+    """The arguments of the one variable-length call describe the same attention, in each version of PyTorch."""
     import torch.nn.attention.varlen
 
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
-    attention._varlen_arguments.cache_clear()
-    total = sum(p + sum(cs) for p, cs in GROUPS)
-    q, k, v = (torch.randn(1, h, total, width, dtype=torch.float64) for h in (4, 2, 2))
-    output = attention._varlen(q, k, v, Spans.of(GROUPS, "cpu", torch.float64), scale)
-    attention._varlen_arguments.cache_clear()
-    torch.testing.assert_close(output, dense(q, k, v, scale=width**-0.5 if scale is None else scale))
+    inputs = random_inputs(kv_heads=2, width=width)
+    spans = Spans.of(GROUPS, "cpu", torch.float64)
 
+    attention._kernel_options.cache_clear()
+    output = attention._variable_length(*inputs, spans, scale)
+    attention._kernel_options.cache_clear()
 
-def test_groups_without_a_second_completion() -> None:
-    spans = Spans.of([(3, (2,)), (1, ())], "cpu", torch.float32)
-    x = torch.randn(1, 2, 6, 8)
-    output, _ = span_attention(None, x, x, x, None, spans=spans)
-    assert torch.equal(output[0, -1], x[0, :, -1])  # the lone token sees itself alone
+    expected_scale = scale
+    if scale is None:
+        expected_scale = width**-0.5
+    torch.testing.assert_close(output, dense_attention(*inputs, scale=expected_scale))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import reference
+import tiny
 import torch
-import worlds
 from test_exactness import BATCH, OPTIONS, PAIR_METRICS, STEPS, compare, compare_models, train_reference
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -30,7 +30,7 @@ def with_samples(rows: list[dict], seed: int) -> list[dict]:
     """Two `reference_samples` of different lengths; the second is cut off in two rows of three."""
     rng, found = random.Random(seed), []
     for i, row in enumerate(rows):
-        samples = [worlds.text(rng, rng.randint(1, 20)) for _ in range(2)]
+        samples = [tiny.text(rng, rng.randint(1, 20)) for _ in range(2)]
         found.append({**row, "reference_samples": samples, "reference_samples_finished": [True, i % 3 == 0]})
     return found
 
@@ -50,15 +50,15 @@ def listed(rows: list[dict], seed: int, models: int = 1) -> list[dict]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows with all that a form may carry, and a tiny Llama."""
     path = tmp_path_factory.mktemp("family")
-    pairs, fours = worlds.make_rows(ROWS, seed=12, k=2), worlds.make_rows(ROWS, seed=14, k=4)
-    worlds.write_jsonl(path / "pairs.jsonl", pairs)
-    worlds.write_jsonl(path / "scored.jsonl", with_scores(pairs, 1))
-    worlds.write_jsonl(path / "samples.jsonl", with_samples(with_scores(pairs, 1), 2))
-    worlds.write_jsonl(path / "fours.jsonl", listed(fours, 3))
+    pairs, fours = tiny.make_rows(ROWS, seed=12, k=2), tiny.make_rows(ROWS, seed=14, k=4)
+    tiny.write_jsonl(path / "pairs.jsonl", pairs)
+    tiny.write_jsonl(path / "scored.jsonl", with_scores(pairs, 1))
+    tiny.write_jsonl(path / "samples.jsonl", with_samples(with_scores(pairs, 1), 2))
+    tiny.write_jsonl(path / "fours.jsonl", listed(fours, 3))
     ensemble = listed(pairs, ENSEMBLE_SEED, models=3)
-    worlds.write_jsonl(path / "ensemble.jsonl", ensemble)
-    worlds.write_jsonl(path / "ensemble_samples.jsonl", with_samples(ensemble, 2))
-    worlds.make_model(path / "llama", "llama", seed=3)
+    tiny.write_jsonl(path / "ensemble.jsonl", ensemble)
+    tiny.write_jsonl(path / "ensemble_samples.jsonl", with_samples(ensemble, 2))
+    tiny.make_model(path / "llama", "llama", seed=3)
     return path
 
 
@@ -72,9 +72,9 @@ def check(
     **options: object,
 ) -> list[dict]:
     """One run against the float64 loop: metrics of each step and the model at the end."""
-    rows, model = worlds.read_jsonl(folder / data), folder / "llama"
+    rows, model = tiny.read_jsonl(folder / data), folder / "llama"
     options = {**OPTIONS, **options}
-    lines = worlds.run(f"algos/{algorithm}.py", output_dir, model=model, train_data=folder / data, **options)
+    lines = tiny.run(f"algos/{algorithm}.py", output_dir, model=model, train_data=folder / data, **options)
     expected, trained = train_reference(model, rows, loss)
     compare(lines, expected, keys)
     compare_models(output_dir, trained, rows)
@@ -124,7 +124,7 @@ def test_typo(folder: Path, tmp_path: Path, length_normalise: bool) -> None:
 
 def test_distill_dpo(folder: Path, tmp_path: Path) -> None:
     """Rows of chosen and rejected keep their order where the scores say otherwise."""
-    rows = worlds.read_jsonl(folder / "scored.jsonl")
+    rows = tiny.read_jsonl(folder / "scored.jsonl")
     gaps = [row["score_chosen"] - row["score_rejected"] for row in rows]
     assert min(gaps[:BATCH]) < 0 < max(gaps[:BATCH])
     lines = check(folder, "distill_dpo", "scored.jsonl", reference.distill_dpo(BETA), tmp_path / "out", beta=BETA)
@@ -165,7 +165,7 @@ def test_ensemble_dpo(folder: Path, tmp_path: Path, name: str) -> None:
     """
     seen: list[torch.Tensor] = []
     loss = reference.ensemble_dpo(BETA, STEPS, ENSEMBLE_GAMMA_START, ENSEMBLE_GAMMA_END, seen)
-    rows, model, data = worlds.read_jsonl(folder / name), folder / "llama", folder / name
+    rows, model, data = tiny.read_jsonl(folder / name), folder / "llama", folder / name
     expected, trained = train_reference(model, rows, loss)
     assert len({int(losses.mean(0).argmin()) for losses in seen}) == STEPS
     for parts in partitions(list(range(BATCH))):
@@ -181,12 +181,12 @@ def test_ensemble_dpo(folder: Path, tmp_path: Path, name: str) -> None:
     sizes = [len(group.prompt) + sum(map(len, group.completions + group.samples)) for group in groups]
     budget = max(sizes)
     assert all(sum(sizes[i : i + BATCH]) > budget for i in range(0, ROWS, BATCH)), "one micro-batch holds a step"
-    held_out = with_samples(listed(worlds.make_rows(2 * BATCH, seed=31, k=2), 32, models=3), 33)
+    held_out = with_samples(listed(tiny.make_rows(2 * BATCH, seed=31, k=2), 32, models=3), 33)
     options = dict(beta=BETA, gamma_start=ENSEMBLE_GAMMA_START, gamma_end=ENSEMBLE_GAMMA_END, eval_every=STEPS)
     if "samples" in name:
-        options["eval_data"] = worlds.write_jsonl(tmp_path / "held_out.jsonl", held_out)
+        options["eval_data"] = tiny.write_jsonl(tmp_path / "held_out.jsonl", held_out)
     options = {**OPTIONS, **options, "micro_batch_tokens": budget}
-    lines = worlds.run("algos/ensemble_dpo.py", tmp_path / "out", model=model, train_data=data, **options)
+    lines = tiny.run("algos/ensemble_dpo.py", tmp_path / "out", model=model, train_data=data, **options)
     compare(lines, expected, ALL_METRICS)
     compare_models(tmp_path / "out", trained, rows)
     at_reference(lines)
@@ -194,7 +194,7 @@ def test_ensemble_dpo(folder: Path, tmp_path: Path, name: str) -> None:
         wanted = reference.evaluate(model, model, trained, held_out, loss, STEPS)
         halves = [seen[-1][i : i + BATCH].mean(0) for i in (0, BATCH)]
         assert float(sum(half.min() for half in halves)) / 2 < 0.95 * float(seen[-1].mean(0).min())
-        (line,) = [line for line in worlds.read_jsonl(tmp_path / "out" / "metrics.jsonl") if "eval/loss" in line]
+        (line,) = [line for line in tiny.read_jsonl(tmp_path / "out" / "metrics.jsonl") if "eval/loss" in line]
         for key in ("loss", *ALL_METRICS):
             assert line[f"eval/{key}"] == pytest.approx(wanted[key], rel=1e-4, abs=1e-3), key
 
@@ -204,7 +204,7 @@ def test_ensemble_dpo(folder: Path, tmp_path: Path, name: str) -> None:
 
 def make_reward_model(directory: Path, architecture: str, chat: bool = False) -> Path:
     """A language model's body with a known head, saved as a sequence classifier by transformers."""
-    worlds.make_model(directory, architecture, seed=3, bos=architecture != "gpt2", chat=chat)
+    tiny.make_model(directory, architecture, seed=3, bos=architecture != "gpt2", chat=chat)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -262,11 +262,11 @@ def test_rm(folder: Path, tmp_path: Path, architecture: str, data: str, tokenize
     model = make_reward_model(tmp_path / "start", architecture, chat=architecture == "gpt2")
     if tokenizer is not None:
         pad_with(model, tokenizer)
-    rows, out = worlds.read_jsonl(folder / data), tmp_path / "out"
-    extra = worlds.make_rows(3, seed=15, k=4 if "fours" in data else 2)
+    rows, out = tiny.read_jsonl(folder / data), tmp_path / "out"
+    extra = tiny.make_rows(3, seed=15, k=4 if "fours" in data else 2)
     rows += listed(extra, 5) if "fours" in data else extra
-    worlds.write_jsonl(tmp_path / "rows.jsonl", rows)
-    lines = worlds.run("algos/rm.py", out, model=model, train_data=tmp_path / "rows.jsonl", **OPTIONS)
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    lines = tiny.run("algos/rm.py", out, model=model, train_data=tmp_path / "rows.jsonl", **OPTIONS)
     expected, trained = train_reference(model, rows, reference.rm(), rewards=True)
     compare(lines, expected, REWARD_METRICS if architecture == "llama" else ("rewards/margins", "rewards/accuracies"))
     assert lines[0]["rewards/margins"] != 0
@@ -289,8 +289,8 @@ def test_rm(folder: Path, tmp_path: Path, architecture: str, data: str, tokenize
 
 def test_rm_refuses_a_tokenizer_whose_only_special_token_is_eos(folder: Path, tmp_path: Path) -> None:
     """Exit code 2 and one line: padding could not be told from the end."""
-    model, out = worlds.make_model(tmp_path / "start", "gpt2", bos=False), tmp_path / "out"
-    process = worlds.start("algos/rm.py", out, model=model, train_data=folder / "pairs.jsonl", **OPTIONS)
+    model, out = tiny.make_model(tmp_path / "start", "gpt2", bos=False), tmp_path / "out"
+    process = tiny.start("algos/rm.py", out, model=model, train_data=folder / "pairs.jsonl", **OPTIONS)
     assert process.wait(timeout=120) == 2
     log = Path(f"{out}.log").read_text(encoding="utf-8")
     (line,) = [line for line in log.splitlines() if line.startswith("rm.py:")]

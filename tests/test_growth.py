@@ -2,32 +2,51 @@
 
 from pathlib import Path
 
-import growth
 import pytest
 
+from scripts import growth
+from scripts.lab.workload import Lengths, Profile, Shape
 from shared import UserError
 
-VOCABULARY, WIDTH, LAYERS, INNER = 256, 32, 2, 64
-SHAPE = (VOCABULARY, WIDTH, LAYERS, 2, 2, INNER)
-PROFILE = ((6, 0, 6), (4, 0, 4))
+VOCABULARY = 256
+WIDTH = 32
+LAYERS = 2
+INNER_WIDTH = 64
+
+
+def tiny_point(**fields: object) -> growth.Point:
+    """Three steps of four pairs, with prompts of six tokens and completions of four."""
+    return growth.Point(
+        value=0,
+        shape=Shape(VOCABULARY, WIDTH, LAYERS, 2, 2, INNER_WIDTH),
+        profile=Profile(Lengths(6, 0, 6), Lengths(4, 0, 4)),
+        rows=12,
+        batch_size=4,
+        **fields,
+    )
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_point(processes: int, tmp_path: Path) -> None:
-    options = {"save_every": 1}
-    found = growth.point(tmp_path, PROFILE, SHAPE, rows=12, batch=4, processes=processes, options=options, again=True)
-    assert found["tokens"] == 4 * (6 + 4 + 4) and found["ids"] == pytest.approx(12 * 14 * 4 / 1e6)
-    layer = 4 * WIDTH**2 + 3 * WIDTH * INNER + 2 * WIDTH
-    parameters = 2 * VOCABULARY * WIDTH + LAYERS * layer + WIDTH
+    numbers = growth.measure_point(tiny_point(processes=processes, again=True, saving=True), tmp_path)
+    assert numbers["tokens"] == 4 * (6 + 4 + 4)
+    assert numbers["ids"] == pytest.approx(12 * 14 * 4 / 1e6)
+    for name in ("first", "again", "step", "memory", "libraries", "saving"):
+        assert numbers[name] > 0, name
+    assert numbers["extra"] >= 0
+
     # weights and two moments in float32, of both processes together; headers, state and manifest are small
-    assert 12 * parameters < found["checkpoint"] * 1e6 < 12 * parameters + 30_000
-    assert all(found[name] > 0 for name in ("first", "again", "step", "memory", "libraries", "saving"))
+    layer = 4 * WIDTH**2 + 3 * WIDTH * INNER_WIDTH + 2 * WIDTH
+    parameters = 2 * VOCABULARY * WIDTH + LAYERS * layer + WIDTH
+    assert 12 * parameters < numbers["checkpoint"] * 1e6 < 12 * parameters + 30_000
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path, processes: int) -> None:
-    with pytest.raises(UserError, match="^first: failed: shared.UserError: --max-steps -1: .*[0-9]$"):
-        growth.point(tmp_path, PROFILE, SHAPE, rows=12, batch=4, processes=processes, options={"max_steps": -1})
+    point = tiny_point(processes=processes, options={"max_steps": -1})
+    reason = "^first: failed with exit code 1: shared.UserError: --max-steps -1: .*[0-9]$"
+    with pytest.raises(UserError, match=reason):
+        growth.measure_point(point, tmp_path)
 
 
 def test_tables_have_the_columns_of_their_points() -> None:

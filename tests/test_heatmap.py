@@ -6,26 +6,35 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
-import figures
-import heatmap
-import notices
 import pytest
 import reference
-import streaming
+import tiny
 import torch
-import worlds
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from scripts import heatmap
+from scripts.lab import heatmap_png, notices, plots
+from scripts.lab.heatmap_panels import HIDDEN, Color, Piece, mark
+from scripts.lab.row_files import EncodedRow
+from scripts.lab.scoring import make_groups, token_logps_of
 from shared import NonFinite, UserError
-from shared.model import load_policy
+from shared.distributed import single_process
+from shared.loading import load_policy_from
+from shared.rows import Example
 
 SCRIPT = "scripts/heatmap.py"
-ELEMENTS = "html head meta title style body h1 h2 p sub div figure figcaption span i".split()
-ODD = [
+ELEMENTS = {
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2"),
+    *("p", "sub", "div", "figure", "figcaption", "span", "i"),
+}
+ATTRIBUTES = {"lang", "charset", "name", "content", "class", "style", "title", "dir", "tabindex", "data-mark"}
+ODD_TEXTS = [
     '<script>alert("1")</script> & \'q\' &lt;b&gt; </p></style><!-- ]]> <img src=x onerror="y">',
     "  two  blanks\n\n\ta tab, nothing\u00a0else \n ",
     "日本語の文章は、空白なしで書かれる。한국어도",
@@ -35,6 +44,11 @@ ODD = [
     "a real \ufffd, not a broken one: \ufffd\ufffd",
     "$x^2$ and \\frac{1}{2}, 100 % & {braces}",
 ]
+MakeTokenizer = Callable[[], PreTrainedTokenizerFast]
+PAIR = {"prompt": "I", "chosen": "ok", "rejected": "42"}
+
+
+# ---------------------------------------------------------------- the page, read back
 
 
 @dataclass
@@ -47,39 +61,47 @@ class Field:
     text: str = ""
 
     @property
-    def values(self) -> list[float]:
-        """The rewards of its tokens, as the title tells them."""
-        total, _, each = self.title.partition(" nats")
-        return numbers(each.partition(": ")[2] or total)
-
-    @property
     def total(self) -> float:
-        return numbers(self.title.partition(" nats")[0])[0]
+        total, _, _ = self.title.partition(" nats")
+        return number(total)
 
     @property
-    def color(self) -> tuple[float, ...]:
-        return tuple(map(float, re.fullmatch(r"background:rgba\((.*)\)", self.style)[1].split(",")))
+    def rewards(self) -> list[float]:
+        """The rewards of its tokens, as the title tells them."""
+        _, _, list_of_rewards = self.title.partition(": ")
+        if not list_of_rewards:
+            return [self.total]
+        return [number(word) for word in list_of_rewards.split()]
+
+    @property
+    def color(self) -> Color:
+        rgba = re.fullmatch(r"background:rgba\((.*)\)", self.style)[1]
+        red, green, blue, opacity = rgba.split(",")
+        return Color(int(red), int(green), int(blue), float(opacity))
 
 
 @dataclass
-class Figure:
-    """One completion of the page."""
+class Completion:
+    """One figure of the page."""
 
-    name: str = ""
+    title: str = ""
     fields: list[Field] = field(default_factory=list)
     below: str = ""
 
     @property
     def text(self) -> str:
-        return "".join(one.text for one in self.fields)
+        return "".join(span.text for span in self.fields)
 
     @property
-    def values(self) -> list[float]:
-        return [value for one in self.fields for value in one.values]
+    def rewards(self) -> list[float]:
+        rewards = []
+        for span in self.fields:
+            rewards += span.rewards
+        return rewards
 
 
-def numbers(text: str) -> list[float]:
-    return [float(word) for word in text.replace("−", "-").split()]
+def number(text: str) -> float:
+    return float(text.replace("−", "-"))
 
 
 class Page(HTMLParser):
@@ -87,220 +109,291 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.open, self.elements, self.attributes = [], Counter(), set()
-        self.figures, self.prompts = [], []
+        self.open: list[tuple[str, str | None]] = []  # names and classes of the open elements
+        self.elements: Counter[str] = Counter()
+        self.attributes: set[str] = set()
+        self.completions: list[Completion] = []
+        self.prompts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
         assert not self.open
 
+    @property
+    def fields(self) -> list[Field]:
+        fields = []
+        for completion in self.completions:
+            fields += completion.fields
+        return fields
+
     def handle_starttag(self, tag: str, attrs: list) -> None:
+        attributes = dict(attrs)
         self.elements[tag] += 1
-        self.attributes |= {name for name, _ in attrs}
-        found = dict(attrs)
+        self.attributes.update(attributes)
         if tag != "meta":
-            self.open.append((tag, found))
+            self.open.append((tag, attributes.get("class")))
+
         if tag == "figure":
-            self.figures.append(Figure())
+            self.completions.append(Completion())
         elif tag == "span":
-            self.figures[-1].fields.append(Field(found["title"], found["style"], found.get("class") == "special"))
-        elif found.get("class") == "prompt":
+            special = attributes.get("class") == "special"
+            span = Field(attributes["title"], attributes["style"], special)
+            self.completions[-1].fields.append(span)
+        elif attributes.get("class") == "prompt":
             self.prompts.append("")
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop()[0] == tag
+        open_tag, _ = self.open.pop()
+        assert open_tag == tag
 
     def handle_data(self, data: str) -> None:
         tags = [tag for tag, _ in self.open]
+        classes = [name for _, name in self.open]
         if "span" in tags:
-            self.figures[-1].fields[-1].text += data
+            self.completions[-1].fields[-1].text += data
         elif "figcaption" in tags:
-            self.figures[-1].name += data
+            self.completions[-1].title += data
         elif "figure" in tags:
-            self.figures[-1].below += data
-        elif any(found.get("class") == "prompt" for _, found in self.open):
+            self.completions[-1].below += data
+        elif "prompt" in classes:
             self.prompts[-1] += data
+
+
+# ---------------------------------------------------------------- models, rows, runs
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A policy and its reference."""
     folder = tmp_path_factory.mktemp("models")
-    return [worlds.make_model(folder / name, seed=seed) for seed, name in enumerate(("policy", "reference"))]
+    return [tiny.make_model(folder / "policy", seed=0), tiny.make_model(folder / "reference", seed=1)]
 
 
 @pytest.fixture(scope="module")
-def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def odd_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs of all kinds of text."""
-    rows = [{"prompt": f"Q: {a}", "chosen": a, "rejected": b} for a, b in zip(ODD[::2], ODD[1::2], strict=True)]
-    return worlds.write_jsonl(tmp_path_factory.mktemp("rows") / "odd.jsonl", rows)
+    rows = []
+    for chosen, rejected in zip(ODD_TEXTS[::2], ODD_TEXTS[1::2], strict=True):
+        rows.append({"prompt": f"Q: {chosen}", "chosen": chosen, "rejected": rejected})
+    return tiny.write_jsonl(tmp_path_factory.mktemp("rows") / "odd.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
-def shown(models: list[Path], odd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures of those pairs."""
-    return run(models, odd, tmp_path_factory.mktemp("shown") / "new" / "odd.html", beta=0.25)
+def odd_page(models: list[Path], odd_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of those pairs; the PNG lies beside it."""
+    folder = tmp_path_factory.mktemp("pages")
+    return run(models, odd_rows, folder / "new" / "odd.html", beta=0.25)
 
 
-def run(models: list[Path], rows: Path, output: Path, **options: object) -> Path:
-    policy, ref = map(str, models)
-    heatmap.main(heatmap.Args(policy=policy, reference=ref, rows=str(rows), output=output, **options))
+def run(models: list[Path], rows: Path, output: Path, **options: Any) -> Path:
+    policy, reference_policy = models
+    args = heatmap.Args(policy=str(policy), reference=str(reference_policy), rows=str(rows), output=output, **options)
+    heatmap.main(args)
     return output
 
 
-def expected(models: list[Path], row: dict, beta: float) -> list[list[float]]:
+def expected_rewards(models: list[Path], row: dict, beta: float) -> list[list[float]]:
     """Eq 11 of each token of each completion, in float64, one completion at a time."""
-    group = reference.encode(AutoTokenizer.from_pretrained(models[0]), row)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    policy, reference_policy = (reference.load_model(path) for path in models)
+    group = reference.encode(tokenizer, row)
+    rewards = []
     with torch.no_grad():
-        own, ref = (
-            [reference.token_logps(reference.load_model(path), group.prompt, y) for y in group.completions]
-            for path in models
-        )
-    return [(beta * (a - b)).tolist() for a, b in zip(own, ref, strict=True)]
+        for completion in group.completions:
+            logps = reference.token_logps(policy, group.prompt, completion)
+            ref_logps = reference.token_logps(reference_policy, group.prompt, completion)
+            rewards.append((beta * (logps - ref_logps)).tolist())
+    return rewards
 
 
 # ---------------------------------------------------------------- values
 
 
-def test_values_are_those_of_the_stock_models(models: list[Path], odd: Path, shown: Path) -> None:
-    page = Page(shown)
-    wanted = [values for row in worlds.read_jsonl(odd) for values in expected(models, row, 0.25)]
-    assert len(page.figures) == len(wanted) == 8
-    for figure, values in zip(page.figures, wanted, strict=True):
-        assert figure.values == pytest.approx(values, rel=1e-3, abs=1e-4)
-        for one in figure.fields:
-            assert one.total == pytest.approx(sum(one.values), rel=1e-3, abs=1e-3)
-        sums, tokens = re.fullmatch(r"Σ r = (\S+) nats, (\d+) tokens", figure.below).groups()
-        assert numbers(sums)[0] == pytest.approx(sum(values), rel=1e-3) and int(tokens) == len(values)
+def test_values_are_those_of_the_stock_models(models: list[Path], odd_rows: Path, odd_page: Path) -> None:
+    expected = []
+    for row in tiny.read_jsonl(odd_rows):
+        expected += expected_rewards(models, row, 0.25)
+
+    completions = Page(odd_page).completions
+    assert len(completions) == len(expected) == 8
+    for completion, rewards in zip(completions, expected, strict=True):
+        assert completion.rewards == pytest.approx(rewards, rel=1e-3, abs=1e-4)
+        for span in completion.fields:
+            assert span.total == pytest.approx(sum(span.rewards), rel=1e-3, abs=1e-3)
+
+        total, num_tokens = re.fullmatch(r"Σ r = (\S+) nats, (\d+) tokens", completion.below).groups()
+        assert number(total) == pytest.approx(sum(rewards), rel=1e-3)
+        assert int(num_tokens) == len(rewards)
 
 
 def test_ranked_completions_keep_the_order_of_the_row(models: list[Path], tmp_path: Path) -> None:
     texts = ["ok", " naïve 42, (see) Q:", "a b\n7"]
-    row = {"prompt": "I", "completions": texts, "scores": [0.0, 2.0, 1.0], "finished": [True, False, True]}
-    page = Page(run(models, worlds.write_jsonl(tmp_path / "rows.jsonl", [row]), tmp_path / "out.html"))
-    assert [figure.name for figure in page.figures] == ["completion 1", "completion 2", "completion 3"]
-    assert [figure.text for figure in page.figures] == ["ok</s>", texts[1], "a b\n7</s>"]
-    del row["scores"]
-    wanted = expected(models, row, 0.1)
-    wanted[1].pop()  # the EOS that `reference.encode` puts behind every completion
-    assert [f.values for f in page.figures] == [pytest.approx(v, rel=1e-3, abs=1e-4) for v in wanted]
+    row = {"prompt": "I", "completions": texts}
+    ranked_row = {**row, "scores": [0.0, 2.0, 1.0], "finished": [True, False, True]}
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [ranked_row])
+    completions = Page(run(models, rows, tmp_path / "out.html")).completions
+    assert [completion.title for completion in completions] == ["completion 1", "completion 2", "completion 3"]
+    assert [completion.text for completion in completions] == ["ok</s>", texts[1], "a b\n7</s>"]
+
+    expected = expected_rewards(models, row, 0.1)
+    expected[1].pop()  # the EOS that `reference.encode` puts behind every completion
+    for completion, rewards in zip(completions, expected, strict=True):
+        assert completion.rewards == pytest.approx(rewards, rel=1e-3, abs=1e-4)
 
 
 def test_many_groups_in_small_batches(models: list[Path]) -> None:
-    """`streaming.token_logps` puts every token back where it came from."""
-    rows, model = worlds.make_rows(9, seed=3, k=3), reference.load_model(models[0])
+    """`token_logps_of` puts every token back where it came from."""
     tokenizer = AutoTokenizer.from_pretrained(models[0])
-    groups = [reference.encode(tokenizer, row) for row in rows]
-    packed = streaming.make_groups([streaming.Row(None, {}, g.prompt, g.completions) for g in groups])
-    with streaming.alone("float32") as place:
-        found = streaming.token_logps(load_policy(str(models[0]), place), packed, 100, place)
+    stock_model = reference.load_model(models[0])
+    groups = [reference.encode(tokenizer, row) for row in tiny.make_rows(9, seed=3, k=3)]
+
+    example = Example("", 0, "", [])
+    rows = [EncodedRow(example, group.prompt, group.completions) for group in groups]
+    with single_process("float32") as ranks:
+        policy = load_policy_from(str(models[0]), ranks)
+        logps = token_logps_of(policy, make_groups(rows), 100, ranks)
+
     with torch.no_grad():
-        for logps, group in zip(found, groups, strict=True):
-            for ours, completion in zip(logps, group.completions, strict=True):
+        for group_logps, group in zip(logps, groups, strict=True):
+            for ours, completion in zip(group_logps, group.completions, strict=True):
+                theirs = reference.token_logps(stock_model, group.prompt, completion)
                 assert ours.dtype == torch.float64
-                torch.testing.assert_close(
-                    ours, reference.token_logps(model, group.prompt, completion), rtol=1e-4, atol=1e-4
-                )
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_chat_rows(tmp_path: Path) -> None:
-    models = [worlds.make_model(tmp_path / str(seed), seed=seed, chat=True) for seed in (0, 1)]
+    models = [tiny.make_model(tmp_path / str(seed), seed=seed, chat=True) for seed in (0, 1)]
     row = {"prompt": [{"role": "user", "content": "ok?"}], "chosen": "naïve\n", "rejected": "<|im_end|> no"}
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [row])
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
     page = Page(run(models, rows, tmp_path / "out.html"))
-    assert [figure.text for figure in page.figures] == ["naïve\n<|im_end|>", "<|im_end|> no<|im_end|>"]
-    assert [[f.text for f in figure.fields if f.special] for figure in page.figures] == [["<|im_end|>"]] * 2
+
     assert page.prompts == ["<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant"]
+    chosen, rejected = page.completions
+    assert chosen.text == "naïve\n<|im_end|>"
+    assert rejected.text == "<|im_end|> no<|im_end|>"
+    for completion in (chosen, rejected):
+        assert special_texts(completion) == ["<|im_end|>"]
+
+
+def special_texts(completion: Completion) -> list[str]:
+    return [span.text for span in completion.fields if span.special]
 
 
 # ---------------------------------------------------------------- colours
 
 
-def test_one_scale_for_the_whole_picture(shown: Path) -> None:
-    fields = [one for figure in Page(shown).figures for one in figure.fields]
-    scale = max(abs(one.total) for one in fields)
-    for one in fields:
-        *rgb, alpha = one.color
-        assert alpha == pytest.approx(0.7 * abs(one.total) / scale, abs=1e-3)
-        assert tuple(rgb) == ((0, 114, 178) if one.total > 0 else (213, 94, 0))
-    text = shown.read_text(encoding="utf-8")
+def test_one_scale_for_the_whole_picture(odd_page: Path) -> None:
+    fields = Page(odd_page).fields
+    scale = max(abs(span.total) for span in fields)
+    for span in fields:
+        red_green_blue = span.color[:3]
+        assert span.color.opacity == pytest.approx(0.7 * abs(span.total) / scale, abs=1e-3)
+        if span.total > 0:
+            assert red_green_blue == (0, 114, 178)
+        else:
+            assert red_green_blue == (213, 94, 0)
+
+    text = odd_page.read_text(encoding="utf-8")
     low, high = re.search(r'class="legend">(\S+?)<div.*?</div>(\S+) nats</div>', text, re.DOTALL).groups()
-    assert numbers(f"{low} {high}") == [-scale, scale]
+    assert number(low) == -scale
+    assert number(high) == scale
 
 
-def test_png_has_the_strongest_color_on_white(shown: Path) -> None:
+def test_png_has_the_strongest_color_on_white(odd_page: Path) -> None:
     from matplotlib import image
 
-    pixels = torch.tensor(image.imread(shown.with_suffix(".png")))[..., :3].mul(255).round()
-    strongest = max((one for figure in Page(shown).figures for one in figure.fields), key=lambda one: abs(one.total))
-    *rgb, alpha = strongest.color
-    blended = torch.tensor(rgb) * alpha + 255 * (1 - alpha)
-    legend = pixels[:130]  # its own bar ends in that colour too
-    for part in (legend, pixels[130:]):
-        assert ((part - blended).abs().amax(-1) <= 1.5).sum() > 50
-    assert (pixels[:, :40] == 255).all() and (pixels[:, -40:] == 255).all()  # nothing sticks out
+    strongest = max(Page(odd_page).fields, key=lambda span: abs(span.total))
+    red, green, blue, opacity = strongest.color
+    blended = opacity * torch.tensor([red, green, blue]) + (1 - opacity) * 255
+
+    pixels = torch.tensor(image.imread(odd_page.with_suffix(".png")))[..., :3]
+    pixels = (255 * pixels).round()
+    legend = pixels[:130]  # its bar ends in that colour too
+    panels = pixels[130:]
+    for part in (legend, panels):
+        distance = (part - blended).abs().amax(-1)
+        assert (distance <= 1.5).sum() > 50
+
+    white = 255
+    assert (pixels[:, :40] == white).all()  # nothing sticks out
+    assert (pixels[:, -40:] == white).all()
 
 
-def test_a_policy_against_itself_has_no_color(models: list[Path], odd: Path, tmp_path: Path) -> None:
-    named = shutil.copytree(models[0], tmp_path / "<img>&lt;")  # the page tells the directories' names
-    page = Page(run([named] * 2, odd, tmp_path / "same.html", max_rows=1))
-    assert len(page.figures) == 2 and set(page.elements) <= set(ELEMENTS)
-    assert all(
-        one.values == [0.0] and one.color[3] == 0 for f in page.figures for one in f.fields if not one.values[1:]
-    )
+def test_a_policy_against_itself_has_no_color(models: list[Path], odd_rows: Path, tmp_path: Path) -> None:
+    policy = shutil.copytree(models[0], tmp_path / "<img>&lt;")  # the page shows the names of the directories
+    page = Page(run([policy, policy], odd_rows, tmp_path / "same.html", max_rows=1))
+    assert len(page.completions) == 2
+    assert set(page.elements) <= ELEMENTS
+    for span in page.fields:
+        assert set(span.rewards) == {0.0}
+        assert span.color.opacity == 0
 
 
 # ---------------------------------------------------------------- text
 
 
-def test_text_comes_out_as_it_went_in(odd: Path, shown: Path) -> None:
-    page, rows = Page(shown), worlds.read_jsonl(odd)
-    wanted = [row[name] for row in rows for name in ("chosen", "rejected")]
-    assert [figure.text for figure in page.figures] == [text + "</s>" for text in wanted]
-    assert [figure.name for figure in page.figures] == ["chosen", "rejected"] * 4
+def test_text_comes_out_as_it_went_in(odd_rows: Path, odd_page: Path) -> None:
+    page = Page(odd_page)
+    rows = tiny.read_jsonl(odd_rows)
     assert page.prompts == [row["prompt"] for row in rows]
-    for figure, text in zip(page.figures, wanted, strict=True):
-        assert [one.text for one in figure.fields if one.special] == ["</s>"]
-        assert figure.text.count("\ufffd") == text.count("\ufffd")
+    assert [completion.title for completion in page.completions] == ["chosen", "rejected"] * 4
+
+    texts = []
+    for row in rows:
+        texts += [row["chosen"], row["rejected"]]
+    for completion, text in zip(page.completions, texts, strict=True):
+        assert completion.text == text + "</s>"
+        assert special_texts(completion) == ["</s>"]
 
 
-def test_no_element_comes_from_a_text(shown: Path) -> None:
-    page = Page(shown)
-    assert set(page.elements) == set(ELEMENTS)
-    assert page.elements["style"] == 1 and page.elements["figure"] == 8 and page.elements["p"] == 1 + 4 + 2 * 8
-    known = {"lang", "charset", "name", "content", "class", "style", "title", "dir", "tabindex", "data-mark"}
-    assert page.attributes == known
-    text = shown.read_text(encoding="utf-8")
-    assert not re.search(r"url\(|@import|src=|href=|<script", re.sub(r"&lt;.*?&gt;", "", text))
+def test_no_element_comes_from_a_text(odd_page: Path) -> None:
+    page = Page(odd_page)
+    assert set(page.elements) == ELEMENTS
+    assert page.attributes == ATTRIBUTES
+    assert page.elements["style"] == 1
+    assert page.elements["figure"] == 8
+    assert page.elements["p"] == 1 + 4 + 2 * 8
+
+    text = odd_page.read_text(encoding="utf-8")
+    unescaped = re.sub(r"&lt;.*?&gt;", "", text)
+    assert not re.search(r"url\(|@import|src=|href=|<script", unescaped)
 
 
 def test_whitespace_and_control_characters_have_marks(models: list[Path], tmp_path: Path) -> None:
     row = {"prompt": "a\x00b\x1b", "chosen": "x\n\ty\u00a0 ", "rejected": "n\x00 \x07\r\x7f z"}
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [row])
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
     text = run(models, rows, tmp_path / "out.html").read_text(encoding="utf-8")
-    marks = [[m for m in re.findall(r'data-mark="(.*?)"', figure)] for figure in text.split("<figure>")[1:]]
-    assert marks[0] == ["↵", "⇥", "·", "·"] and [m for m in marks[1] if m != "·"] == ["^@", "^G", "^M", "^?"]
+    _, chosen, rejected = text.split("<figure>")
+
+    assert marks_in(chosen) == ["↵", "⇥", "·", "·"]
+    assert [char for char in marks_in(rejected) if char != "·"] == ["^@", "^G", "^M", "^?"]
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    return worlds.make_tokenizer()
+def marks_in(text: str) -> list[str]:
+    return re.findall(r'data-mark="(.*?)"', text)
 
 
-def word_level() -> PreTrainedTokenizerFast:
-    return notices.make_tokenizer()
+# ---------------------------------------------------------------- pieces
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """Blanks as ▁, one put before the first word, and bytes for what the vocabulary lacks, as Llama 2 has it."""
+    """As Llama 2 has it: ▁ for a blank, one before the first word, and bytes for what the vocabulary lacks."""
     from tokenizers import Tokenizer, decoders, normalizers, trainers
     from tokenizers import models as tokenizer_models
 
-    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(tokenizer_models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(parts)
+    blanks = decoders.Replace("▁", " ")
+    first_blank = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse(), first_blank])
+
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    specials = ["<unk>", "<s>", "</s>", *byte_tokens]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator((part for row in worlds.make_rows(60, seed=1) for part in row.values()), trainer)
+    corpus = []
+    for row in tiny.make_rows(60, seed=1):
+        corpus += row.values()
+    tokenizer.train_from_iterator(corpus, trainer)
+
     state = json.loads(tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]  # bytes are plain tokens
     return PreTrainedTokenizerFast(
@@ -308,80 +401,122 @@ def sentence_piece() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize("make", [byte_level, word_level, sentence_piece])
-def test_pieces_of_every_kind_of_tokenizer(make) -> None:  # noqa: ANN001
-    tokenizer = make()
-    for text in [*ODD, "found camera, at market.", "a", "日", " naïve", "日x", "x日"]:
-        ids = tokenizer.encode(text, add_special_tokens=False) + [tokenizer.eos_token_id]
-        pieces = heatmap.cut(tokenizer, ids, [float(i) for i in range(len(ids))])
-        assert "".join(piece.text for piece in pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        assert [value for piece in pieces for value in piece.rewards] == list(range(len(ids)))
+@pytest.mark.parametrize("make_tokenizer", [tiny.make_tokenizer, notices.make_tokenizer, sentence_piece])
+def test_pieces_of_every_kind_of_tokenizer(make_tokenizer: MakeTokenizer) -> None:
+    tokenizer = make_tokenizer()
+    for text in [*ODD_TEXTS, "found camera, at market.", "a", "日", " naïve", "日x", "x日"]:
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        numbers = [float(i) for i in range(len(ids))]
+        pieces = heatmap.split_into_pieces(tokenizer, ids, numbers)
+        assert joined_text(pieces) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert rewards_of(pieces) == numbers
         assert all(piece.text and piece.rewards for piece in pieces)
-        assert pieces[-1].special and pieces[-1].text.strip() == "</s>"
-        if make is not word_level:
-            assert "".join(piece.text for piece in pieces[:-1]) == text
-            assert not any(piece.special for piece in pieces[:-1])
+
+        *words, end = pieces
+        assert end.special
+        assert end.text.strip() == "</s>"
+        if make_tokenizer is not notices.make_tokenizer:  # which has <unk>, a special token, for all but its words
+            assert joined_text(words) == text
+            assert not any(piece.special for piece in words)
+
+
+def rewards_of(pieces: list[Piece]) -> list[float]:
+    rewards = []
+    for piece in pieces:
+        rewards += piece.rewards
+    return rewards
+
+
+def joined_text(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
 def test_bytes_are_grouped_as_the_tokenizer_places_them() -> None:
     """Against the tokenizer's own offsets: the tokens of a character all point at it."""
-    tokenizer = worlds.make_tokenizer()
-    text = "".join(ODD[2:4]) + " x\ufffdy 日 naïve…ok"
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokenizer = tiny.make_tokenizer()
+    text = "".join(ODD_TEXTS[2:4]) + " x\ufffdy 日 naïve…ok"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
     groups: list[list[int]] = []
-    end = 0
-    for i, (a, b) in enumerate(found.offset_mapping):
-        if a >= end:
+    group_end = 0
+    for token, (start, end) in enumerate(encoded.offset_mapping):
+        if start >= group_end:
             groups.append([])
-        groups[-1].append(i)
-        end = max(end, b)
-    pieces = heatmap.cut(tokenizer, found.input_ids, [float(i) for i in range(len(found.input_ids))])
+        groups[-1].append(token)
+        group_end = max(group_end, end)
+
+    numbers = [float(token) for token in range(len(encoded.input_ids))]
+    pieces = heatmap.split_into_pieces(tokenizer, encoded.input_ids, numbers)
     assert [piece.rewards for piece in pieces] == groups
-    assert max(map(len, groups)) == 3 and min(map(len, groups)) == 1
+    assert {len(group) for group in groups} == {1, 2, 3}
 
 
 def test_what_is_drawn_as_one_is_one_piece() -> None:
-    tokenizer = worlds.make_tokenizer()
+    tokenizer = tiny.make_tokenizer()
     text = "👩‍👩‍👧 👍🏽 🇩🇪 e\u0301 1\ufe0f\u20e3 a\u200bb"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    pieces = [piece.text for piece in heatmap.cut(tokenizer, ids, [0.0] * len(ids))]
-    assert [piece.strip() for piece in pieces if piece.strip()] == text.replace("a\u200bb", "a\u200b b").split()
+    pieces = heatmap.split_into_pieces(tokenizer, ids, [0.0] * len(ids))
+    words = [piece.text.strip() for piece in pieces]
+    assert list(filter(None, words)) == ["👩‍👩‍👧", "👍🏽", "🇩🇪", "e\u0301", "1\ufe0f\u20e3", "a\u200b", "b"]
 
 
-def test_an_unfinished_character_at_the_end() -> None:
-    """A completion that was cut off within a character: its bytes are none, and shown as that."""
-    for make, text in ((byte_level, "ab\ufffd"), (sentence_piece, "ab" + 4 * "\ufffd")):  # all of them, or the last
-        tokenizer = make()
-        ids = tokenizer.encode("ab한한", add_special_tokens=False)[:-2]
-        pieces = heatmap.cut(tokenizer, ids, [1.0] * len(ids))
-        assert "".join(piece.text for piece in pieces).replace("한", "") == text
-        assert sum(piece.reward for piece in pieces) == len(ids)
-        assert all(len(piece.rewards) == len(piece.text) for piece in pieces if "\ufffd" in piece.text)
+@pytest.mark.parametrize(
+    ("make_tokenizer", "replacements"),
+    [
+        (tiny.make_tokenizer, 1),  # for all bytes of the character together
+        (sentence_piece, 4),  # for each byte
+    ],
+)
+def test_an_unfinished_character_at_the_end(make_tokenizer: MakeTokenizer, replacements: int) -> None:
+    """Bytes that are no character are shown as such, if a completion was truncated within a character."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode("ab한한", add_special_tokens=False)[:-2]
+    pieces = heatmap.split_into_pieces(tokenizer, ids, [1.0] * len(ids))
+    assert joined_text(pieces).replace("한", "") == "ab" + replacements * "\ufffd"
+    assert sum(piece.reward for piece in pieces) == len(ids)
+    for piece in pieces:
+        if "\ufffd" in piece.text:
+            assert len(piece.rewards) == len(piece.text)
 
 
 # ---------------------------------------------------------------- the PNG's lines
 
 
 @pytest.fixture(scope="module")
-def canvas() -> heatmap.Canvas:
-    return heatmap.Canvas("".join(ODD), 1.0)
+def fonts() -> heatmap_png.Page:
+    """A page with the fonts for all texts; to find them takes a while."""
+    return heatmap_png.Page("".join(ODD_TEXTS), 1.0)
 
 
-@pytest.mark.parametrize("text", [*ODD, "=" * 400, "a " * 300, "https://" + "abc/" * 90, "x\n\n\ny", "\n"])
-def test_lines_hold_the_text_and_fit(canvas: heatmap.Canvas, text: str) -> None:
-    pieces = [heatmap.Piece(word, [0.1], False) for word in re.findall(r"\s*\S{1,3}|\s+", text)]
-    canvas.texts, canvas.fields = [], []
-    y = canvas.paragraph(pieces, 100, 20, 150)
-    assert len({y for _, y, *_ in canvas.texts}) == (y - 20) / heatmap.LINE
-    assert all(100 - 0.01 <= x and x + canvas.width(line) <= 250 + 0.01 for x, _, line, _ in canvas.texts)
-    assert all(100 - 0.01 <= x and x + width <= 250.5 for x, _, width, *_ in canvas.fields)
-    drawn = Counter("".join(line for _, _, line, _ in canvas.texts).replace(" ", ""))
-    visible = heatmap.HIDDEN.sub(lambda found: heatmap.mark(found[0]), text).translate(canvas.boxed)
-    assert drawn == Counter(visible.replace(" ", ""))
+@pytest.fixture
+def png(fonts: heatmap_png.Page) -> heatmap_png.Page:
+    """An empty page."""
+    fonts.texts = []
+    fonts.fields = []
+    return fonts
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, "=" * 400, "a " * 300, "https://" + "abc/" * 90, "x\n\n\ny", "\n"])
+def test_lines_hold_the_text_and_fit(png: heatmap_png.Page, text: str) -> None:
+    pieces = [Piece(word, [0.1], False) for word in re.findall(r"\s*\S{1,3}|\s+", text)]
+    bottom = png.add_paragraph(pieces, x=100, y=20, width=150)
+
+    lines = {placed.y for placed in png.texts}
+    assert len(lines) == (bottom - 20) / heatmap_png.LINE_HEIGHT
+    for placed in png.texts:
+        right = placed.x + png.text_width(placed.text)
+        assert 99.99 <= placed.x <= right <= 250.01
+    for colored in png.fields:
+        right = colored.x + colored.width
+        assert 99.99 <= colored.x <= right <= 250.5
+
+    drawn = "".join(placed.text for placed in png.texts)
+    visible = HIDDEN.sub(lambda match: mark(match[0]), text).translate(png.boxes)
+    assert Counter(drawn.replace(" ", "")) == Counter(visible.replace(" ", ""))
 
 
 @pytest.mark.parametrize(
-    "words, order",
+    ("words", "order"),
     [
         (["one", " two", " three"], [0, 1, 2]),
         (["שלום", " עולם", " טוב"], [2, 1, 0]),
@@ -390,86 +525,111 @@ def test_lines_hold_the_text_and_fit(canvas: heatmap.Canvas, text: str) -> None:
         (["שלום", " 12", ":30", " עולם"], [3, 1, 2, 1, 0]),
     ],
 )
-def test_fields_stand_in_reading_order(canvas: heatmap.Canvas, words: list[str], order: list[int]) -> None:
-    """From left to right, as Unicode's algorithm has them, one behind the other, as wide as the words."""
-    canvas.texts, canvas.fields = [], []
-    canvas.paragraph([heatmap.Piece(word, [i / 10], False) for i, word in enumerate(words)], 0, 0, 500)
-    fields = sorted(canvas.fields)
-    assert [round(alpha / 0.07) for *_, (*_, alpha), _ in fields] == order
-    for (x, _, width, *_), (following, *_) in zip(fields, fields[1:], strict=False):
-        assert x + width == pytest.approx(following, abs=0.5)
-    for i, word in enumerate(words):
-        width = sum(width for (_, _, width, *_), j in zip(fields, order, strict=True) if i == j)
-        assert width == pytest.approx(canvas.width(word), abs=1.5)
+def test_fields_stand_in_reading_order(png: heatmap_png.Page, words: list[str], order: list[int]) -> None:
+    """From left to right as in Unicode's algorithm, one behind the other, as wide as the words."""
+    pieces = [Piece(word, [i / 10], False) for i, word in enumerate(words)]
+    png.add_paragraph(pieces, x=0, y=0, width=500)
+    fields = sorted(png.fields)
+    # at scale 1, a reward of i/10 has the opacity 0.07 i
+    assert [round(colored.color.opacity / 0.07) for colored in fields] == order
+
+    for left, right in zip(fields[:-1], fields[1:], strict=True):
+        assert left.x + left.width == pytest.approx(right.x, abs=0.5)
+
+    widths = [0.0] * len(words)
+    for colored, word in zip(fields, order, strict=True):
+        widths[word] += colored.width
+    assert widths == pytest.approx([png.text_width(word) for word in words], abs=1.5)
 
 
 def test_fonts_for_what_the_first_one_lacks(capsys: pytest.CaptureFixture[str]) -> None:
-    names, missing = heatmap.families("a の \n\x00\U000e0fff")
-    assert names[0] == "DejaVu Sans" and len(names) > 1 and missing == {"\U000e0fff"}
-    found = heatmap.Canvas("a\U000e0fff", 1.0)
+    unassigned = "\U000e0fff"
+    families, missing = heatmap_png.font_families(f"a の \n\x00{unassigned}")
+    assert families[0] == "DejaVu Sans"
+    assert len(families) > 1
+    assert missing == {unassigned}
+
+    page = heatmap_png.Page(f"a{unassigned}", 1.0)
     assert "no installed font" in capsys.readouterr().out
-    found.note("a\U000e0fff", 0, 0, 100)
-    assert [line for _, _, line, _ in found.texts] == ["a□"]
+    page.add_text(f"a{unassigned}", x=0, y=0, width=100)
+    assert [placed.text for placed in page.texts] == ["a□"]
 
 
 # ---------------------------------------------------------------- mistakes
 
 
-def fails(
-    rows: list[dict], models: list, tmp_path: Path, match: str, name: str = "out.html", **options: object
-) -> None:
-    worlds.write_jsonl(tmp_path / "rows.jsonl", rows)
+def fails(rows: list[dict], models: list[Path], tmp_path: Path, match: str, name: str = "out.html") -> None:
+    tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match=match):
-        run(models, tmp_path / "rows.jsonl", tmp_path / name, **options)
-    assert not {"out.html", "out.png"} & {path.name for path in tmp_path.iterdir()}
+        run(models, tmp_path / "rows.jsonl", tmp_path / name)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & {"out.html", "out.png"}
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ({"prompt": "I", "completion": "a"}, "line 1: nothing to compare, completions: 1"),
+        ({"prompt": "I"}, "line 1: nothing to compare, completions: 0"),
+        ({**PAIR, "chosen": 1}, "field 'chosen'"),
+        ({**PAIR, "prompt": "ok " * 600}, "no usable row; .*prompt too long 1"),
+    ],
+)
+def test_unusable_rows(row: dict, match: str, models: list[Path], tmp_path: Path) -> None:
+    fails([row], models, tmp_path, match)
 
 
 def test_mistakes_have_a_line_each(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = {"prompt": "I", "chosen": "ok", "rejected": "42"}
-    fails([pair], models, tmp_path, r"out\.png: must end in \.html", "out.png")
-    fails([{"prompt": "I", "completion": "a"}], models, tmp_path, "line 1: nothing to compare, completions: 1")
-    fails([{"prompt": "I"}], models, tmp_path, "line 1: nothing to compare, completions: 0")
-    fails([{"prompt": "I", "chosen": 1, "rejected": "42"}], models, tmp_path, "field 'chosen'")
-    fails([{**pair, "prompt": "ok " * 600}], models, tmp_path, "no usable row; .*prompt too long 1")
-    fails([pair], [models[0], tmp_path / "none"], tmp_path, "none: no such directory")
-    other = worlds.make_model(tmp_path / "other", vocab=380)
-    fails([pair], [models[0], other], tmp_path, "--reference .*other: its tokenizer")
-    short = worlds.make_model(tmp_path / "short", "gpt2", n_positions=16)
-    fails([{**pair, "prompt": "ok " * 20}], [models[0], short], tmp_path, "no usable row; .*prompt too long 1")
+    policy, _ = models
+    fails([PAIR], models, tmp_path, r"out\.png: must end in \.html", "out.png")
+    fails([PAIR], [policy, tmp_path / "none"], tmp_path, "none: no such directory")
+
+    other = tiny.make_model(tmp_path / "other", vocab=380)
+    fails([PAIR], [policy, other], tmp_path, "--reference .*other: its tokenizer")
+
+    short = tiny.make_model(tmp_path / "short", "gpt2", n_positions=16)
+    long_prompt = {**PAIR, "prompt": "ok " * 20}
+    fails([long_prompt], [policy, short], tmp_path, "no usable row; .*prompt too long 1")
+
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.eos_token = None
     tokenizer.save_pretrained(other)
-    fails([pair], [other, other], tmp_path, "other: the tokenizer has no EOS token")
-    monkeypatch.setattr(figures.importlib.util, "find_spec", lambda name: None)
-    fails([pair], models, tmp_path, r"matplotlib: pip install \"cleanpo\[plot\]\"")
+    fails([PAIR], [other, other], tmp_path, "other: the tokenizer has no EOS token")
+
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    fails([PAIR], models, tmp_path, r"matplotlib: pip install \"cleanpo\[plot\]\"")
 
 
 def test_too_high_for_a_png(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heatmap, "LINE", 3000)
-    fails([{"prompt": "I", "chosen": "ok", "rejected": "42"}], models, tmp_path, r"out\.png: \d{5,} pixels high")
+    monkeypatch.setattr(heatmap_png, "LINE_HEIGHT", 3000)
+    fails([PAIR], models, tmp_path, r"out\.png: \d{5,} pixels high, a PNG has at most 65535")
 
 
 def test_values_that_are_no_numbers(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "token_logps", lambda *_: [[torch.tensor([float("nan")])] * 2])
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "I", "chosen": "ok", "rejected": "42"}])
+    no_number = torch.tensor([float("nan")])
+    monkeypatch.setattr(heatmap, "token_logps_of", lambda *_: [[no_number, no_number]])
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [PAIR])
     with pytest.raises(NonFinite, match="line 1: a token's reward"):
         run(models, rows, tmp_path / "out.html")
 
 
 def test_command_line(models: list[Path], tmp_path: Path) -> None:
-    rows = [{"prompt": "I", "chosen": "ok", "rejected": "42"}, {"prompt": "ok " * 600, "chosen": "a", "rejected": "b"}]
-    worlds.write_jsonl(tmp_path / "rows.jsonl", rows)
-    options = dict(policy=models[0], reference=models[1], rows=tmp_path / "rows.jsonl", output=tmp_path / "out.html")
+    policy, reference_policy = models
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [PAIR, {**PAIR, "prompt": "ok " * 600}])
+    options = {"policy": policy, "reference": reference_policy, "rows": rows, "output": tmp_path / "out.html"}
 
-    def call(**more: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, SCRIPT, *worlds.arguments(**{**options, **more})]
-        environment = worlds.environment(tmp_path / "cache")
-        return subprocess.run(line, cwd=worlds.ROOT, env=environment, capture_output=True, text=True)
+    def call(**more: Any) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, SCRIPT, *tiny.arguments(**options, **more)]
+        environment = tiny.environment(tmp_path / "cache")
+        return subprocess.run(line, cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
 
-    done = call()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("out.png: rows 2, kept 1, dropped: prompt too long 1\n")
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "cache") == ["out.html", "out.png", "rows.jsonl"]
-    wrong = call(max_rows=0)
-    assert wrong.returncode == 2
-    assert wrong.stderr == "heatmap.py: --max-rows 0: must be a finite number above 0\n"
+    succeeded = call()
+    assert succeeded.returncode == 0, succeeded.stderr
+    assert succeeded.stdout.endswith("out.png: rows 2, kept 1, dropped: prompt too long 1\n")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {"cache"} == {"out.html", "out.png", "rows.jsonl"}
+
+    refused = call(max_rows=0)
+    assert refused.returncode == 2
+    assert refused.stderr == "heatmap.py: --max-rows 0: must be a finite number above 0\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import reference
-import worlds
+import tiny
 from transformers import AutoTokenizer
 
 BATCH, STEPS, ROWS = 16, 20, 97  # the last batch of an epoch has one row
@@ -37,22 +37,22 @@ Run = Callable[..., list[dict]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with grouped heads, and pairs."""
     path = tmp_path_factory.mktemp("invariance")
-    worlds.make_model(path / "model", "llama", seed=4, num_key_value_heads=2, initializer_range=0.15)
-    worlds.make_rows(ROWS, seed=20, k=2, path=path / "pairs.jsonl")
-    worlds.make_rows(9, seed=22, k=2, path=path / "held_out.jsonl")
+    tiny.make_model(path / "model", "llama", seed=4, num_key_value_heads=2, initializer_range=0.15)
+    tiny.make_rows(ROWS, seed=20, k=2, path=path / "pairs.jsonl")
+    tiny.make_rows(9, seed=22, k=2, path=path / "held_out.jsonl")
     return path
 
 
 def launch(folder: Path, script: str, output_dir: Path, processes: int, budget: int, **options: object) -> list[dict]:
     """One run with this file's settings."""
     options = {**OPTIONS, "model": folder / "model", "train_data": folder / "pairs.jsonl", **options}
-    return worlds.run(script, output_dir, processes, micro_batch_tokens=budget, **options)
+    return tiny.run(script, output_dir, processes, micro_batch_tokens=budget, **options)
 
 
 def eighth(folder: Path, data: str) -> int:
     """A budget that makes about eight micro-batches of a batch, but holds every group."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    groups = [reference.encode(tokenizer, row) for row in worlds.read_jsonl(folder / data)]
+    groups = [reference.encode(tokenizer, row) for row in tiny.read_jsonl(folder / data)]
     sizes = [len(group.prompt) + sum(map(len, [*group.completions, *group.samples])) for group in groups]
     return max(max(sizes), round(sum(sizes) / len(sizes) * BATCH / 8))
 
@@ -61,7 +61,7 @@ def agree(lines: list[dict], others: list[dict], steps: int, keys: tuple[str, ..
     """Step by step: 1e-6 at step one, 1e-4 after, in float32."""
     assert [line["step"] for line in lines] == [line["step"] for line in others] == list(range(1, steps + 1))
     for key in keys:
-        gaps = worlds.differences([line[key] for line in lines], [line[key] for line in others])
+        gaps = tiny.differences([line[key] for line in lines], [line[key] for line in others])
         assert gaps[0] <= 1e-6 and max(gaps) <= 1e-4, (key, gaps)
 
 
@@ -93,7 +93,7 @@ def test_a_process_without_groups(folder: Path, tmp_path: Path) -> None:
 
 def untimed(path: Path) -> list[dict]:
     """The lines of metrics.jsonl without what a clock gave."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in worlds.read_jsonl(path)]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in tiny.read_jsonl(path)]
 
 
 def kill_at(process, path: Path) -> int:  # noqa: ANN001
@@ -118,10 +118,10 @@ def test_killed_and_resumed(folder: Path, tmp_path: Path) -> None:
 
     broken = tmp_path / "broken"
     line = {**OPTIONS, "model": folder / "model", "train_data": folder / "pairs.jsonl", **options}
-    process = worlds.start("algos/dpo.py", broken, micro_batch_tokens=budget, **line)
+    process = tiny.start("algos/dpo.py", broken, micro_batch_tokens=budget, **line)
     code = kill_at(process, broken / "checkpoints" / "step-000004")
     log = Path(f"{broken}.log").read_text(encoding="utf-8")
-    assert code == -signal.SIGKILL, f"the run ended before it was killed, exit code {code}\n{worlds.first_error(log)}"
+    assert code == -signal.SIGKILL, f"the run ended before it was killed, exit code {code}\n{tiny.first_error(log)}"
     assert not (broken / "model.safetensors").exists()
 
     launch(folder, "algos/dpo.py", broken, 1, budget, resume=True, **options)

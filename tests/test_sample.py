@@ -1,25 +1,27 @@
 """Sampling: the greedy limit, frequencies against the model's own probabilities, forms, interruption, bad input."""
 
 import gzip
-import itertools
 import json
 import os
 import signal
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import notices
 import pyarrow.parquet
 import pytest
-import sample
-import streaming
+import tiny
 import torch
-import worlds
 from transformers import AutoTokenizer, GenerationConfig
 
+from scripts import sample
+from scripts.lab import notices, row_files
+from scripts.lab.sampling import Sampling, decode, end_ids, make_batches, sample_completions, truncate_after
 from shared import UserError
-from shared.data import Needs, tokenise
+from shared.groups import Requires, tokenise
 
 SCRIPT = "scripts/sample.py"
 PROMPTS = [
@@ -29,11 +31,12 @@ PROMPTS = [
     "anna",
     "thank you all. more news will come soon. tea is free as ever. summary:",
 ]
+Policy = tuple[Any, Any]  # model and tokenizer
 
 
 @pytest.fixture(scope="module")
-def policy():
-    """The world's tokenizer and a tiny Llama with large weights, so that its distributions are peaked."""
+def policy() -> Policy:
+    """The notices' tokenizer and a tiny Llama with large weights, so that its distributions are peaked."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = notices.make_tokenizer()
@@ -58,305 +61,407 @@ def policy():
 
 
 @pytest.fixture(scope="module")
-def directory(policy, tmp_path_factory):
+def directory(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("policy")
     for part in policy:
         part.save_pretrained(path)
     return path
 
 
-def draw(policy, prompts, count=1, **how):
+def sample_texts(
+    policy: Policy, prompts: list[list[int]], count: int = 1, **options: Any
+) -> list[tuple[list[str], list[bool]]]:
     """The texts of each prompt's completions, and which of them ended."""
     model, tokenizer = policy
-    ends = sample.end_ids(model, tokenizer)
-    drawn = sample.draw(model, ends, prompts, count, sample.Sampling(**how))
-    return [([sample.decode(tokenizer, y) for y in ids], [y[-1] in ends for y in ids]) for ids in drawn]
+    eos_ids = end_ids(model, tokenizer)
+    sampling = Sampling(**options)
+    results = []
+    for completions in sample_completions(model, eos_ids, prompts, count, sampling):
+        texts = [decode(tokenizer, ids) for ids in completions]
+        finished = [ids[-1] in eos_ids for ids in completions]
+        results.append((texts, finished))
+    return results
 
 
-def next_token_probabilities(model, ids):
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+# ---------------------------------------------------------------- samples
+
+
+def greedy_search(policy: Policy, ids: list[int], penalty: float) -> str:
+    """transformers' own greedy search from one prompt."""
+    model, tokenizer = policy
+    config = GenerationConfig(
+        do_sample=False,
+        top_k=0,
+        temperature=1.0,
+        min_new_tokens=0,
+        max_new_tokens=12,
+        repetition_penalty=penalty,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    output = model.generate(torch.tensor([ids]), generation_config=config)
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_limit_is_the_same_in_any_batch(policy, penalty):
+@pytest.mark.parametrize("limits", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": 8}, {"batch_tokens": 60}])
+def test_greedy_limit_is_the_same_in_any_batch(policy: Policy, penalty: float, limits: dict[str, int]) -> None:
     """top_k = 1 in padded batches equals transformers' greedy search on one prompt at a time."""
-    model, tokenizer = policy
+    _, tokenizer = policy
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    expected = []
-    for ids in prompts:
-        config = GenerationConfig(
-            do_sample=False,
-            top_k=0,
-            temperature=1.0,
-            min_new_tokens=0,
-            max_new_tokens=12,
-            repetition_penalty=penalty,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :]
-        expected.append(tokenizer.decode(new, skip_special_tokens=True))
+    expected = [greedy_search(policy, ids, penalty) for ids in prompts]
     assert len(set(expected)) > 1
-    for limits in ({"batch_size": 1}, {"batch_size": 3}, {"batch_size": 8}, {"batch_tokens": 60}):
-        drawn = draw(policy, prompts, 2, top_k=1, max_new_tokens=12, repetition_penalty=penalty, **limits)
-        assert [texts for texts, _ in drawn] == [[text, text] for text in expected]
+
+    options = {"top_k": 1, "max_new_tokens": 12, "repetition_penalty": penalty}
+    results = sample_texts(policy, prompts, 2, **options, **limits)
+    assert [texts for texts, _ in results] == [[text, text] for text in expected]
+
+
+def next_token_probabilities(model: Any, ids: list[int], temperature: float, top_k: int) -> torch.Tensor:
+    """softmax(logits / T), renormalised over the k likeliest tokens."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    probabilities = logits.softmax(-1).pow(1 / temperature)
+    if top_k:
+        least = probabilities.topk(top_k).values[-1]
+        probabilities[probabilities < least] = 0
+    return (probabilities / probabilities.sum()).double()
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (2.0, 0), (0.7, 5)])
-def test_first_token_frequencies(policy, temperature, top_k):
-    """Within 4.5 binomial deviations of softmax(logits / T), renormalised over the k likeliest tokens."""
+def test_first_token_frequencies(policy: Policy, temperature: float, top_k: int) -> None:
+    """Within 4.5 binomial deviations of the probabilities; a token of probability 0 is never sampled."""
     model, tokenizer = policy
-    draws = 2000
+    n = 2000
+
+    def assert_frequency(count: int, probability: float) -> None:
+        slack = 4.5 * (probability * (1 - probability) / n) ** 0.5 + 1e-12
+        if probability > 0:
+            slack += 1 / n
+        assert abs(count / n - probability) <= slack
+
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS[1:3]]
-    drawn = draw(policy, prompts, draws, max_new_tokens=1, temperature=temperature, top_k=top_k, batch_size=1000)
-    for ids, (texts, finished) in zip(prompts, drawn, strict=True):
-        probs = next_token_probabilities(model, ids).pow(1 / temperature)
-        if top_k:
-            probs = torch.where(probs >= probs.topk(top_k).values[-1], probs, 0)
-        probs = (probs / probs.sum()).double()
+    options = {"max_new_tokens": 1, "temperature": temperature, "top_k": top_k, "batch_size": 1000}
+    results = sample_texts(policy, prompts, n, **options)
+    for ids, (texts, finished) in zip(prompts, results, strict=True):
+        probabilities = next_token_probabilities(model, ids, temperature, top_k)
         counts = Counter(texts)
         for token in range(len(notices.SPECIAL), len(tokenizer)):
-            p = probs[token].item()
-            slack = 4.5 * (p * (1 - p) / draws) ** 0.5 + 1e-12
-            assert abs(counts[tokenizer.decode([token])] / draws - p) <= slack + 1 / draws * (p > 0)
-        p = probs[tokenizer.eos_token_id].item()
-        assert abs(sum(finished) / draws - p) <= 4.5 * (p * (1 - p) / draws) ** 0.5 + 1 / draws
+            assert_frequency(counts[tokenizer.decode([token])], probabilities[token].item())
+        assert_frequency(sum(finished), probabilities[tokenizer.eos_token_id].item())
 
 
-def test_seed_decides_and_the_models_own_settings_stay(policy):
+def test_the_seed_decides_and_the_models_own_settings_stay(policy: Policy) -> None:
     model, tokenizer = policy
-    own = model.generation_config
+    config = model.generation_config
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    runs = [draw(policy, prompts, 3, max_new_tokens=8, seed=seed) for seed in (1, 1, 2)]
-    assert runs[0] == runs[1] != runs[2]
-    assert model.generation_config is own
+    first, again, other = (sample_texts(policy, prompts, 3, max_new_tokens=8, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert model.generation_config is config
 
 
-def test_batches_keep_the_bounds_and_hold_every_sequence_once():
+def test_batches_keep_the_bounds_and_hold_every_sequence_once() -> None:
     lengths = [5, 9, 2, 30, 7, 7, 1, 12] * 10
-    batches = list(sample.make_batches(lengths, batch_size=4, batch_tokens=20))
+    batches = list(make_batches(lengths, batch_size=4, batch_tokens=20))
     assert sorted(index for batch in batches for index in batch) == list(range(80))
     for batch in batches:
+        width = max(lengths[index] for index in batch)
         assert len(batch) <= 4
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 20
+        assert len(batch) == 1 or len(batch) * width <= 20
 
 
-def test_cut_after():
-    assert sample.cut_after([5, 6, 2, 7, 2], [2, 3]) == [5, 6, 2]
-    assert sample.cut_after([5, 6], [2]) == [5, 6]
+def test_truncate_after() -> None:
+    assert truncate_after([5, 6, 2, 7, 2], [2, 3]) == [5, 6, 2]
+    assert truncate_after([5, 6], [2]) == [5, 6]
 
 
 # ---------------------------------------------------------------- rows
 
 
-USER, BOT = {"role": "user", "content": "bade </s> lo"}, {"role": "assistant", "content": "do"}
-OTHER = {"role": "assistant", "content": "fi"}
-HH = "\n\nHuman: a b\n\nAssistant: c\n\nHuman: d</s>\n\nAssistant:"
-FORMS = {
-    "prompt alone": ({"prompt": "bade lo, <s>"}, None),
-    "chat prompt alone": ({"prompt": [USER]}, None),
-    "pair": ({"prompt": "bade lo, ", "chosen": "a", "rejected": "b"}, 2),
-    "messages that repeat the prompt": ({"prompt": "x", "chosen": [USER, BOT], "rejected": [USER, OTHER]}, 2),
-    "HH": ({"chosen": HH + " a", "rejected": HH + " b"}, 2),
-    "message lists": ({"chosen": [USER, BOT], "rejected": [USER, OTHER]}, 2),
-    "completions": ({"prompt": "lo", "completions": ["a", "b", "c"]}, None),
-    "SHP": ({"history": "lo", "human_ref_A": "a", "human_ref_B": "b", "labels": 0}, 2),
-    "conversations": (
-        {"conversations": [{"from": "human", "value": "lo"}], "chosen": {"from": "gpt", "value": "a"}}
-        | {"rejected": {"from": "gpt", "value": "b"}},
-        2,
-    ),
-    "instruction pair": ({"instruction": "lo", "input": "fi", "chosen": "a", "rejected": "b"}, 2),
-    "messages": ({"messages": [USER, BOT, USER, OTHER]}, 1),
-    "prompt, completion": ({"prompt": "lo", "completion": "a"}, 1),
-    "conversation": ({"conversations": [{"from": "human", "value": "lo"}, {"from": "gpt", "value": "a"}]}, 1),
-    "instruction": ({"instruction": "lo</s>", "output": "a"}, 1),
+USER = {"role": "user", "content": "bade </s> lo"}
+ANSWER = {"role": "assistant", "content": "do"}
+OTHER_ANSWER = {"role": "assistant", "content": "fi"}
+FROM_HUMAN = {"from": "human", "value": "lo"}
+FROM_GPT = {"from": "gpt", "value": "a"}
+FROM_GPT_TOO = {"from": "gpt", "value": "b"}
+TRANSCRIPT = "\n\nHuman: a b\n\nAssistant: c\n\nHuman: d</s>\n\nAssistant:"
+PROMPTS_ALONE = {
+    "prompt alone": {"prompt": "bade lo, <s>"},
+    "chat prompt alone": {"prompt": [USER]},
 }
+PAIRS = {
+    "pair": {"prompt": "bade lo, ", "chosen": "a", "rejected": "b"},
+    "messages that repeat the prompt": {"prompt": "x", "chosen": [USER, ANSWER], "rejected": [USER, OTHER_ANSWER]},
+    "HH": {"chosen": f"{TRANSCRIPT} a", "rejected": f"{TRANSCRIPT} b"},
+    "message lists": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER_ANSWER]},
+    "SHP": {"history": "lo", "human_ref_A": "a", "human_ref_B": "b", "labels": 0},
+    "conversations": {"conversations": [FROM_HUMAN], "chosen": FROM_GPT, "rejected": FROM_GPT_TOO},
+    "instruction pair": {"instruction": "lo", "input": "fi", "chosen": "a", "rejected": "b"},
+}
+RANKINGS = {
+    "completions": {"prompt": "lo", "completions": ["a", "b", "c"]},
+}
+SINGLES = {
+    "messages": {"messages": [USER, ANSWER, USER, OTHER_ANSWER]},
+    "prompt, completion": {"prompt": "lo", "completion": "a"},
+    "conversation": {"conversations": [FROM_HUMAN, FROM_GPT]},
+    "instruction": {"instruction": "lo</s>", "output": "a"},
+}
+FORMS = {**PROMPTS_ALONE, **PAIRS, **RANKINGS, **SINGLES}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model with a chat template, and one without."""
     path = tmp_path_factory.mktemp("models")
-    plain = worlds.make_model(path / "plain", initializer_range=0.1)
-    return {"plain": plain, "chat": worlds.make_model(path / "chat", chat=True, initializer_range=0.1)}
+    return {
+        "plain": tiny.make_model(path / "plain", initializer_range=0.1),
+        "chat": tiny.make_model(path / "chat", chat=True, initializer_range=0.1),
+    }
 
 
-def run(model, rows, output, **options):
+def run(model: Path, rows: Path, output: Path, **options: Any) -> list[dict]:
     options = {"max_new_tokens": 6, "batch_size": 8, **options}
-    sample.main(sample.Args(model=str(model), rows=str(rows), output=output, **options))
-    return worlds.read_jsonl(output)
+    args = sample.Args(model=str(model), rows=str(rows), output=output, **options)
+    sample.main(args)
+    return tiny.read_jsonl(output)
 
 
-def prompt_ids(rows, tokenizer):
+def prompt_ids(rows: Path, tokenizer: Any) -> list[list[int]]:
     """The prompts as sampling encodes them."""
-    found = streaming.encode(streaming.read(str(rows), Counter()), tokenizer, Counter(), 500)
-    return [row.prompt for row in found]
+    examples = row_files.read_examples(str(rows), Counter())
+    encoded = row_files.encode_rows(examples, tokenizer, Counter(), 500)
+    return [row.prompt for row in encoded]
+
+
+def training_prompt_ids(rows: Path, tokenizer: Any, form: str) -> list[list[int]]:
+    """The prompts as training encodes them."""
+    requires = Requires("ranking")
+    if form in PAIRS:
+        requires = Requires("pair")
+    elif form in SINGLES:
+        requires = Requires("first")
+    builder = tokenise(str(rows), tokenizer, requires, 500, None)
+    num_offsets = len(builder.offsets) // len(builder.row_numbers)  # of a group
+    prompts = []
+    for i in range(0, len(builder.offsets), num_offsets):
+        start, end = builder.offsets[i : i + 2]
+        prompts.append(list(builder.tokens[start:end]))
+    return prompts
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_has_the_prompts_of_training_and_keeps_its_columns(form, models, tmp_path):
-    row, completions = FORMS[form]
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [row | {"id": i} for i in range(3)])
+def test_every_form_has_the_prompts_of_training_and_keeps_its_columns(
+    form: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    original = [{**FORMS[form], "id": number} for number in range(3)]
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", original)
     tokenizer = AutoTokenizer.from_pretrained(models["chat"])
     prompts = prompt_ids(rows, tokenizer)
-    if form not in ("prompt alone", "chat prompt alone"):
-        build = tokenise(str(rows), tokenizer, Needs(completions=completions), 500, None)
-        width = len(build.offsets) // 3
-        trained = [list(build.tokens[build.offsets[i] : build.offsets[i + 1]]) for i in range(0, 3 * width, width)]
-        assert prompts == trained
+    if form not in PROMPTS_ALONE:
+        assert prompts == training_prompt_ids(rows, tokenizer, form)
+
     written = run(models["chat"], rows, tmp_path / "k.jsonl", num_completions=2)
     assert [set(row) for row in written] == [{"prompt", "completions", "finished"}] * 3
     assert prompt_ids(tmp_path / "k.jsonl", tokenizer) == prompts
+
     written = run(models["chat"], rows, tmp_path / "m.jsonl", reference_samples=2)
-    for i, found in enumerate(written):
-        assert len(found.pop("reference_samples")) == len(found.pop("reference_samples_finished")) == 2
-        assert found == row | {"id": i}
+    for row in written:
+        assert len(row.pop("reference_samples")) == 2
+        assert len(row.pop("reference_samples_finished")) == 2
+    assert written == original
     assert prompt_ids(tmp_path / "m.jsonl", tokenizer) == prompts
 
 
-def test_instructions_without_a_template_mean_the_same_when_read_again(models, tmp_path):
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [FORMS["instruction"][0]])
+def test_instructions_without_a_template_mean_the_same_when_read_again(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [FORMS["instruction"]])
     tokenizer = AutoTokenizer.from_pretrained(models["plain"])
     run(models["plain"], rows, tmp_path / "out.jsonl", num_completions=1)
     assert prompt_ids(tmp_path / "out.jsonl", tokenizer) == prompt_ids(rows, tokenizer)
 
 
-def test_special_tokens_inside_a_prompt_are_plain_text(models, tmp_path):
+def test_special_tokens_inside_a_prompt_are_plain_text(models: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models["plain"])
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a</s>b<s>"}])
-    (ids,) = prompt_ids(rows, tokenizer)
-    assert ids[0] == tokenizer.bos_token_id and not set(ids[1:]) & set(tokenizer.all_special_ids)
-    assert tokenizer.decode(ids[1:]) == "a</s>b<s>"
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a</s>b<s>"}])
+    ((bos, *ids),) = prompt_ids(rows, tokenizer)
+    assert bos == tokenizer.bos_token_id
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == "a</s>b<s>"
 
 
-def test_containers_and_order(models, tmp_path):
-    rows = worlds.make_rows(30, seed=2, k=1)
-    expected = run(models["plain"], worlds.write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a", num_completions=3)
+def test_containers_and_order(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = tiny.make_rows(30, seed=2, k=1)
+    jsonl = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    expected = run(models["plain"], jsonl, tmp_path / "a", num_completions=3)
     assert [row["prompt"] for row in expected] == [row["prompt"] for row in rows]
-    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
-    for name in ("b.json.gz", "c.parquet"):
-        assert run(models["plain"], tmp_path / name, tmp_path / f"{name}.out", num_completions=3) == expected
-    first = run(models["plain"], tmp_path / "a.jsonl", tmp_path / "first", num_completions=3, max_rows=7)
+
+    zipped = tmp_path / "b.json.gz"
+    zipped.write_bytes(gzip.compress(json.dumps(rows).encode()))
+    assert run(models["plain"], zipped, tmp_path / "b", num_completions=3) == expected
+    parquet = tmp_path / "c.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    assert run(models["plain"], parquet, tmp_path / "c", num_completions=3) == expected
+
+    first = run(models["plain"], jsonl, tmp_path / "first", num_completions=3, max_rows=7)
     assert [row["prompt"] for row in first] == [row["prompt"] for row in rows[:7]]
-    assert not list(tmp_path.glob("*.partial*")) and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.partial*"))
+    assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_windows_do_not_repeat_each_others_draws(models, tmp_path):
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "lo"}] * 24)
+def test_windows_do_not_repeat_each_others_samples(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "lo"}] * 24)
     written = run(models["plain"], rows, tmp_path / "out", num_completions=1, batch_size=2)
     texts = [row["completions"][0] for row in written]
-    assert texts[:8] != texts[8:16] != texts[16:] != texts[:8] and len(set(texts)) > 20
+    windows = {tuple(texts[:8]), tuple(texts[8:16]), tuple(texts[16:])}
+    assert len(windows) == 3
+    assert len(set(texts)) > 20
 
 
-def test_prompts_without_room_are_dropped_and_counted(models, tmp_path, capsys):
-    rows = [{"prompt": "lo " * n} for n in (1, 600, 2)]
-    written = run(models["plain"], worlds.write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "a", num_completions=1)
-    assert [row["prompt"] for row in written] == [rows[0]["prompt"], rows[2]["prompt"]]
+def test_prompts_without_room_are_dropped_and_counted(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, long, other = ({"prompt": "lo " * n} for n in (1, 600, 2))
+    rows = tiny.write_jsonl(tmp_path / "a.jsonl", [short, long, other])
+    written = run(models["plain"], rows, tmp_path / "a", num_completions=1)
+    assert [row["prompt"] for row in written] == [short["prompt"], other["prompt"]]
     assert "rows 3, kept 2, dropped: prompt too long 1" in capsys.readouterr().out
+
+    rows = tiny.write_jsonl(tmp_path / "b.jsonl", [long])
     with pytest.raises(UserError, match="no usable row; rows 1, kept 0, dropped: prompt too long 1"):
-        run(models["plain"], worlds.write_jsonl(tmp_path / "b.jsonl", rows[1:2]), tmp_path / "b", num_completions=1)
-    assert not list(tmp_path.glob("b.*partial")) and not (tmp_path / "b").exists()
+        run(models["plain"], rows, tmp_path / "b", num_completions=1)
+    assert not list(tmp_path.glob("b.*partial"))
+    assert not (tmp_path / "b").exists()
 
 
 # ---------------------------------------------------------------- windows
 
 
-def test_rows_are_taken_one_window_at_a_time(tmp_path):
-    taken = 0
+def test_rows_are_read_one_window_at_a_time(tmp_path: Path) -> None:
+    num_read = 0
 
-    def source():
-        nonlocal taken
-        while taken < 100:
-            taken += 1
-            yield taken
+    def source() -> Iterator[int]:
+        nonlocal num_read
+        while num_read < 100:
+            num_read += 1
+            yield num_read
 
-    def compute(number, window):
-        assert taken == min(100, 7 * (number + 1))
-        return ({"row": i} for i in window)
+    def compute(number: int, window: list[int]) -> list[dict]:
+        assert num_read == min(100, 7 * (number + 1))
+        return [{"row": i} for i in window]
 
-    assert streaming.write(tmp_path / "out", {}, source(), 7, compute) == 100
-    assert worlds.read_jsonl(tmp_path / "out") == [{"row": i} for i in range(1, 101)]
-
-
-def test_rows_are_tokenised_one_chunk_at_a_time(models, tmp_path):
-    rows = worlds.write_jsonl(tmp_path / "rows.jsonl", ({"prompt": "lo"} for _ in range(3 * streaming.CHUNK)))
-    tokenizer, taken = AutoTokenizer.from_pretrained(models["plain"]), itertools.count()
-    examples = (pair for pair in streaming.read(str(rows), Counter()) if next(taken) is not None)
-    next(streaming.encode(examples, tokenizer, Counter(), 500))
-    assert next(taken) == streaming.CHUNK
+    assert row_files.write_windows(tmp_path / "out", {}, source(), 7, compute) == 100
+    assert row_files.read_jsonl(tmp_path / "out") == [{"row": i} for i in range(1, 101)]
 
 
-def test_interrupted_at_every_row_and_within_rows(tmp_path):
+def test_rows_are_tokenised_one_chunk_at_a_time(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "lo"}] * (3 * row_files.CHUNK_SIZE))
+    tokenizer = AutoTokenizer.from_pretrained(models["plain"])
+    examples = row_files.read_examples(str(rows), Counter())
+    next(row_files.encode_rows(examples, tokenizer, Counter(), 500))
+    assert len(list(examples)) == 2 * row_files.CHUNK_SIZE
+
+
+def test_interrupted_at_every_row_and_within_rows(tmp_path: Path) -> None:
     """Whatever a killed run had written, the continuation completes it, computing no finished window again."""
-    rows, made_with = list(range(10)), {"a": 1}
-
-    def compute(number, window):
-        computed.append(number)
-        return ({"row": i, "text": "é" * 5} for i in window)
-
+    settings = {"a": 1}
     computed: list[int] = []
-    streaming.write(tmp_path / "out", made_with, rows, 3, compute)
-    whole = (tmp_path / "out").read_bytes()
-    part = json.dumps(made_with).encode() + b"\n" + whole
-    for cut in range(len(part) + 1):
+
+    def compute(number: int, window: list[int]) -> list[dict]:
+        computed.append(number)
+        return [{"row": i, "text": "é" * 5} for i in window]
+
+    def write() -> bytes:
+        assert row_files.write_windows(tmp_path / "out", settings, range(10), 3, compute) == 10
+        return (tmp_path / "out").read_bytes()
+
+    complete = write()
+    part = json.dumps(settings).encode() + b"\n" + complete
+    for size in range(len(part) + 1):
+        (tmp_path / "out.partial").write_bytes(part[:size])
+        rows_done = max(0, part[:size].count(b"\n") - 1)
         computed.clear()
-        (tmp_path / "out.partial").write_bytes(part[:cut])
-        done = max(0, part[:cut].count(b"\n") - 1)
-        assert streaming.write(tmp_path / "out", made_with, rows, 3, compute) == 10
-        assert (tmp_path / "out").read_bytes() == whole
-        assert computed == [n for n in range(4) if done < min(10, 3 * (n + 1))]
+        assert write() == complete
+        last_rows = enumerate((3, 6, 9, 10))  # of each window
+        assert computed == [number for number, row in last_rows if rows_done < row]
 
 
-def command_line(folder, output, processes=1, **options):
-    defaults = {"model": folder / "model", "rows": folder / "rows.jsonl", "reference_samples": 2}
-    options = {**defaults, "max_new_tokens": 24, "batch_size": 4, "output": output, **options}
-    return worlds.command(SCRIPT, processes, options)
+def command_line(folder: Path, output: Path, processes: int = 1) -> list[str]:
+    options = {
+        "model": folder / "model",
+        "rows": folder / "rows.jsonl",
+        "reference_samples": 2,
+        "max_new_tokens": 24,
+        "batch_size": 4,
+        "output": output,
+    }
+    return tiny.command(SCRIPT, processes, options)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model, 60 rows, and what an uninterrupted run makes of them."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, 60 rows, and the output of a run that was not interrupted."""
     path = tmp_path_factory.mktemp("interrupted")
-    worlds.make_model(path / "model", initializer_range=0.1)
-    worlds.make_rows(60, seed=8, k=2, path=path / "rows.jsonl")
-    done = subprocess.run(command_line(path, path / "whole.jsonl"), cwd=worlds.ROOT, env=worlds.environment(path))
-    assert done.returncode == 0
+    tiny.make_model(path / "model", initializer_range=0.1)
+    tiny.make_rows(60, seed=8, k=2, path=path / "rows.jsonl")
+    line = command_line(path, path / "complete.jsonl")
+    subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(path), check=True)
     return path
 
 
-def test_kill_and_continue_gives_the_same_bytes(folder, tmp_path):
-    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    line, options = command_line(folder, output), {"cwd": worlds.ROOT, "env": worlds.environment(tmp_path)}
-    process = subprocess.Popen(line, stderr=subprocess.DEVNULL, **options)
-    while process.poll() is None and (not part.exists() or part.read_bytes().count(b"\n") < 4):
+def kill_after_rows(line: list[str], part: Path, environment: dict[str, str]) -> None:
+    """Start a command and kill it when a few rows stand in its partial file."""
+    process = subprocess.Popen(line, cwd=tiny.ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        if part.exists() and part.read_bytes().count(b"\n") >= 4:
+            break
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not output.exists() and 4 <= part.read_bytes().count(b"\n") < 61
+
+
+def test_kill_and_continue_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    part = tmp_path / "out.jsonl.partial"
+    line = command_line(folder, output)
+    environment = tiny.environment(tmp_path)
+    kill_after_rows(line, part, environment)
+    assert not output.exists()
+    assert 4 <= part.read_bytes().count(b"\n") < 61
     with open(part, "ab") as file:
         file.write(b'{"prompt": "torn')
+
     before = part.read_bytes()
-    worlds.make_rows(60, seed=9, k=2, path=tmp_path / "rows.jsonl")
-    settings = {"max_new_tokens": 24, "batch_size": 4, "reference_samples": 2}
-    for changed in ({"temperature": 0.5}, {"rows": tmp_path / "rows.jsonl"}, {"seed": 3}):
-        arguments = {"model": folder / "model", "rows": folder / "rows.jsonl", "output": output, **settings, **changed}
-        with pytest.raises(UserError, match=f"was started with other settings.*{next(iter(changed))}"):
-            run(**arguments)
+    options = {
+        "model": folder / "model",
+        "rows": folder / "rows.jsonl",
+        "max_new_tokens": 24,
+        "batch_size": 4,
+        "reference_samples": 2,
+    }
+    tiny.make_rows(60, seed=9, k=2, path=tmp_path / "rows.jsonl")
+    for name, value in {"temperature": 0.5, "rows": tmp_path / "rows.jsonl", "seed": 3}.items():
+        changed = {**options, name: value}
+        with pytest.raises(UserError, match=f"was started with other settings.*{name}"):
+            run(output=output, **changed)
         assert part.read_bytes() == before
-    assert subprocess.run(line, **options).returncode == 0
-    assert output.read_bytes() == (folder / "whole.jsonl").read_bytes() and not part.exists()
+
+    subprocess.run(line, cwd=tiny.ROOT, env=environment, check=True)
+    assert output.read_bytes() == (folder / "complete.jsonl").read_bytes()
+    assert not part.exists()
 
 
-def test_two_processes_write_the_same_rows(folder, tmp_path):
+def test_two_processes_write_the_same_rows(folder: Path, tmp_path: Path) -> None:
     line = command_line(folder, tmp_path / "out.jsonl", processes=2)
-    assert subprocess.run(line, cwd=worlds.ROOT, env=worlds.environment(tmp_path), timeout=120).returncode == 0
-    assert (tmp_path / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+    subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(tmp_path), timeout=120, check=True)
+    assert (tmp_path / "out.jsonl").read_bytes() == (folder / "complete.jsonl").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
-    (tmp_path / "new.jsonl.partial-0-of-2").touch()
+
+
+def test_parts_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl.partial-0-of-2").touch()
     with pytest.raises(UserError, match="another number of processes"):
-        streaming.write(tmp_path / "new.jsonl", {}, [1], 1, lambda number, window: [])
+        row_files.write_windows(tmp_path / "out.jsonl", {}, [1], 1, lambda number, window: [])
 
 
 # ---------------------------------------------------------------- mistakes
@@ -378,13 +483,13 @@ def test_two_processes_write_the_same_rows(folder, tmp_path):
         ('{"prompt": "anna"}\n', {"model": "/no/such/directory"}, "/no/such/directory"),
     ],
 )
-def test_bad_input(text, options, message, directory, tmp_path):
+def test_bad_input(text: str | None, options: dict[str, Any], message: str, directory: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     if text is not None:
-        rows.write_text(text)
-    settings = {"model": str(directory), "max_new_tokens": 4, "num_completions": 1, **options}
+        rows.write_text(text, encoding="utf-8")
+    options = {"model": directory, "max_new_tokens": 4, "num_completions": 1, **options}
     with pytest.raises(UserError, match=message):
-        sample.main(sample.Args(rows=str(rows), output=tmp_path / "out.jsonl", **settings))
+        run(rows=rows, output=tmp_path / "out.jsonl", **options)
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -393,12 +498,13 @@ def test_bad_input(text, options, message, directory, tmp_path):
     [
         ([], "missing.jsonl: neither a file"),
         (["--temperature", "0"], "--temperature 0.0: must be a finite number above 0"),
-        (["--top-p", "1.5"], "--top-p 1.5: must be at most 1"),
+        (["--top-p", "1.5"], "--top-p 1.5: must be a finite number above 0 and at most 1"),
         (["--top-k", "-1"], "--top-k -1: must be a finite number of at least 0"),
     ],
 )
-def test_command_line_ends_with_one_line_and_exit_code_2(words, message, tmp_path):
+def test_command_line_ends_with_one_line_and_exit_code_2(words: list[str], message: str, tmp_path: Path) -> None:
     options = {"model": "none", "rows": tmp_path / "missing.jsonl", "output": tmp_path / "o", "num_completions": 1}
-    line = [*worlds.command(SCRIPT, 1, options), *words]
-    done = subprocess.run(line, cwd=worlds.ROOT, env=worlds.environment(tmp_path), capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and message in done.stderr
+    line = [*tiny.command(SCRIPT, 1, options), *words]
+    done = subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(tmp_path), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert message in done.stderr

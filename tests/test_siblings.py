@@ -5,10 +5,10 @@ import difflib
 import re
 
 import pytest
-import worlds
+import tiny
 
-ALGOS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((worlds.ROOT / "algos").glob("[a-z]*.py"))}
-SHARED = "\n".join(path.read_text(encoding="utf-8") for path in sorted((worlds.ROOT / "shared").glob("*.py")))
+ALGOS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((tiny.ROOT / "algos").glob("[a-z]*.py"))}
+SHARED = "\n".join(path.read_text(encoding="utf-8") for path in sorted((tiny.ROOT / "shared").glob("*.py")))
 # changed lines, both sides, to the nearest sibling
 BUDGETS = dict(ipo=20, distill_dpo=20, typo=24, exo=32, pessimistic_dpo=36, ensemble_dpo=42, rm=26, sft=26)
 OWN = {"Args", "objective", "main"}  # what each file has in a form of its own

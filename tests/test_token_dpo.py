@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import reference
 import streaming
+import tiny
 import torch
-import worlds
+from shared.data import Batches, Needs, load
 from test_exactness import BETA, OPTIONS
 from test_exactness_family import ALL_METRICS, TOKEN_METRICS
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from algos.token_dpo_beam import (
     token_rewards,
 )
 from shared import NonFinite, UserError
-from shared.data import Batches, Needs, load
 from shared.logprobs import sequence_logps
 from shared.model import add_reference_logps, load_policy
 from shared.rows import parse
@@ -49,21 +49,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that often ends, another one, pairs, and held-out pairs of which one prompt is too long."""
     path = tmp_path_factory.mktemp("token_dpo")
     for name, seed in (("model", 3), ("other", 8)):
-        worlds.make_model(path / name, "llama", seed=seed)
+        tiny.make_model(path / name, "llama", seed=seed)
     model, tokenizer = (auto.from_pretrained(path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
     model.lm_head.weight.data[tokenizer.eos_token_id] *= 2.5
     model.save_pretrained(path / "model")
-    worlds.make_rows(12, seed=12, path=path / "pairs.jsonl")
-    held_out = worlds.make_rows(10, seed=13, prompt_words=(1, 30))
-    held_out[2]["prompt"] = worlds.text(random.Random(1), 202)
-    worlds.write_jsonl(path / "held_out.jsonl", held_out)
+    tiny.make_rows(12, seed=12, path=path / "pairs.jsonl")
+    held_out = tiny.make_rows(10, seed=13, prompt_words=(1, 30))
+    held_out[2]["prompt"] = tiny.text(random.Random(1), 202)
+    tiny.write_jsonl(path / "held_out.jsonl", held_out)
     return path
 
 
 def test_token_rewards_sum_to_the_log_ratio(folder: Path) -> None:
     """Packed rows of a policy and of another reference, against stock models in float64: token by token and summed."""
     tokenizer, data = AutoTokenizer.from_pretrained(folder / "model"), str(folder / "pairs.jsonl")
-    rows = [reference.encode(tokenizer, row) for row in worlds.read_jsonl(folder / "pairs.jsonl")]
+    rows = [reference.encode(tokenizer, row) for row in tiny.read_jsonl(folder / "pairs.jsonl")]
     policy, other = (reference.load_model(folder / name) for name in ("model", "other"))
     groups = load(data, tokenizer, Needs(completions=2), 512, None)
     seen = 0
@@ -233,7 +233,7 @@ EOS = 3
 def make_lm(architecture: str, vocab: int, eos: float = 0.0, seed: int = 0) -> nn.Module:
     """A tiny language model whose head has a bias: `eos` for the token EOS, and 0."""
     torch.manual_seed(seed)
-    config = worlds.make_config(architecture, vocab, bos_token_id=0, eos_token_id=EOS)
+    config = tiny.make_config(architecture, vocab, bos_token_id=0, eos_token_id=EOS)
     model = AutoModelForCausalLM.from_config(config).eval()
     weight = model.lm_head.weight.detach().clone()
     model.lm_head = nn.Linear(*reversed(weight.shape))
@@ -408,7 +408,7 @@ DECODING = dict(beam_widths="1,3", num_prompts=8, max_new_tokens=LONGEST)
 def launch(folder: Path, script: str, name: str, processes: int = 1, **options: object) -> None:
     """One run over this file's rows, into `name`."""
     data = dict(model=folder / "model", train_data=folder / "pairs.jsonl", eval_data=folder / "held_out.jsonl")
-    worlds.run(script, folder / name, processes, **{**data, **SETTINGS, **options})
+    tiny.run(script, folder / name, processes, **{**data, **SETTINGS, **options})
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +419,7 @@ def alone(folder: Path) -> None:
 
 def agree(folder: Path, name: str, other: str, keys: set[str], later: float) -> None:
     """Metrics of two runs, step by step and at the evaluation: to 1e-6 at step one, to `later` after."""
-    ours, theirs = (worlds.read_jsonl(folder / run / "metrics.jsonl") for run in (name, other))
+    ours, theirs = (tiny.read_jsonl(folder / run / "metrics.jsonl") for run in (name, other))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 3]
     assert len({line["loss"] for line in ours[:3]}) == 3
     for line, wanted in zip(ours, theirs, strict=True):
@@ -437,10 +437,10 @@ def test_a_run_is_dpo_s_run(folder: Path, alone: None) -> None:
 def test_what_is_decoded(folder: Path, alone: None) -> None:
     """beams.jsonl against transformers' searches with the exported model, prompt by prompt in the file's order."""
     model, tokenizer = (auto.from_pretrained(folder / "alone") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    exact, held_out = reference.load_model(folder / "alone"), worlds.read_jsonl(folder / "held_out.jsonl")
+    exact, held_out = reference.load_model(folder / "alone"), tiny.read_jsonl(folder / "held_out.jsonl")
     prompts = [tokenizer(row["prompt"]).input_ids for row in held_out]
     assert 512 - LONGEST < len(prompts[2]) < 512 and len(prompts) == 10
-    rows, prompts = worlds.read_jsonl(folder / "alone" / "beams.jsonl"), [prompts[i] for i in KEPT]
+    rows, prompts = tiny.read_jsonl(folder / "alone" / "beams.jsonl"), [prompts[i] for i in KEPT]
     assert [row["prompt"] for row in rows] == [held_out[i]["prompt"] for i in KEPT]
     assert [row["widths"] for row in rows] == [[1, 3]] * len(KEPT)
     eos = tokenizer.eos_token_id
@@ -463,7 +463,7 @@ def test_two_processes(folder: Path, alone: None) -> None:
     """Seven prompts on two processes, several micro-batches each."""
     launch(folder, SCRIPT, "two", processes=2, micro_batch_tokens=200, **DECODING)
     agree(folder, "two", "alone", {"loss", "grad_norm", *ALL_METRICS, *TOKEN_METRICS}, 1e-4)
-    ours, theirs = (worlds.read_jsonl(folder / name / "beams.jsonl") for name in ("two", "alone"))
+    ours, theirs = (tiny.read_jsonl(folder / name / "beams.jsonl") for name in ("two", "alone"))
     for row, other in zip(ours, theirs, strict=True):
         assert row.pop("logps") == pytest.approx(other.pop("logps"), abs=1e-3)
         assert row == other
@@ -478,7 +478,7 @@ def test_widths_that_are_none(widths: str) -> None:
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folder: Path) -> None:
     options = dict(model=folder / "model", train_data=folder / "pairs.jsonl", beam_widths="1,0")
-    process = worlds.start(SCRIPT, folder / "mistake", **options)
+    process = tiny.start(SCRIPT, folder / "mistake", **options)
     assert process.wait(timeout=120) == 2
     *before, line = Path(f"{folder / 'mistake'}.log").read_text(encoding="utf-8").splitlines()
     assert not any("Traceback" in other for other in before)
@@ -488,7 +488,7 @@ def test_a_mistake_ends_in_one_line_and_exit_code_2(folder: Path) -> None:
 
 def test_no_room_for_new_tokens_ends_before_training(folder: Path) -> None:
     options = dict(model=folder / "model", train_data=folder / "pairs.jsonl", eval_data=folder / "held_out.jsonl")
-    process = worlds.start(SCRIPT, folder / "full", max_new_tokens=512, **options)
+    process = tiny.start(SCRIPT, folder / "full", max_new_tokens=512, **options)
     assert process.wait(timeout=120) == 2
     log = Path(f"{folder / 'full'}.log").read_text(encoding="utf-8")
     assert "--max-new-tokens 512: no prompt of --eval-data leaves room" in log and "Traceback" not in log

@@ -8,112 +8,169 @@ import shlex
 import subprocess
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import evaluate
-import notices
 import pytest
-import token_figures
+import tiny
 import torch
 import tyro
-import worlds
+from torch import Tensor
+from torch.distributions import Categorical, kl_divergence
 
+from scripts import token_figures
+from scripts.lab import eq_16, notices, stages
+from scripts.lab.policies import log_ratios, sample_policy
+from scripts.lab.sampling import Sampling
 from shared import UserError
-from shared.run import check_arguments
+from shared.command import check_arguments
 
 POST = "we lost a lamp. it was at the school in may. the tag says five. please call anna. summary:"
-OTHER = POST.replace("lamp", "kettle")
-WHOLE = "lost lamp, at school, tag five, in may, call anna."  # 5 facts
-TEXTS = {WHOLE: 5.0, "lost lamp, at school.": 2.0, "lost guitar, at school.": 0.0, "lost lamp, thank you all.": 0.5}
-TINY = {"BETAS": (0.3,), "SEEDS": 1, "WIDTHS": (1, 2, 5, 20), "NEW_TOKENS": 12, "SAMPLES": 2, "SEQUENCES": 3}
+OTHER_POST = POST.replace("lamp", "kettle")
+FIVE_FACTS = "lost lamp, at school, tag five, in may, call anna."
+TWO_FACTS = "lost lamp, at school."
+ONE_RIGHT_ONE_WRONG = "lost guitar, at school."
+SUPERFLUOUS = "lost lamp, thank you all."
+SMALL = {"BETAS": (0.3,), "SEEDS": 1, "WIDTHS": (1, 2, 5, 20), "NEW_TOKENS": 12, "SAMPLES": 2}
 
 
-def tensor(*values: object) -> torch.Tensor:
+def tensor(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.double)
+
+
+def normal_values(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+
+def verdicts(claims: list[dict]) -> list[str]:
+    return [claim["verdict"] for claim in claims]
 
 
 # ---------------------------------------------------------------- Eq 16
 
 
-def plain_sides(p: list[float], q: list[float], beta: float) -> tuple[float, float]:
-    """E_{a~q}[β log p(a)/q(a)] action by action, and -β KL(q ‖ p) as cross-entropy less entropy."""
-    left = sum(b * beta * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
-    cross, entropy = (-sum(b * math.log(x) for x, b in zip(some, q, strict=True)) for some in (p, q))
-    return left, -beta * (cross - entropy)
+def left_side(p: list[float], q: list[float], beta: float) -> float:
+    """E_{a~q}[β log p(a)/q(a)], action by action."""
+    total = 0.0
+    for p_action, q_action in zip(p, q, strict=True):
+        total += q_action * beta * (math.log(p_action) - math.log(q_action))
+    return total
 
 
-def test_both_sides_of_eq_16_and_the_drawn_reward() -> None:
-    p, q = [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], [[0.2, 0.3, 0.5], [0.1, 0.2, 0.7]]
-    actions = torch.tensor([2, 0])
-    found = token_figures.eq_16(tensor(*p).log(), tensor(*q).log(), actions, 0.3)
-    for row, one, other, action in zip(found.tolist(), p, q, actions, strict=True):
-        assert row[:2] == pytest.approx(plain_sides(one, other, 0.3), abs=1e-15)
-        assert row[2] == pytest.approx(0.3 * math.log(one[action] / other[action]), abs=1e-15)
-    assert found[0, 0] < -0.01 and found[1].tolist() == pytest.approx([0, 0, 0], abs=1e-15)
+def right_side(p: list[float], q: list[float], beta: float) -> float:
+    """-β KL(q ‖ p), as cross-entropy less entropy."""
+    entropy = -sum(q_action * math.log(q_action) for q_action in q)
+    cross_entropy = -sum(q_action * math.log(p_action) for p_action, q_action in zip(p, q, strict=True))
+    return -beta * (cross_entropy - entropy)
+
+
+def test_both_sides_of_eq_16_and_the_sampled_reward() -> None:
+    policy = [[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]]
+    reference = [[0.2, 0.3, 0.5], [0.1, 0.2, 0.7]]
+    actions = [2, 0]
+    sides = eq_16.eq_16(tensor(*policy).log(), tensor(*reference).log(), torch.tensor(actions), 0.3)
+
+    for state, p, q, action in zip(sides.tolist(), policy, reference, actions, strict=True):
+        left, right, sampled = state
+        assert left == pytest.approx(left_side(p, q, 0.3), abs=1e-15)
+        assert right == pytest.approx(right_side(p, q, 0.3), abs=1e-15)
+        assert sampled == pytest.approx(0.3 * math.log(p[action] / q[action]), abs=1e-15)
+    assert sides[0, 0] < -0.01
+    assert sides[1].tolist() == pytest.approx([0, 0, 0], abs=1e-15)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_eq_16_at_every_state_of_packed_up_completions(
+def test_eq_16_at_every_state_of_padded_completions(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(token_figures, "SEQUENCES", 3)
-    paths = [worlds.make_model(tmp_path / str(seed), architecture, seed=seed) for seed in (0, 1)]
-    policy, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.double).eval() for path in paths)
+    models = []
+    for seed in (0, 1):
+        path = tiny.make_model(tmp_path / str(seed), architecture, seed=seed)
+        models.append(AutoModelForCausalLM.from_pretrained(path, dtype=torch.double).eval())
+    policy, reference = models
     rng = random.Random(0)
-    prompts, completions = ([[rng.randrange(400) for _ in range(rng.randint(1, 9))] for _ in range(7)] for _ in "xy")
-    found = token_figures.states(policy, reference, prompts, completions, 0.7)
-    assert len(found) == 7
-    for x, y, rows in zip(prompts, completions, found, strict=True):
-        assert rows.shape == (len(y), 3)
-        for t, (left, right, drawn) in enumerate(rows.tolist()):
-            with torch.no_grad():
-                p, q = (model(torch.tensor([x + y[:t]])).logits[0, -1] for model in (policy, reference))
-            p, q = torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
-            kl = float(torch.distributions.kl_divergence(q, p))
-            assert left == pytest.approx(-0.7 * kl, rel=1e-9) and right == pytest.approx(-0.7 * kl, rel=1e-9)
-            assert kl > 0.01
-            ratio = p.log_prob(torch.tensor(y[t])) - q.log_prob(torch.tensor(y[t]))
-            assert drawn == pytest.approx(0.7 * float(ratio), rel=1e-9)
+    prompts = random_ids(rng, 7)
+    completions = random_ids(rng, 7)
+
+    monkeypatch.setattr(eq_16, "BATCH_SIZE", 3)
+    sides = eq_16.eq_16_of_completions(policy, reference, prompts, completions, 0.7)
+    assert len(sides) == 7
+    for prompt, completion, states in zip(prompts, completions, sides, strict=True):
+        assert states.shape == (len(completion), 3)
+        for t, (left, right, sampled) in enumerate(states.tolist()):
+            state = prompt + completion[:t]
+            p = next_token(policy, state)
+            q = next_token(reference, state)
+            divergence = float(kl_divergence(q, p))
+            action = torch.tensor(completion[t])
+            log_ratio = float(p.log_prob(action) - q.log_prob(action))
+
+            assert divergence > 0.01
+            assert left == pytest.approx(-0.7 * divergence, rel=1e-9)
+            assert right == pytest.approx(-0.7 * divergence, rel=1e-9)
+            assert sampled == pytest.approx(0.7 * log_ratio, rel=1e-9)
+
+
+def random_ids(rng: random.Random, n: int) -> list[list[int]]:
+    """n sequences of different lengths."""
+    sequences = []
+    for _ in range(n):
+        length = rng.randint(1, 9)
+        sequences.append([rng.randrange(400) for _ in range(length)])
+    return sequences
+
+
+def next_token(model, state: list[int]) -> Categorical:
+    with torch.no_grad():
+        logits = model(torch.tensor([state])).logits
+    return Categorical(logits=logits[0, -1])
 
 
 # ---------------------------------------------------------------- the numbers of the tables
 
 
-def test_values_of_beams_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_figures, "WIDTHS", (1, 2))
-    best, two, none, half = TEXTS
-    assert [notices.oracle(POST, text) for text in TEXTS] == list(TEXTS.values())
-    pairs = [{"prompt": OTHER.upper(), "chosen": half}, {"prompt": POST, "chosen": two}, {"prompt": "x", "chosen": ""}]
-    rows = [
-        {"prompt": POST, "completions": [best, two], "lengths": [17, 7]},
-        {"prompt": OTHER, "completions": [half, none], "lengths": [8, 7]},  # the lamp is wrong there
+def test_values_of_beams_counted_by_hand() -> None:
+    assert notices.oracle(POST, FIVE_FACTS) == 5
+    assert notices.oracle(POST, TWO_FACTS) == 2
+    assert notices.oracle(POST, ONE_RIGHT_ONE_WRONG) == 0
+    assert notices.oracle(POST, SUPERFLUOUS) == 0.5
+    pairs = [
+        {"prompt": OTHER_POST.upper(), "chosen": SUPERFLUOUS},
+        {"prompt": POST, "chosen": TWO_FACTS},
+        {"prompt": "x", "chosen": ""},
     ]
-    found = token_figures.beam_values(rows, pairs)
-    assert found["reward"].tolist() == [[5, 2], [-1.5, 0]]
-    assert found["win_rate"].tolist() == [[1, 0.5], [0.5, 1]]  # against 2, and against -1.5
-    assert found["length"].tolist() == [[17, 7], [8, 7]]
+    rows = [
+        {"prompt": POST, "completions": [FIVE_FACTS, TWO_FACTS], "lengths": [17, 7]},
+        # the lamp is wrong there
+        {"prompt": OTHER_POST, "completions": [SUPERFLUOUS, ONE_RIGHT_ONE_WRONG], "lengths": [8, 7]},
+    ]
+    values = token_figures.beam_values(rows, pairs)
+    assert values["reward"].tolist() == [[5, 2], [-1.5, 0]]
+    assert values["win_rate"].tolist() == [[1, 0.5], [0.5, 1]]  # against 2, and against -1.5
+    assert values["length"].tolist() == [[17, 7], [8, 7]]
 
 
 def test_statements_of_figure_2_are_differences_on_the_same_prompts() -> None:
-    zeros = torch.zeros(40, 5, dtype=torch.double)
-    noise = torch.randn(40, 1, generator=torch.Generator().manual_seed(0), dtype=torch.double)
-    shifts = {
-        "win_rate": tensor(0, 9, 0.25, 9, 0.125),
-        "length": tensor(1, 9, 9, 9, 4),
-        "reward": tensor(0, 0, 0, 0, 0),
+    of_prompt = 100 * normal_values(40, 1, seed=0)  # the same at every width: it drops out of the differences
+    values = {
+        "win_rate": of_prompt + tensor(0, 9, 0.25, 9, 0.125),
+        "length": of_prompt + tensor(1, 9, 9, 9, 4),
+        "reward": of_prompt.expand(40, 5),
     }
-    # what a prompt adds at every width drops out of the differences
-    values = {name: zeros + 100 * noise + shift for name, shift in shifts.items()}
-    found = token_figures.beam_claims(0.3, values, 0)
-    assert [line["verdict"] for line in found] == ["as in the paper"] * 3
-    shown = ["0.250 [0.250, 0.250]", "-0.125 [-0.125, -0.125]", "3.0 [3.0, 3.0]"]
-    assert [line["found"] for line in found] == shown
+    claims = token_figures.beam_claims(0.3, values, 0)
+    assert verdicts(claims) == ["as in the paper"] * 3
+    assert [claim["found"] for claim in claims] == [
+        "0.250 [0.250, 0.250]",
+        "-0.125 [-0.125, -0.125]",
+        "3.0 [3.0, 3.0]",
+    ]
+
     turned = {name: 1 - value for name, value in values.items()}
-    assert [line["verdict"] for line in token_figures.beam_claims(0.3, turned, 0)] == ["NOT as in the paper"] * 3
-    unrelated = torch.randn(40, 5, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    same = token_figures.beam_claims(0.3, dict.fromkeys(values, unrelated), 0)
-    assert [line["verdict"] for line in same] == ["not resolved"] * 3
+    assert verdicts(token_figures.beam_claims(0.3, turned, 0)) == ["NOT as in the paper"] * 3
+
+    unrelated = dict.fromkeys(values, normal_values(40, 5, seed=1))
+    assert verdicts(token_figures.beam_claims(0.3, unrelated, 0)) == ["not resolved"] * 3
 
 
 @pytest.mark.parametrize(
@@ -131,21 +188,37 @@ def test_statements_of_figure_2_are_differences_on_the_same_prompts() -> None:
         ((0.0, 0.0), 0, "as in the paper"),
     ],
 )
-def test_verdicts(interval: tuple, sign: int, verdict: str) -> None:
-    line = token_figures.claim("x", {"mean": 0.0, "interval": interval}, sign)
-    assert line["verdict"] == verdict and line["statement"] == f"x {'=><'[sign]} 0"
+def test_verdicts(interval: tuple[float, float], sign: int, verdict: str) -> None:
+    claim = token_figures.claim("x", {"mean": 0.0, "interval": interval}, sign)
+    assert claim["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("sign", "statement"), [(1, "x > 0"), (-1, "x < 0"), (0, "x = 0")])
+def test_statements_say_what_the_paper_does(sign: int, statement: str) -> None:
+    claim = token_figures.claim("x", {"mean": 0.0, "interval": (0.0, 0.0)}, sign)
+    assert claim["statement"] == statement
 
 
 def test_statements_of_figure_3() -> None:
-    plain = {"chosen": [0.1, 0.2], "average": [-0.3, 0.1], "rejected": [-0.7, 0.0]}
-    after = {"chosen": [-1.0, -0.5], "average": [-2.0, -2.0], "rejected": [-3.0, -3.5]}
-    found = token_figures.likelihood_claims({"sft": plain, "preferred": after}, [-1.1, -0.4])
-    assert [line["verdict"] for line in found] == ["as in the paper"] * 7
-    shown = ["2.500 [2.000, 3.000]", "0.000 [-0.100, 0.100]", "-0.900 [-1.100, -0.700]"]
-    assert [found[i]["found"] for i in (2, 3, 6)] == shown
-    turned = token_figures.likelihood_claims({"sft": after, "preferred": plain}, [-0.1, -0.1])
-    verdicts = ["NOT as in the paper", "not resolved", "as in the paper", *["NOT as in the paper"] * 4]
-    assert [line["verdict"] for line in turned] == verdicts
+    without_sft = {"chosen": [0.1, 0.2], "average": [-0.3, 0.1], "rejected": [-0.7, 0.0]}
+    after_sft = {"chosen": [-1.0, -0.5], "average": [-2.0, -2.0], "rejected": [-3.0, -3.5]}
+    claims = token_figures.likelihood_claims({"sft": without_sft, "preferred": after_sft}, [-1.1, -0.4])
+    assert verdicts(claims) == ["as in the paper"] * 7
+    _, _, chosen_less_rejected, chosen_less_divergence, _, _, fall = claims
+    assert chosen_less_rejected["found"] == "2.500 [2.000, 3.000]"
+    assert chosen_less_divergence["found"] == "0.000 [-0.100, 0.100]"
+    assert fall["found"] == "-0.900 [-1.100, -0.700]"
+
+    turned = token_figures.likelihood_claims({"sft": after_sft, "preferred": without_sft}, [-0.1, -0.1])
+    assert verdicts(turned) == [
+        "NOT as in the paper",
+        "not resolved",
+        "as in the paper",
+        "NOT as in the paper",
+        "NOT as in the paper",
+        "NOT as in the paper",
+        "NOT as in the paper",
+    ]
 
 
 def test_curves_start_at_zero_and_leave_training_lines_out(tmp_path: Path) -> None:
@@ -154,8 +227,8 @@ def test_curves_start_at_zero_and_leave_training_lines_out(tmp_path: Path) -> No
         {"step": 2, "eval/loss": 0.6, "eval/rewards/chosen": 0.5, "eval/rewards/rejected": -1.0},
         {"step": 3, "eval/loss": 0.5, "eval/rewards/chosen": 0.25, "eval/rewards/rejected": -2.0},
     ]
-    found = token_figures.curves(worlds.write_jsonl(tmp_path / "metrics.jsonl", lines))
-    assert found == {
+    metrics = tiny.write_jsonl(tmp_path / "metrics.jsonl", lines)
+    assert token_figures.curves(metrics) == {
         "step": [0, 2, 3],
         "chosen": [0, 0.5, 0.25],
         "average": [0, -0.25, -0.875],
@@ -168,148 +241,229 @@ def test_curves_start_at_zero_and_leave_training_lines_out(tmp_path: Path) -> No
 
 def make_run(folder: Path, n: int = 20) -> Path:
     """What the quickstart leaves, small: a random model, and pairs of made-up summaries of n posts."""
-    rng, rows = random.Random(0), []
+    rng = random.Random(0)
+    rows = []
     for prompt, kind in islice(notices.unique_notices(rng), n):
-        completions = [notices.make_summary(prompt, kind, rng, 0.0, 1), notices.make_summary(prompt, kind, rng, 0.9, 0)]
-        rows.append(notices.prefer_row({"prompt": prompt, "completions": completions}, rng))
+        superfluous = notices.make_summary(prompt, kind, rng, 0.0, 1)
+        wrong = notices.make_summary(prompt, kind, rng, 0.9, 0)
+        row = {"prompt": prompt, "completions": [superfluous, wrong]}
+        rows.append(notices.prefer_row(row, rng))
+
     folder.mkdir()
-    worlds.write_jsonl(folder / "pairs.jsonl", rows[: n - 6])
-    worlds.write_jsonl(folder / "held_out_pairs.jsonl", rows[n - 6 :])
-    worlds.make_model(folder / "sft", initializer_range=0.1)
+    tiny.write_jsonl(folder / "pairs.jsonl", rows[:-6])
+    tiny.write_jsonl(folder / "held_out_pairs.jsonl", rows[-6:])
+    tiny.make_model(folder / "sft", initializer_range=0.1)
     return folder
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one run of everything, real command lines and all, at one β with one seed."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one run of everything, with real command lines, at one β with one seed."""
     folder = tmp_path_factory.mktemp("run")
+    run_dir = make_run(folder / "run")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in TINY.items():
+        for name, value in SMALL.items():
             patch.setattr(token_figures, name, value)
-        for name, value in worlds.environment(folder / "cache").items():
+        patch.setattr(eq_16, "BATCH_SIZE", 3)
+        for name, value in tiny.environment(folder / "cache").items():
             patch.setenv(name, value)
-        token_figures.main(token_figures.Args(run_dir=make_run(folder / "run"), steps=2, num_prompts=5, seed=3))
-    return folder / "run" / "token_figures"
+        token_figures.main(token_figures.Args(run_dir=run_dir, steps=2, num_prompts=5, seed=3))
+    return run_dir / "token_figures"
 
 
-def cells(path: Path, first: str) -> list[list[str]]:
-    """The rows of a markdown file whose first cell begins so."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line[2:-2].split(" | ") for line in lines if line.startswith(f"| {first}")]
+@pytest.fixture(scope="module")
+def results(finished: Path) -> dict:
+    return json.loads((finished / "token_figures.json").read_text(encoding="utf-8"))
 
 
-def test_the_table_of_beams_holds_the_means_over_the_files(done: Path) -> None:
-    pairs, beams = (worlds.read_jsonl(done / name) for name in ("held_out.jsonl", "beams_0.3/beams.jsonl"))
-    assert [row["prompt"] for row in beams] == [pair["prompt"] for pair in pairs] and len(pairs) == 5
-    found = json.loads((done / "token_figures.json").read_text(encoding="utf-8"))["beams"]["0.3"]
-    rows = cells(done / "token_figures.md", "0.3 | ")
-    assert [row[1] for row in rows] == ["1", "2", "5", "20"] == [str(width) for width in beams[0]["widths"]]
-    for i, (_, _, *shown) in enumerate(rows):
+def table_rows(path: Path, first_cell: str) -> list[list[str]]:
+    """The rows of a Markdown file whose first cell begins so."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"| {first_cell}"):
+            rows.append(line[2:-2].split(" | "))
+    return rows
+
+
+def mean_of(cell: str) -> float:
+    """The mean of "mean [low, high]"."""
+    return float(cell.split()[0])
+
+
+def win(reward: float, baseline: float) -> float:
+    if reward == baseline:
+        return 0.5
+    return float(reward > baseline)
+
+
+def test_the_table_of_beams_holds_the_means_over_the_files(finished: Path, results: dict) -> None:
+    pairs = tiny.read_jsonl(finished / "held_out.jsonl")
+    beams = tiny.read_jsonl(finished / "beams_0.3" / "beams.jsonl")
+    assert len(pairs) == 5
+    assert [row["prompt"] for row in beams] == [pair["prompt"] for pair in pairs]
+    assert beams[0]["widths"] == [1, 2, 5, 20]
+
+    chosen_rewards = [notices.oracle(pair["prompt"], pair["chosen"]) for pair in pairs]
+    table = table_rows(finished / "token_figures.md", "0.3 | ")
+    assert [row[1] for row in table] == ["1", "2", "5", "20"]
+    for i, (_, _, reward_cell, win_rate_cell, length_cell) in enumerate(table):
         rewards = [notices.oracle(row["prompt"], row["completions"][i]) for row in beams]
-        wins = [
-            (r > c) + (r == c) / 2
-            for r, c in zip(rewards, (notices.oracle(p["prompt"], p["chosen"]) for p in pairs), strict=True)
-        ]
+        wins = [win(reward, chosen) for reward, chosen in zip(rewards, chosen_rewards, strict=True)]
         lengths = [row["lengths"][i] for row in beams]
-        for name, values, text in zip(("reward", "win_rate", "length"), (rewards, wins, lengths), shown, strict=True):
-            mean, (low, high) = found[name][i]["mean"], found[name][i]["interval"]
-            assert mean == pytest.approx(sum(values) / 5) and min(values) <= low <= mean <= high <= max(values)
-            assert float(text.split()[0]) == pytest.approx(mean, abs=0.051)
+        numbers = {measure: columns[i] for measure, columns in results["beams"]["0.3"].items()}
+        check_number(numbers["reward"], rewards, reward_cell)
+        check_number(numbers["win_rate"], wins, win_rate_cell)
+        check_number(numbers["length"], lengths, length_cell)
 
 
-def test_implicit_rewards_are_those_of_training(done: Path) -> None:
-    found = json.loads((done / "token_figures.json").read_text(encoding="utf-8"))
+def check_number(number: dict, values: list[float], cell: str) -> None:
+    """A number is the mean of these values, and its cell says so."""
+    low, high = number["interval"]
+    assert number["mean"] == pytest.approx(sum(values) / len(values))
+    assert min(values) <= low <= number["mean"] <= high <= max(values)
+    assert mean_of(cell) == pytest.approx(number["mean"], abs=0.051)
+
+
+def test_implicit_rewards_are_those_of_training(finished: Path, results: dict) -> None:
     for start, name in token_figures.STARTS.items():
-        (run,) = found["runs"][start]
-        lines = [line for line in worlds.read_jsonl(done / f"dpo_{start}_0" / "metrics.jsonl") if "eval/loss" in line]
-        assert run["step"] == [0, 1, 2] and run["chosen"][1:] == [line["eval/rewards/chosen"] for line in lines]
-        assert run["rejected"][1:] == [line["eval/rewards/rejected"] for line in lines]
-        row = next(row for row in cells(done / "token_figures.md", name) if len(row) == 5)
-        means = [float(cell.split()[0]) for cell in row[1:4]]
-        chosen, rejected = run["chosen"][-1], run["rejected"][-1]
+        directory = finished / f"dpo_{start}_0"
+        evaluations = [line for line in tiny.read_jsonl(directory / "metrics.jsonl") if "eval/loss" in line]
+        (run,) = results["runs"][start]
+        assert run["step"] == [0, 1, 2]
+        assert run["chosen"][1:] == [line["eval/rewards/chosen"] for line in evaluations]
+        assert run["rejected"][1:] == [line["eval/rewards/rejected"] for line in evaluations]
+
+        chosen = run["chosen"][-1]
+        rejected = run["rejected"][-1]
+        (row,) = [row for row in table_rows(finished / "token_figures.md", name) if len(row) == 5]
+        means = [mean_of(cell) for cell in row[1:4]]
         assert means == pytest.approx([chosen, (chosen + rejected) / 2, rejected], abs=6e-4)
-    references = [json.loads((done / f"dpo_{s}_0" / "run.json").read_text())["args"]["model"] for s in found["runs"]]
-    assert [Path(path).name for path in references] == ["sft", "preferred"]
+
+        record = json.loads((directory / "run.json").read_text())
+        assert Path(record["args"]["model"]).name == start
 
 
-def test_eq_16_holds_between_the_trained_models(done: Path) -> None:
-    prompts = [pair["prompt"] for pair in worlds.read_jsonl(done / "held_out.jsonl")]
-    args = evaluate.Args(policies=(), rows=Path(), output=Path(), num_samples=2, max_new_tokens=12, seed=3)
-    found = json.loads((done / "token_figures.json").read_text(encoding="utf-8"))
-    for (start, check), reference in zip(
-        found["eq_16"].items(), (done.parent / "sft", done / "preferred"), strict=True
-    ):
-        assert check["deviation"] < 1e-12 and check["largest"] <= 1e-15
-        assert 10 < check["states"] <= 5 * 2 * 12
-        (expected,), (drawn,) = check["expected"], check["drawn"]
-        assert expected == pytest.approx(check["state"] * check["states"] / 10, rel=1e-9) and expected < -1e-6
-        assert drawn == pytest.approx(check["drawn_state"] * check["states"] / 10, rel=1e-9)
-        assert check["gap"]["mean"] == pytest.approx(drawn - expected, rel=1e-9)
-        encoded, samples = evaluate.draw(str(reference), prompts, args)
-        (ratios,) = evaluate.log_ratios([str(done / f"dpo_{start}_0")], str(reference), [encoded], [samples])
-        assert drawn == pytest.approx(0.1 * float(ratios.mean()), abs=1e-6) and abs(drawn) > 1e-5
+def test_eq_16_holds_between_the_trained_models(finished: Path, results: dict) -> None:
+    prompts = [pair["prompt"] for pair in tiny.read_jsonl(finished / "held_out.jsonl")]
+    references = {"sft": finished.parent / "sft", "preferred": finished / "preferred"}
+    sampling = Sampling(max_new_tokens=12, seed=3)
+    num_completions = 5 * 2
+    for start, reference in references.items():
+        check = results["eq_16"][start]
+        assert check["deviation"] < 1e-12
+        assert check["largest"] <= 1e-15
+        assert 10 < check["states"] <= num_completions * 12
+
+        (expected,) = check["expected"]
+        (sampled,) = check["drawn"]
+        states_of_completion = check["states"] / num_completions
+        assert expected == pytest.approx(check["state"] * states_of_completion, rel=1e-9)
+        assert expected < -1e-6
+        assert sampled == pytest.approx(check["drawn_state"] * states_of_completion, rel=1e-9)
+        assert check["gap"]["mean"] == pytest.approx(sampled - expected, rel=1e-9)
+
+        prompt_ids, samples = sample_policy(str(reference), prompts, sampling, 2)
+        policy = finished / f"dpo_{start}_0"
+        (ratios,) = log_ratios([str(policy)], str(reference), [prompt_ids], [samples])
+        assert sampled == pytest.approx(0.1 * float(ratios.mean()), abs=1e-6)
+        assert abs(sampled) > 1e-5
 
 
-def test_files_are_whole_and_of_their_kind(done: Path) -> None:
-    assert not list(done.glob("*.tmp"))
+def test_files_are_whole_and_of_their_kind(finished: Path, results: dict) -> None:
+    assert not list(finished.glob("*.tmp"))
+    assert not list(finished.glob(".*"))
     for name in ("beams.png", "likelihoods.png"):
-        contents = (done / name).read_bytes()
-        assert contents.startswith(b"\x89PNG") and contents.endswith(b"IEND\xaeB`\x82") and len(contents) > 20_000
-    contents = json.loads((done / "token_figures.json").read_text(encoding="utf-8"))
-    assert len(contents["commands"]) == 4 and contents["seconds"] > 0 and len(contents["claims"]) == 3 + 7 + 4
-    assert [row[0] for row in cells(done / "token_figures.md", "Fig. 2, β = 0.3")] == [
+        contents = (finished / name).read_bytes()
+        assert contents.startswith(b"\x89PNG")
+        assert contents.endswith(b"IEND\xaeB`\x82")
+        assert len(contents) > 20_000
+
+    assert len(results["commands"]) == 4
+    assert results["seconds"] > 0
+    assert len(results["claims"]) == 3 + 7 + 4
+    statements = [row[0] for row in table_rows(finished / "token_figures.md", "Fig. 2, β = 0.3")]
+    assert statements == [
         "Fig. 2, β = 0.3: win rate against chosen, 5 beams less 1 > 0",
         "Fig. 2, β = 0.3: win rate against chosen, 20 beams less 5 < 0",
         "Fig. 2, β = 0.3: length (tokens), 20 beams less 1 > 0",
     ]
 
 
+# ---------------------------------------------------------------- command lines
+
+
+def parse_command_line(line: str) -> tuple[str, Any]:
+    """The algorithm and its arguments."""
+    script, *words = shlex.split(line.format(run="runs/q", out="runs/q/token_figures"))
+    assert (tiny.ROOT / script).exists()
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    args = tyro.cli(module.Args, args=words)
+    check_arguments(args)
+    return Path(script).stem, args
+
+
 def test_every_command_line_is_one_that_its_program_takes() -> None:
     lines = token_figures.stages(token_figures.Args(steps=7, num_prompts=11, seed=3))
-    found = []
-    for line in lines:
-        script, *words = shlex.split(line.format(run="runs/q", out="runs/q/token_figures"))
-        assert (worlds.ROOT / script).exists()
-        args = tyro.cli(importlib.import_module(script.removesuffix(".py").replace("/", ".")).Args, args=words)
-        check_arguments(args)
-        found.append((Path(script).stem, Path(args.output_dir).name, args))
-    names = [name for _, name, _ in found]
-    assert len(set(names)) == len(names) == 3 + 1 + 6
-    assert {args.max_steps for *_, args in found} == {7} and {args.train_data for *_, args in found} == {
-        "runs/q/pairs.jsonl"
-    }
-    for algorithm, name, args in found:
-        assert args.model == "runs/q/" + ("token_figures/preferred" if "dpo_preferred" in name else "sft")
-        if algorithm == "dpo":
-            assert args.seed == 3 + int(name[-1]) and args.beta == 0.1 and args.eval_every == 1
-        if algorithm == "token_dpo_beam":
-            assert f"beams_{args.beta}" == name and args.num_prompts == 11 and args.beam_widths == "1,2,5,10,20"
-    made = [("preferred", i) for i, name in enumerate(names) if name == "preferred"]
-    assert made[0][1] < min(i for i, name in enumerate(names) if "dpo_preferred" in name)
+    sft_is_done = False
+    names = []
+    for algorithm, args in map(parse_command_line, lines):
+        name = Path(args.output_dir).name
+        names.append(name)
+        assert args.max_steps == 7
+        assert args.train_data == "runs/q/pairs.jsonl"
+
+        model = "runs/q/sft"
+        if name.startswith("dpo_preferred"):
+            assert sft_is_done
+            model = "runs/q/token_figures/preferred"
+        assert args.model == model
+
+        if algorithm == "sft":
+            sft_is_done = True
+        elif algorithm == "dpo":
+            assert args.seed == 3 + int(name[-1])
+            assert args.beta == 0.1
+            assert args.eval_every == 1
+        else:
+            assert algorithm == "token_dpo_beam"
+            assert name == f"beams_{args.beta}"
+            assert args.num_prompts == 11
+            assert args.beam_widths == "1,2,5,10,20"
+    assert len(names) == 3 + 1 + 6
+    assert len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def refused(run_dir: Path, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        token_figures.main(token_figures.Args(run_dir=run_dir))
 
 
 def test_mistakes_end_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_figures.quickstart, "run", lambda line: pytest.fail(line))
-    run = make_run(tmp_path / "run")
-    held_out, out = run / "held_out_pairs.jsonl", run / "token_figures"
+    monkeypatch.setattr(stages, "run_stage", pytest.fail)
+    run_dir = make_run(tmp_path / "run")
+    out = run_dir / "token_figures"
+    held_out = run_dir / "held_out_pairs.jsonl"
+    rows = tiny.read_jsonl(held_out)
 
-    def refused(words: str) -> None:
-        with pytest.raises(UserError, match=words):
-            token_figures.main(token_figures.Args(run_dir=run))
-
-    rows = worlds.read_jsonl(held_out)
-    worlds.write_jsonl(held_out, [{**rows[0], "prompt": "no post"}])
-    refused("not a notice")
+    tiny.write_jsonl(held_out, [{**rows[0], "prompt": "no post"}])
+    refused(run_dir, "not a notice")
     held_out.write_text("{")
-    refused("held_out_pairs.jsonl")
+    refused(run_dir, "held_out_pairs.jsonl")
     held_out.unlink()
-    refused("held_out_pairs.jsonl is missing; run scripts/quickstart.py first")
+    refused(run_dir, "held_out_pairs.jsonl is missing; run scripts/quickstart.py first")
     assert not out.exists()
-    worlds.write_jsonl(held_out, rows)
+
+    tiny.write_jsonl(held_out, rows)
     out.mkdir()
     (out / "mine").write_text("")
-    refused("not from this program")
+    refused(run_dir, "not from this program")
     assert (out / "mine").exists()
-    out = worlds.command("scripts/token_figures.py", 1, {"run_dir": run})
-    ended = subprocess.run(out, cwd=worlds.ROOT, env=worlds.environment(tmp_path), capture_output=True, text=True)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "not from this program" in ended.stderr
+
+    line = tiny.command("scripts/token_figures.py", 1, {"run_dir": run_dir})
+    ended = subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(tmp_path), capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "not from this program" in ended.stderr

@@ -1,7 +1,7 @@
 """Runs in processes of their own, to be damaged, stopped and killed, and what they leave.
 
-A run is forked from a server that has imported torch and transformers once: a real process that runs the real file,
-with an exit code and signals of its own, in one second instead of five.
+A run is forked from a server that has imported torch and transformers once. It is a real process that runs the real
+file, with an exit code and signals of its own, but it starts in one second instead of five.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-import worlds
+import tiny
 
 DPO = "algos/dpo.py"
 TIMES = ("seconds", "tokens_per_second")
@@ -37,10 +38,12 @@ started: list["Started"] = []  # ended after each test
 
 
 class Started:
-    """A run that goes on: one process, or one per rank. `log`: what it has printed."""
+    """A run that goes on: one process, or one per rank."""
 
     def __init__(self, out: Path, log: Path, processes: list):
-        self.out, self.log_file, self.processes = out, log, processes
+        self.out = out
+        self.log_file = log
+        self.processes = processes
 
     @property
     def pid(self) -> int:
@@ -52,13 +55,18 @@ class Started:
 
     @property
     def log(self) -> str:
-        return self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
+        """What it has printed."""
+        if not self.log_file.exists():
+            return ""
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     @property
-    def status(self) -> dict | None:
-        """What status.json says; None where there is none."""
+    def status(self) -> Any:
+        """What status.json says, or None if there is none."""
         path = self.out / "status.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return json.loads(path.read_text())
 
     def send(self, number: int) -> None:
         """A signal to every process that has not ended by itself."""
@@ -67,30 +75,44 @@ class Started:
                 os.kill(process.pid, number)
 
     def until(self, condition: Callable[[], object] | str, seconds: float = 60) -> None:
-        """Wait for something that happens, or is printed, while the run goes on."""
+        """Wait until a condition holds, or a text is printed, while the run goes on."""
+
+        def holds() -> bool:
+            if isinstance(condition, str):
+                return condition in self.log
+            return bool(condition())
+
         deadline = time.monotonic() + seconds
-        while not (condition in self.log if isinstance(condition, str) else condition()):
+        while not holds():
             assert self.running, f"the run ended before what was waited for\n{self.log[-3000:]}"
             assert time.monotonic() < deadline, f"not in {seconds} s\n{self.log[-3000:]}"
             time.sleep(0.001)
 
     def end(self, seconds: float = 120) -> int | None:
-        """The exit code: of several processes, the first that is not 0; None where it had to be killed."""
+        """The exit code, or of several processes the first that is not 0. None if the run had to be killed."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
-            process.join(max(0, deadline - time.monotonic()))
+            remaining = deadline - time.monotonic()
+            process.join(max(0, remaining))
         if self.running:
             self.kill()
             return None
-        return next((process.exitcode for process in self.processes if process.exitcode), 0)
+
+        for process in self.processes:
+            if process.exitcode != 0:
+                return process.exitcode
+        return 0
 
     def kill(self) -> None:
-        """SIGKILL to all that is left, workers of torchrun included."""
+        """SIGKILL to all processes that are left, workers of torchrun included."""
         for pid in workers(self.out):
             os.kill(pid, signal.SIGKILL)
         for process in self.processes:
             process.kill()
             process.join()
+
+
+# ---------------------------------------------------------------- start
 
 
 def start(
@@ -106,23 +128,47 @@ def start(
     beside = beside or out
     log = Path(f"{beside}.log")
     log.unlink(missing_ok=True)
-    script = str(worlds.ROOT / script)
-    line = worlds.command(script, processes if torchrun else 1, {"output_dir": out, **options})[1:]
-    places: list[dict] = [{}]
-    if processes > 1 and not torchrun:  # as torchrun and every other launcher describe a process group
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            group = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
-        places = [{"RANK": rank, "LOCAL_RANK": rank, **group} for rank in range(processes)]
-    with mock.patch.dict(os.environ, worlds.environment(Path(f"{beside}.cache"))):
+
+    workers_of_torchrun = 1
+    variables_of_ranks: list[dict[str, str]] = [{}]
+    if torchrun:
+        workers_of_torchrun = processes
+    elif processes > 1:
+        variables_of_ranks = _process_group(processes)
+    command = tiny.command(str(tiny.ROOT / script), workers_of_torchrun, {"output_dir": out, **options})
+    line = command[1:]  # without the interpreter
+
+    with mock.patch.dict(os.environ, tiny.environment(Path(f"{beside}.cache"))):
         context.set_forkserver_preload(PRELOAD)
         multiprocessing.forkserver.ensure_running()
-        environments = [{**os.environ, **{name: str(value) for name, value in place.items()}} for place in places]
-    found = [context.Process(target=_run, args=(line, log, environment, hook)) for environment in environments]
-    for process in found:
+        environment = dict(os.environ)
+
+    ranks = []
+    for variables in variables_of_ranks:
+        process = context.Process(target=_run, args=(line, log, environment | variables, hook))
         process.start()
-    started.append(Started(out, log, found))
+        ranks.append(process)
+    started.append(Started(out, log, ranks))
     return started[-1]
+
+
+def _process_group(processes: int) -> list[dict[str, str]]:
+    """The environment variables of each rank, by which torchrun and every other launcher describe a process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        _, port = free.getsockname()
+
+    variables_of_ranks = []
+    for rank in range(processes):
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        variables_of_ranks.append(variables)
+    return variables_of_ranks
 
 
 def _run(line: list[str], log: Path, environment: dict[str, str], hook: Callable[[], None] | None) -> None:
@@ -142,49 +188,65 @@ def _run(line: list[str], log: Path, environment: dict[str, str], hook: Callable
         runpy.run_path(line[0], run_name="__main__")
 
 
-def run(out: Path, seconds: float = 120, code: int = 0, **options: object) -> Started:
-    """A run to its end, which must be this exit code."""
+def run(out: Path, seconds: float = 120, code: int = 0, **options: Any) -> Started:
+    """A run to its end, which must have this exit code."""
     ended = start(out, **options)
-    found = ended.end(seconds)
-    assert found == code, f"exit code {found}, not {code}\n{ended.log[-3000:]}"
-    assert code == 1 or "Traceback" not in ended.log, ended.log[-3000:]
+    actual = ended.end(seconds)
+    assert actual == code, f"exit code {actual}, not {code}\n{ended.log[-3000:]}"
+    if code != 1:
+        assert "Traceback" not in ended.log, ended.log[-3000:]
     return ended
 
 
-def refused(out: Path, *words: str, state: str | None = "refused", **options: object) -> None:
+def refused(out: Path, *words: str, state: str | None = "refused", **options: Any) -> None:
     """A run that ends before its first step with exit code 2 and one line that holds `words`."""
     ended = run(out, code=2, **options)
     check_message(ended, *words)
     assert not re.search("^step 1/", ended.log, re.M)
     if state:
-        assert (ended.status["state"], ended.status["step"]) == (state, 0), ended.status
+        assert ended.status["state"] == state, ended.status
+        assert ended.status["step"] == 0, ended.status
 
 
 def check_message(ended: Started, *words: str) -> None:
     """One line says how the run ended, and holds `words`."""
     (message,) = re.findall(r"\w\.py: (.*)", ended.log)
-    assert all(word in message for word in words), (message, words)
+    for word in words:
+        assert word in message, (message, words)
 
 
 def workers(out: Path) -> list[int]:
     """The processes that torchrun started for a run."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
+            line = (folder / "cmdline").read_bytes().split(b"\0")
         except OSError:  # it has ended
             continue
-        if str(out).encode() in words and b"torch.distributed.run" not in words:
-            found.append(int(folder.name))
-    return sorted(found)
+        if str(out).encode() in line and b"torch.distributed.run" not in line:
+            pids.append(int(folder.name))
+    return sorted(pids)
+
+
+# ---------------------------------------------------------------- what a run leaves
 
 
 def lines(out: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl without what a clock gave."""
+    """The whole lines of metrics.jsonl, without the values that a clock gave."""
     path = out / "metrics.jsonl"
-    found = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in found if line.endswith("\n")]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+    if not path.exists():
+        return []
+    timeless = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            values = json.loads(line)
+            timeless.append({name: value for name, value in values.items() if name not in TIMES})
+    return timeless
+
+
+def values_of(out: Path, name: str) -> list[float]:
+    """One metric in every line of metrics.jsonl."""
+    return [line[name] for line in lines(out)]
 
 
 def weights(out: Path) -> bytes:
@@ -200,32 +262,30 @@ def same(out: Path, through: Path) -> None:
 
 def close(out: Path, through: Path, losses: float = 1e-6) -> None:
     """Other summation orders, the same run: relative differences of losses, and to 1e-4 of gradient norms."""
-    ours, theirs = lines(out), lines(through)
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    for name, most in (("loss", losses), ("grad_norm", 1e-4)):
-        gaps = worlds.differences([line[name] for line in ours], [line[name] for line in theirs])
-        assert max(gaps) <= most, (name, gaps)
+    assert values_of(out, "step") == values_of(through, "step")
+    for name, limit in (("loss", losses), ("grad_norm", 1e-4)):
+        gaps = tiny.differences(values_of(out, name), values_of(through, name))
+        assert max(gaps) <= limit, (name, gaps)
 
 
 def checkpoints(out: Path) -> list[str]:
-    """What lies in checkpoints/."""
+    """The names in checkpoints/."""
     return sorted(path.name for path in (out / "checkpoints").glob("*"))
 
 
 def files(out: Path) -> dict[str, bytes]:
     """Every file of a run but its lock."""
-    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    contents = {}
+    for path in out.rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            contents[str(path.relative_to(out))] = path.read_bytes()
+    return contents
 
 
 def cut(through: Path, out: Path, step: int) -> Path:
     """A copy of a finished run as it was when it was killed behind this step."""
-    shutil.copytree(
-        through,
-        out,
-        ignore=lambda folder, names: (
-            {n for n in names if n > f"step-{step:06d}"} & {f"step-{later:06d}" for later in range(step + 1, 100)}
-        ),
-    )
+    later_checkpoints = [f"step-{later:06d}" for later in range(step + 1, 100)]
+    shutil.copytree(through, out, ignore=shutil.ignore_patterns(*later_checkpoints))
     for name in ("model.safetensors", "config.json", "status.json"):
         (out / name).unlink()
     return out

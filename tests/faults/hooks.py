@@ -8,6 +8,22 @@ import resource
 import signal
 import sys
 import time
+from typing import Any
+
+PathName = str | os.PathLike[str]
+
+
+def _is_exported(source: PathName) -> bool:
+    """Whether a file is one of the exported model's, on its way to its place."""
+    folder = os.path.dirname(source)
+    return os.path.basename(folder) == ".export"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+# ---------------------------------------------------------------- disks
 
 
 def limit_files(size: int) -> None:
@@ -15,209 +31,238 @@ def limit_files(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def no_room_for_status() -> None:
-    """The disk is full when the run says for the first time that it is there."""
-    plain = os.replace
-
-    def replace(source, target):  # noqa: ANN001, ANN202
-        if os.path.basename(target) == "status.json":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(source, target)
-
-    os.replace = replace
-
-
 def limit_files_of_main(size: int) -> None:
     """The same for the first of several processes alone."""
-    if os.environ["RANK"] == "0":
+    if _rank() == 0:
         limit_files(size)
 
 
-def poison(row: int, gradient: bool) -> None:
-    """The log-prob of one row is NaN in training, or its gradient infinite; its rank is printed."""
-    import torch
+def no_room_for_status() -> None:
+    """The disk is full when the run first says how it stands."""
+    original = os.replace
 
-    from shared.model import Policy
+    def replace(source: PathName, target: PathName) -> None:
+        if os.path.basename(target) == "status.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(source, target)
 
-    plain = Policy.logps
-
-    def logps(self, batch):  # noqa: ANN001, ANN202
-        found = plain(self, batch)
-        hit = (batch.rows == row - 1).nonzero()
-        if torch.is_grad_enabled() and len(hit):
-            print(f"poisoned rank {os.environ.get('RANK', 0)}", flush=True)
-            if gradient:
-                found.register_hook(lambda g: g.index_fill(0, hit[0], torch.inf))
-            else:
-                found = found.index_fill(0, hit[0], torch.nan)
-        return found
-
-    Policy.logps = logps
-
-
-def short_timeout(seconds: float) -> None:
-    """Collectives give up after so many seconds."""
-    import torch.distributed as dist
-
-    plain, timeout = dist.init_process_group, datetime.timedelta(seconds=seconds)
-    dist.init_process_group = lambda *words, **options: plain(*words, **{**options, "timeout": timeout})
-
-
-def kill_in_export(moves: int) -> None:
-    """SIGKILL while the files of the exported model are moved to their place, before number `moves`."""
-    plain, left = os.replace, [moves]
-
-    def replace(source, target):  # noqa: ANN001, ANN202
-        if os.path.basename(os.path.dirname(source)) == ".export":
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        plain(source, target)
-
-    os.replace = replace
-
-
-def slow_export(seconds: float) -> None:
-    """Every file of the exported model waits so long before it is moved to its place."""
-    plain = os.replace
-
-    def replace(source, target):  # noqa: ANN001, ANN202
-        if os.path.basename(os.path.dirname(source)) == ".export":
-            time.sleep(seconds)
-        plain(source, target)
-
-    os.replace = replace
-
-
-def terminate_in_export() -> None:
-    """SIGTERM when the exported model is about to be written."""
-    from transformers import PreTrainedModel
-
-    plain = PreTrainedModel.save_pretrained
-
-    def save_pretrained(*words, **options) -> None:  # noqa: ANN002, ANN003
-        os.kill(os.getpid(), signal.SIGTERM)
-        plain(*words, **options)
-
-    PreTrainedModel.save_pretrained = save_pretrained
-
-
-def terminate_in_close() -> None:
-    """SIGTERM when nothing is left to do but to say how the run ended."""
-    from shared.run import Run
-
-    plain = Run.close
-
-    def close(self, code, reason):  # noqa: ANN001, ANN202
-        os.kill(os.getpid(), signal.SIGTERM)
-        plain(self, code, reason)
-
-    Run.close = close
-
-
-def late_second_rank() -> None:
-    """The second rank joins the process group seconds after the first has claimed the output directory."""
-    import shared.run
-
-    plain = shared.run.from_main
-
-    def from_main(value):  # noqa: ANN001, ANN202
-        time.sleep(5)
-        return plain(value)
-
-    if os.environ["RANK"] == "1":
-        shared.run.from_main = from_main
+    os.replace = replace  # type: ignore[assignment]
 
 
 def unreadable(path: str) -> None:
     """Reading a file's bytes fails, as on a damaged disk."""
     import shared.checkpoint
 
-    plain = shared.checkpoint.sha256
+    original = shared.checkpoint.sha256_of
 
-    def sha256(file):  # noqa: ANN001, ANN202
+    def sha256_of(file: Any) -> str:
         if str(file) == path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return plain(file)
+        return original(file)
 
-    shared.checkpoint.sha256 = sha256
-
-
-def heed_ctrl_c() -> None:
-    """As in the foreground of a terminal; what a shell starts in its background ignores SIGINT."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    shared.checkpoint.sha256_of = sha256_of
 
 
-def answer_yes() -> None:
-    """Somebody who types "y" at every question."""
-    sys.stdin = io.StringIO("y\n" * 9)
+def slow_export(seconds: float) -> None:
+    """Every file of the exported model waits so long before it is moved to its place."""
+    original = os.replace
+
+    def replace(source: PathName, target: PathName) -> None:
+        if _is_exported(source):
+            time.sleep(seconds)
+        original(source, target)
+
+    os.replace = replace  # type: ignore[assignment]
 
 
-def terminate_in(phase: str, rank: int = 0) -> None:
-    """SIGTERM to one rank in the middle of its reference pass or evaluation; it says so where it goes on with that."""
+# ---------------------------------------------------------------- numbers
+
+
+def poison(row: int, gradient: bool) -> None:
+    """The log-prob of one row is NaN in training, or its gradient infinite; its rank is printed."""
     import torch
+    from torch import Tensor
 
     from shared.model import Policy
 
-    plain, calls, trained = Policy.logps, [0], [False]
+    original = Policy.logps
 
-    def logps(self, batch):  # noqa: ANN001, ANN202
-        trained[0] |= torch.is_grad_enabled()
-        if not torch.is_grad_enabled() and trained[0] == (phase == "evaluation"):
-            calls[0] += 1
-            if calls[0] == 20:
-                os.kill(os.getpid(), signal.SIGTERM)
-            if calls[0] == 100:
-                print(f"the {phase} went on", flush=True)
-        return plain(self, batch)
+    def infinite_at(index: Tensor) -> Any:
+        return lambda gradients: gradients.index_fill(0, index, torch.inf)
 
-    if int(os.environ.get("RANK", 0)) == rank:
-        Policy.logps = logps
+    def logps(self: Policy, batch: Any) -> Tensor:
+        values = original(self, batch)
+        positions = (batch.group_index == row - 1).nonzero()
+        if not torch.is_grad_enabled() or len(positions) == 0:
+            return values
 
+        print(f"poisoned rank {_rank()}", flush=True)
+        if gradient:
+            values.register_hook(infinite_at(positions[0]))
+            return values
+        return values.index_fill(0, positions[0], torch.nan)
 
-def edit_while_read(path: str) -> None:
-    """The last row of a file changes behind its hash, before it is tokenised."""
-    import shared.data
-
-    plain = shared.data.tokenise
-
-    def tokenise(*words):  # noqa: ANN002, ANN202
-        with open(path, "r+b") as file:
-            lines = file.read().splitlines(keepends=True)
-            file.seek(0)
-            file.writelines(lines[::-1])
-        return plain(*words)
-
-    shared.data.tokenise = tokenise
-
-
-def edit_before_second_rank_reads(path: str) -> None:
-    """A row is added to a file when the first rank has read it, but not the second."""
-    import shared.run
-
-    plain = shared.run.load
-
-    def load(*words):  # noqa: ANN002, ANN202
-        time.sleep(2)
-        with open(path, "a") as file:
-            file.write('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-        return plain(*words)
-
-    if os.environ["RANK"] == "1":
-        shared.run.load = load
+    Policy.logps = logps  # type: ignore[method-assign]
 
 
 def spoil_generator() -> None:
     """The model that is decoded from has weights that are not numbers."""
     import torch
 
-    import shared.model
+    import shared.loading
 
-    plain = shared.model.load_generator
+    original = shared.loading.load_generator
 
-    def load_generator(*words):  # noqa: ANN002, ANN202
-        model = plain(*words)
+    def load_generator(*arguments: Any) -> Any:
+        model = original(*arguments)
         torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
         return model
 
-    shared.model.load_generator = load_generator
+    shared.loading.load_generator = load_generator
+
+
+# ---------------------------------------------------------------- signals
+
+
+def kill_in_export(moves: int) -> None:
+    """SIGKILL while the files of the exported model are moved to their place, after so many moves."""
+    original = os.replace
+    moves_left = moves
+
+    def replace(source: PathName, target: PathName) -> None:
+        nonlocal moves_left
+        if _is_exported(source):
+            if moves_left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            moves_left -= 1
+        original(source, target)
+
+    os.replace = replace  # type: ignore[assignment]
+
+
+def terminate_in_export() -> None:
+    """SIGTERM when the exported model is about to be written."""
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+
+    def save_pretrained(*arguments: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(*arguments, **options)
+
+    PreTrainedModel.save_pretrained = save_pretrained
+
+
+def terminate_in_close() -> None:
+    """SIGTERM when nothing is left to do but to write how the run ended."""
+    from shared.run import Run
+
+    original = Run._close
+
+    def close(self: Run, code: int, reason: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self, code, reason)
+
+    Run._close = close  # type: ignore[method-assign]
+
+
+def terminate_in(phase: str, rank: int = 0) -> None:
+    """SIGTERM to one rank amid the forward passes of its "reference" or "evaluation".
+
+    It prints that the phase went on if 80 more of them follow.
+    """
+    import torch
+
+    from shared.model import Policy
+
+    original = Policy.logps
+    calls = 0
+    has_trained = False
+
+    def logps(self: Policy, batch: Any) -> torch.Tensor:
+        nonlocal calls, has_trained
+        if torch.is_grad_enabled():
+            has_trained = True
+        elif has_trained == (phase == "evaluation"):
+            calls += 1
+            if calls == 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if calls == 100:
+                print(f"the {phase} went on", flush=True)
+        return original(self, batch)
+
+    if _rank() == rank:
+        Policy.logps = logps  # type: ignore[method-assign]
+
+
+def heed_ctrl_c() -> None:
+    """As in the foreground of a terminal; a shell's background processes ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---------------------------------------------------------------- other processes
+
+
+def short_timeout(seconds: float) -> None:
+    """Collectives give up after so many seconds."""
+    import torch.distributed as dist
+
+    original = dist.init_process_group
+    timeout = datetime.timedelta(seconds=seconds)
+
+    def init_process_group(*arguments: Any, **options: Any) -> None:
+        options["timeout"] = timeout
+        original(*arguments, **options)
+
+    dist.init_process_group = init_process_group
+
+
+def late_second_rank() -> None:
+    """The second rank joins the process group seconds after the first has claimed the output directory."""
+    import shared.run
+
+    original = shared.run.from_main
+
+    def from_main(value: Any) -> Any:
+        time.sleep(5)
+        return original(value)
+
+    if _rank() == 1:
+        shared.run.from_main = from_main
+
+
+def edit_while_read(path: str) -> None:
+    """The last row of a file changes after the file was hashed, before it is tokenised."""
+    import shared.groups
+
+    original = shared.groups.tokenise
+
+    def tokenise(*arguments: Any) -> Any:
+        with open(path, "r+b") as file:
+            lines = file.read().splitlines(keepends=True)
+            file.seek(0)
+            file.writelines(lines[::-1])
+        return original(*arguments)
+
+    shared.groups.tokenise = tokenise
+
+
+def edit_before_second_rank_reads(path: str) -> None:
+    """A row is added to a file when the first rank has read it, but not the second."""
+    import shared.batches
+
+    original = shared.batches.load_groups
+
+    def load_groups(*arguments: Any) -> Any:
+        time.sleep(2)
+        with open(path, "a") as file:
+            file.write('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+        return original(*arguments)
+
+    if _rank() == 1:
+        shared.batches.load_groups = load_groups
+
+
+def answer_yes() -> None:
+    """A user who types "y" at every question."""
+    sys.stdin = io.StringIO("y\n" * 9)

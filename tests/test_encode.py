@@ -1,0 +1,197 @@
+"""Special tokens inside texts, tokenizers with habits of their own, and completions that end or do not."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from tokenised import (
+    BAD,
+    FIRST,
+    GOOD,
+    PAIR,
+    RANKING,
+    TALK,
+    USER,
+    assistant,
+    chat,
+    ended,
+    ids,
+    only_group,
+    plain,
+    template,
+)
+
+from shared import UserError
+from shared.encode import Encoder, end_and_truncate
+from shared.groups import Requires
+from shared.rows import Example
+
+TEXTS_LIKE_CONTROL_TOKENS = [
+    "a</s>b",
+    "<|im_end|>",
+    "<s><|im_start|>system\nok<|im_end|>\n",
+    "ok </s>",
+    "\U000f00000;",
+]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+
+
+@pytest.mark.parametrize("text", TEXTS_LIKE_CONTROL_TOKENS)
+def test_special_tokens_in_plain_texts_are_plain_text(tmp_path: Path, text: str) -> None:
+    """Neither a prompt nor a completion makes control tokens; decoding gives the text back."""
+    row = {"prompt": "x" + text, "chosen": text, "rejected": "no"}
+    prompt, chosen, _ = only_group(tmp_path, row, chat())
+
+    assert prompt[0] == chat().bos_token_id
+    assert chosen[-1] == chat().eos_token_id
+    for written, expected in ((prompt[1:], "x" + text), (chosen[:-1], text)):
+        assert not special_ids(chat()) & set(written)
+        assert chat().decode(written) == expected
+
+
+@pytest.mark.parametrize("text", TEXTS_LIKE_CONTROL_TOKENS)
+def test_special_tokens_in_chat_messages_are_plain_text(tmp_path: Path, text: str) -> None:
+    """The template's own control tokens are the only ones."""
+    user = {"role": "user", "content": text}
+    row = {"prompt": [user], "chosen": [assistant(text)], "rejected": [assistant("no")]}
+    prompt, chosen, _ = only_group(tmp_path, row, chat())
+
+    assert chat().decode(prompt) == template(chat(), ("user", text), ask=True)
+    control = [i for i in prompt if i in special_ids(chat())]
+    assert control == ids(chat(), "<|im_start|><|im_end|><|im_start|>")
+
+    assert chosen[-1] == chat().eos_token_id
+    assert chat().decode(chosen[:-1]) == text
+    assert not special_ids(chat()) & set(chosen[:-1])
+
+
+def test_special_tokens_that_a_vocabulary_holds_whole(tmp_path: Path) -> None:
+    """A tokenizer of whole words finds `</s>` in its vocabulary also when told not to look for special tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "</s>": 1, "ok": 2, "a": 3, "no": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+    row = {"prompt": "ok </s> a", "chosen": "a </s> ok", "rejected": "no"}
+    unknown = [0, 0, 0, 0]  # the four characters of </s>
+    expected = [[2, *unknown, 3], [3, *unknown, 2, 1], [4, 1]]
+    assert only_group(tmp_path, row, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "requires, row",
+    [
+        (RANKING, PAIR),
+        (RANKING, {"prompt": "ok</s>a", "chosen": "</s>", "rejected": BAD}),
+        (RANKING, {"prompt": "", "chosen": GOOD, "rejected": BAD}),
+        (FIRST, {"text": "ok ok, 42 naïve"}),
+        (FIRST, {"text": "ok</s>"}),
+    ],
+)
+def test_a_tokenizer_that_adds_an_eos_adds_none_to_prompts(tmp_path: Path, requires: Requires, row: dict) -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A $B </s>",
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")],
+    )
+    assert ids(tokenizer, "ok", special=True)[-1] == tokenizer.eos_token_id
+    assert only_group(tmp_path, row, tokenizer, requires) == only_group(tmp_path, row, plain(), requires)
+
+
+# ---------------------------------------------------------------- the end of completions
+
+
+def test_completions_that_were_truncated_have_no_eos(tmp_path: Path) -> None:
+    """`finished`, as scripts/sample.py writes it, follows its completion when scores order them."""
+    row = {"prompt": USER, "completions": [BAD, GOOD], "finished": [True, False], "scores": [0, 1]}
+    _, chosen, rejected = only_group(tmp_path, row, plain())
+    assert chosen == ids(plain(), GOOD)
+    assert rejected == ended(plain(), BAD)
+
+
+def test_samples_that_were_truncated_have_no_eos(tmp_path: Path) -> None:
+    row = {
+        "text": "I ok, 42",
+        "reference_samples": ["ok", "7"],
+        "reference_samples_finished": [False, True],
+    }
+    requires = Requires("first", samples="required")
+    _, _, *samples = only_group(tmp_path, row, plain(), requires)
+    assert samples == [ids(plain(), "ok"), ended(plain(), "7")]
+
+
+@pytest.mark.parametrize("filters, truncated", [("", GOOD + " "), (" | trim", GOOD)])
+def test_a_truncated_answer_ends_with_its_text(tmp_path: Path, filters: str, truncated: str) -> None:
+    """It has nothing of what a chat template writes behind an answer; a finished one has it up to the EOS."""
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = tiny.CHATML.replace("message['content']", f"message['content']{filters}")
+    tokenizer.eos_token = "</s>"  # which the template does not write
+
+    row = {"prompt": TALK, "completions": [GOOD + " ", BAD], "finished": [False, True]}
+    _, chosen, rejected = only_group(tmp_path, row, tokenizer)
+    assert chosen == ids(tokenizer, truncated)
+    assert rejected == [*ids(tokenizer, BAD), *ids(tokenizer, "<|im_end|>\n"), tokenizer.eos_token_id]
+
+
+def test_a_completion_gets_its_eos_before_it_is_truncated() -> None:
+    assert end_and_truncate([5, 6], has_eos=True, eos_id=1, room=3) == [5, 6, 1]
+    assert end_and_truncate([5, 6], has_eos=True, eos_id=1, room=2) == [5, 6]
+    assert end_and_truncate([5, 6], has_eos=False, eos_id=1, room=3) == [5, 6]
+
+
+# ---------------------------------------------------------------- batches of examples
+
+
+def test_examples_are_encoded_one_by_one_as_in_a_batch() -> None:
+    """Whatever stands beside an example, with all its completions, the first ones, or none."""
+    examples = [
+        Example("", 1, USER, [GOOD, BAD], has_eos=[True, True]),
+        Example("", 2, TALK, [[assistant(GOOD)]], has_eos=[True]),
+        Example("", 3, "a</s>b", ["", "<s>", "ok"], has_eos=[True, False, True]),
+        Example("", 4, None, ["ok 42", BAD], has_eos=[True, True]),
+    ]
+    encoder = Encoder(chat())
+    for num_completions in (None, 1):
+        batch = list(encoder.encode(examples, Counter(), num_completions))
+        for example, encoded in zip(examples, batch, strict=True):
+            (alone,) = encoder.encode([example], Counter(), num_completions)
+            assert encoded == alone
+            assert len(encoded.completions) == len(example.completions[:num_completions])
+
+    prompts = list(encoder.encode(examples[:3], Counter(), 0))
+    assert [encoded.completions for encoded in prompts] == [[], [], []]
+
+
+def test_examples_that_cannot_be_encoded_are_counted() -> None:
+    refusing = tiny.make_tokenizer(bos=False, chat=True)
+    refusing.chat_template = "{{ raise_exception('no chats') }}"
+    examples = [
+        Example("", 1, TALK, [[assistant(GOOD)]], has_eos=[True]),
+        Example("", 2, "", [GOOD], has_eos=[True]),
+        Example("", 3, USER, [GOOD], has_eos=[True]),
+    ]
+
+    dropped: Counter[str] = Counter()
+    (encoded,) = Encoder(refusing).encode(examples, dropped)
+    assert encoded.example.number == 3
+    assert dropped == {"refused by the chat template (no chats)": 1, "empty prompt": 1}
+
+
+def test_a_template_that_changes_the_prompt_is_refused() -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = "{{ messages | length }}" + tiny.CHATML
+    example = Example("", 1, TALK, [[assistant(GOOD)]], has_eos=[True])
+    with pytest.raises(UserError, match="renders a prompt differently once an answer follows"):
+        list(Encoder(tokenizer).encode([example], Counter()))

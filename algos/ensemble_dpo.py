@@ -3,7 +3,7 @@
     L(θ) = min_i E (r_i(x, y_1) - r_i(x, y_2) - β h)² + γ Ω(θ)                                      (Eq 11, footnote 2)
 
 Details the equation leaves open:
-1. The minimum over reward models is of the mean over the whole global batch, over all micro-batches and processes, and
+1. The minimum over reward models is taken of the mean loss of the whole global batch (all micro-batches and processes),
    not per example. It must be known before the first backward pass. That takes one more forward pass per step, without
    gradients, and adds about a third to the step's time.
 2. r_i comes with the rows, as lists of scores, one per reward model (scripts/score.py).

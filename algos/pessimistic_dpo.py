@@ -15,7 +15,7 @@ Details the equation leaves open:
    4.1 writes α/β, which contradicts it.
 4. Take one pair, with Ω on it and π_θ(y_w) fixed. Then p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
    α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2. Without Ω it is infinite
-   (Proposition 1). Section 5 calls a fixed π_θ(y_w) a good approximation. If it is free, the optimum is
+   (Proposition 1). Section 5 calls a fixed π_θ(y_w) a reasonable approximation. If it is free, the optimum is
    log(α + 1) for β = 1, a uniform π_ref and two completions.
 5. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 

@@ -96,14 +96,7 @@ class Args:
 
 
 def rm_loss(rewards: Tensor) -> Tensor:
-    """DPO paper Eq 2, and Eq 18 for K > 2. rewards (B, K), preferred first → (B,)."""
-    if rewards.shape[1] > 2:
-        return plackett_luce_loss(rewards)
-    return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
-
-
-def plackett_luce_loss(rewards: Tensor) -> Tensor:
-    """-log P(y_1 > y_2 > ... > y_K), DPO paper Eqs 18 and 20. rewards (B, K), the most preferred first → (B,)."""
+    """DPO paper Eq 18, and for K = 2 its Eq 2. rewards (B, K), preferred first → (B,)."""
     log_sums = rewards.flip(1).logcumsumexp(1).flip(1)  # (B, K), log Σ_{j≥k} exp(r_j)
     margins = rewards[:, :-1] - log_sums[:, 1:]  # (B, K-1), of each completion over all that follow it
     return -F.logsigmoid(margins).sum(1)

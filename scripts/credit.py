@@ -26,7 +26,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor
@@ -133,14 +133,14 @@ def corrupt_summaries(source: str, num_prompts: int, seed: int) -> Summaries:
 def correct_summary(example: Example) -> str:
     """The summary of a row. Raises UserError unless the row is a notice with a correct summary."""
     prompt = plain_prompt(example.prompt)
-    texts = [prompt, *example.completions]
-    if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+    texts = [text for text in (prompt, *example.completions) if isinstance(text, str)]
+    if len(texts) != 2 or len(example.completions) != 1:
         needed = "needs a notice as `prompt` and its summary as `completion`, plain texts"
         raise UserError(f"{example.location}: {needed}")
 
-    (summary,) = example.completions
+    notice, summary = texts
     try:
-        is_correct = notices.read_facts(prompt) == notices.read_facts(summary)
+        is_correct = notices.read_facts(notice) == notices.read_facts(summary)
     except ValueError as error:
         raise UserError(f"{example.location}: {error}") from None
     if not is_correct:
@@ -275,7 +275,7 @@ def plot_histograms(axes: "Axes", values: Tensor, is_wrong: Tensor) -> None:
     colors = {"correct": plots.BLUE, "wrong": plots.ORANGE}
     for kind, kind_values in groups.items():
         shares = torch.full_like(kind_values, 1 / len(kind_values))
-        look = {"color": colors[kind], "alpha": 0.6, "label": f"{kind} facts"}
+        look: dict[str, Any] = {"color": colors[kind], "alpha": 0.6, "label": f"{kind} facts"}
         axes.hist(kind_values, BINS, range=limits, weights=shares, **look)
 
 

@@ -129,13 +129,18 @@ def run_logged(command_line: list[str], log_path: Path, limit: float) -> int:
             for line in process.stdout or ():
                 log.write(line)
                 log.flush()
-                if line.startswith("    "):
-                    print(line.rstrip("\n")[:SHOWN_WIDTH], flush=True)
+                show(line)
             return process.wait()
         finally:
             timer.cancel()
             if process.poll() is None:  # this program was interrupted
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def show(line: str) -> None:
+    """Print a line of a part's output if it is indented."""
+    if line.startswith("    "):
+        print(line.rstrip("\n")[:SHOWN_WIDTH], flush=True)
 
 
 def main(args: Args) -> None:

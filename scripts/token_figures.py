@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -208,7 +208,7 @@ def means_by_width(values: dict[str, Tensor], seed: int) -> dict[str, list[dict]
 
 def curves(path: Path) -> dict[str, list[float]]:
     """Implicit rewards of held-out pairs in nats, by step, from a metrics.jsonl. Before the first step they are 0."""
-    steps = [0]
+    steps: list[float] = [0]
     chosen = [0.0]
     rejected = [0.0]
     average = [0.0]
@@ -390,24 +390,26 @@ def range_text(values: list[float]) -> str:
 def plot_beams(path: Path, beams: dict[str, dict]) -> None:
     """Fig. 2: one panel per measure, one line per β, 95% intervals."""
     figure, panels = plots.canvas([[measure] for measure in MEASURES], (3.4, 6))
-    for i, (beta, numbers) in enumerate(beams.items()):
+    lines: list[Any] = []  # one per β, of the last panel
+    for i, numbers in enumerate(beams.values()):
         positions = [width * 1.08 ** (i - 1) for width in WIDTHS]  # side by side
-        look = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
+        look: dict[str, Any] = {"color": COLORS[i], "marker": MARKERS[i], "markersize": 4, "capsize": 2}
         for measure, axes in panels.items():
             means = torch.tensor([number["mean"] for number in numbers[measure]])
             intervals = torch.tensor([number["interval"] for number in numbers[measure]])
             errors = (intervals - means.unsqueeze(1)).abs()
-            axes.errorbar(positions, means, errors.T, **look, label=f"β = {beta}")
+            line = axes.errorbar(positions, means, errors.T, **look)
+        lines.append(line)
 
     for measure, axes in panels.items():
         axes.set_xscale("log")
-        axes.set_xticks(WIDTHS, WIDTHS)
+        axes.set_xticks(WIDTHS, list(map(str, WIDTHS)))
         axes.minorticks_off()
         plots.label_axes(axes, "", "", MEASURES[measure])
-        axes.get_legend().remove()  # lines run through every corner of a panel
     panels["length"].set_xlabel("beams")
 
-    lines, names = panels["length"].get_legend_handles_labels()
+    # Lines run through every corner of a panel.
+    names = [f"β = {beta}" for beta in beams]
     figure.legend(lines, names, loc="outside upper center", ncols=len(beams), fontsize=8, frameon=False)
     figure.savefig(path, format="png", dpi=300)
 
@@ -429,7 +431,9 @@ def plot_likelihoods(path: Path, runs: dict[str, list[dict]], checks: dict[str, 
         plots.label_axes(axes, STARTS[start], "", "implicit reward (nats)")
 
     panels["preferred"].set_xlabel("optimizer steps")
-    panels["preferred"].get_legend().remove()
+    legend = panels["preferred"].get_legend()
+    assert legend is not None, "the lines of both panels have labels"
+    legend.remove()  # the other panel has the same
     panels["preferred"].sharey(panels["sft"])
     figure.savefig(path, format="png", dpi=300)
 

@@ -69,8 +69,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object, indent: int = 1) -> None:
-    """Write a value as indented JSON. Raises StorageError."""
-    write_text(path, json.dumps(value, indent=indent))
+    """Write a value as indented JSON in UTF-8, without escapes. Raises StorageError."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------- tensors

@@ -93,7 +93,7 @@ class Groups:
 
 @dataclass(frozen=True)
 class Shape:
-    """What every row of a source must have equally many of."""
+    """The counts that must be equal in all rows of a source."""
 
     completions: int
     reward_models: int
@@ -187,7 +187,7 @@ class GroupBuilder:
         if self.requires.scores and not example.scores:
             raise UserError(f"{example.location}: this run needs scores; add them with scripts/score.py")
         if self.requires.samples == "required" and not example.samples:
-            raise UserError(f"{example.location}: this run needs reference_samples; draw them with scripts/sample.py")
+            raise UserError(f"{example.location}: this run needs reference_samples; sample them with scripts/sample.py")
         self._check_shape(example)
 
     def _check_shape(self, example: Example) -> None:

@@ -50,9 +50,9 @@ class Meter:
         return self._sums["loss"]
 
     def reduce(self, stop_asked: bool) -> tuple[Totals, bool]:
-        """Sum over the processes what was added, and start again.
+        """Sum the added values over all processes, and reset.
 
-        Returns the totals, and whether any process was asked to stop: that takes part in the same exchange.
+        Returns the totals, and whether any process was asked to stop. One collective carries both.
         """
         names = list(self._sums)
         sums = [torch.stack(self._sums[name]).sum() for name in names]

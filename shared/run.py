@@ -173,7 +173,7 @@ class Run:
         checkpoint.load(path, self.step, self._model, self._optimizer, self.ranks)
 
     def _differences(self, state: dict) -> list[str]:
-        """What of the run that wrote a checkpoint is not the same now, and would change the result."""
+        """The settings that differ from those of the checkpoint's run and would change the result."""
         saved = {"algorithm": state["algorithm"], **state["args"]}
         current = {"algorithm": self.algorithm, **dataclasses.asdict(self.args)}
         free = list(FREE_ON_RESUME)
@@ -193,9 +193,9 @@ class Run:
         return differences
 
     def _depends_on_last_step(self) -> bool:
-        """Whether a step depends on how many steps there are: through the learning rate, or an argument's course.
+        """Whether the result of a step depends on the number of steps.
 
-        An argument that changes over the run is a pair, NAME_start and NAME_end.
+        It does if the learning rate decays, or if an argument changes over the run: a pair, NAME_start and NAME_end.
         """
         if self.args.lr_schedule != "constant":
             return True

@@ -1,4 +1,4 @@
-"""Comparisons of a command line with the float64 loop of tests/reference.py, under the settings of tests/settings.py."""
+"""Comparisons of a command line with the float64 loop of tests/reference.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +61,17 @@ def compare_metrics(lines: list[dict], expected: list[dict], metrics: Sequence[s
         assert line["learning_rate"] == pytest.approx(wanted["learning_rate"], rel=1e-12)
         for name in metrics:
             assert line[name] == pytest.approx(wanted[name], rel=tolerance, abs=1e-3), (step, name)
+
+
+def check_first_loss(lines: list[dict], loss: float, rel: float = 1e-6) -> None:
+    """The loss of step one is a number that is known."""
+    assert lines[0]["loss"] == pytest.approx(loss, rel=rel)
+
+
+def evaluation_lines(output_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl that report evaluations."""
+    lines = tiny.read_jsonl(output_dir / "metrics.jsonl")
+    return [line for line in lines if "eval/loss" in line]
 
 
 def compare_evaluation(line: dict, expected: dict) -> None:

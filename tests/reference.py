@@ -33,7 +33,8 @@ class Group:
     @property
     def size(self) -> int:
         """The tokens of all its pieces."""
-        return len(self.prompt) + sum(len(ids) for ids in self.completions + self.samples)
+        pieces = [self.prompt, *self.completions, *self.samples]
+        return sum(map(len, pieces))
 
 
 @dataclass
@@ -130,7 +131,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: dict) -> Group:
 
     samples = row.get("reference_samples", [])
     have_eos = row.get("reference_samples_finished", [True] * len(samples))
-    sample_ids = [ids(sample, has_eos) for sample, has_eos in zip(samples, have_eos, strict=True)]
+    sample_ids = list(map(ids, samples, have_eos))
 
     prompt = tokenizer.encode(row["prompt"], add_special_tokens=True)
     return Group(prompt, completions, row, scores, sample_ids)
@@ -240,6 +241,11 @@ def implicit_rewards(group: ScoredGroup, scale: float) -> Tensor:
     return scale * log_ratios(group)
 
 
+def implicit(scale: float) -> Rewards:
+    """`implicit_rewards` of a known scale."""
+    return partial(implicit_rewards, scale=scale)
+
+
 def plackett_luce(rewards: Tensor) -> Tensor:
     """−log of the probability, under Plackett–Luce with worths exp(r), of the order given."""
     terms = []
@@ -257,10 +263,8 @@ def bradley_terry(margin: Tensor) -> Tensor:
 
 def dpo(beta: float, label_smoothing: float = 0.0) -> Loss:
     """DPO; Plackett–Luce for K > 2."""
-    return mean_loss(
-        partial(dpo_of_group, beta=beta, label_smoothing=label_smoothing),
-        partial(implicit_rewards, scale=beta),
-    )
+    loss_of_group = partial(dpo_of_group, beta=beta, label_smoothing=label_smoothing)
+    return mean_loss(loss_of_group, implicit(beta))
 
 
 def dpo_of_group(group: ScoredGroup, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -276,7 +280,7 @@ def dpo_of_group(group: ScoredGroup, beta: float, label_smoothing: float = 0.0) 
 
 def token_dpo(beta: float) -> Loss:
     """log(1 + exp(Σ r_l − Σ r_w)) of the tokens' rewards, their means, and the share of those below 0."""
-    sequence_loss = mean_loss(partial(token_dpo_of_group, beta=beta), partial(implicit_rewards, scale=beta))
+    sequence_loss = mean_loss(partial(token_dpo_of_group, beta=beta), implicit(beta))
 
     def loss(batch: Batch, step: int) -> LossAndMetrics:
         value, metrics = sequence_loss(batch, step)
@@ -304,7 +308,7 @@ def token_dpo_of_group(group: ScoredGroup, beta: float) -> Tensor:
 
 def ipo(tau: float) -> Loss:
     """(h − 1/(2τ))², and τ times the log-ratio as the reward."""
-    return mean_loss(partial(ipo_of_group, tau=tau), partial(implicit_rewards, scale=tau))
+    return mean_loss(partial(ipo_of_group, tau=tau), implicit(tau))
 
 
 def ipo_of_group(group: ScoredGroup, tau: float) -> Tensor:
@@ -327,7 +331,7 @@ def exo(beta: float, epsilon: float, beta_r: float | None = None, kl: str = "rev
             return -(p * q.log()).sum()
         return (q * (q / p).log()).sum()
 
-    return mean_loss(loss_of_group, partial(implicit_rewards, scale=beta))
+    return mean_loss(loss_of_group, implicit(beta))
 
 
 def _normalised(worths: Tensor) -> Tensor:
@@ -355,7 +359,7 @@ def log_probabilities(group: ScoredGroup) -> Tensor:
 
 def distill_dpo(beta: float) -> Loss:
     """The squared error of the implicit reward difference."""
-    return mean_loss(partial(distill_of_group, beta=beta), partial(implicit_rewards, scale=beta))
+    return mean_loss(partial(distill_of_group, beta=beta), implicit(beta))
 
 
 def distill_of_group(group: ScoredGroup, beta: float, reward_model: int = 0) -> Tensor:
@@ -363,8 +367,8 @@ def distill_of_group(group: ScoredGroup, beta: float, reward_model: int = 0) -> 
     logps = group.logps
     ref_logps = group.ref_logps
     log_odds = logps[0] + ref_logps[1] - logps[1] - ref_logps[0]
-    first, second = group.scores
-    return (first[reward_model] - second[reward_model] - beta * log_odds) ** 2
+    first, second = (scores[reward_model] for scores in group.scores)
+    return (first - second - beta * log_odds) ** 2
 
 
 def gamma(step: int, steps: int, start: float, end: float) -> float:
@@ -410,7 +414,7 @@ def ensemble_dpo(beta: float, steps: int, start: float, end: float, seen: list[T
 
         least = min(losses.mean() for losses in losses_of_models)
         value = least + gamma(step, steps, start, end) * omega(batch)
-        return value, preference_metrics(batch, partial(implicit_rewards, scale=beta))
+        return value, preference_metrics(batch, implicit(beta))
 
     return loss
 
@@ -513,8 +517,10 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     groups = [encode(tokenizer, row) for row in rows]
     ref_token_logps = _reference_logps(reference_dir, groups)
+    batch = []
     with torch.no_grad():
-        batch = [_score(model, group, ref) for group, ref in zip(groups, ref_token_logps, strict=True)]
+        for group, ref in zip(groups, ref_token_logps, strict=True):
+            batch.append(_score(model, group, ref))
         value, metrics = loss(batch, step)
     return {"loss": float(value), **metrics}
 
@@ -524,7 +530,8 @@ def _reference_logps(reference_dir: Path, groups: Sequence[Group]) -> list[list[
     reference = load_model(reference_dir)
     logps = []
     for group in groups:
-        logps.append([token_logps(reference, group.prompt, ids) for ids in group.completions])
+        prompt = group.prompt
+        logps.append([token_logps(reference, prompt, ids) for ids in group.completions])
     return logps
 
 

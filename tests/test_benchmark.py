@@ -338,8 +338,7 @@ def test_flops_are_those_that_torch_counts(head: bool) -> None:
             for length in completions:
                 is_read = [head] * (length - 1) + [not head]
                 counter.feed(copy.deepcopy(cache), torch.randint(50, (length,)), is_read)
-                if head:
-                    counter.apply_head(length)
+                counter.apply_head(length * head)
     assert workload.forward_flops(config, lengths, head) == counter.flops
 
 

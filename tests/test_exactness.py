@@ -7,11 +7,19 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
-import exactness
 import pytest
 import reference
 import tiny
 import torch
+from exactness import (
+    check_first_loss,
+    compare_evaluation,
+    compare_metrics,
+    compare_models,
+    compare_run,
+    evaluation_lines,
+    train_reference,
+)
 from settings import BATCH, BETA, OPTIONS, PREFERENCE_METRICS, STEPS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -78,19 +86,19 @@ def test_reference_agrees_with_the_models_own_loss(folder: Path) -> None:
         total += mean_of_completion * len(completion)
         count += len(completion)
 
-    history, _ = exactness.train_reference(path, rows, reference.sft(), steps=1)
-    assert history[0]["loss"] == pytest.approx(total / count, rel=1e-6)
+    history, _ = train_reference(path, rows, reference.sft(), steps=1)
+    check_first_loss(history, total / count)
 
 
 def test_sft(model: Path, folder: Path, tmp_path: Path) -> None:
     data = folder / "rows1.jsonl"
-    exactness.compare_run("algos/sft.py", tmp_path / "out", model, data, reference.sft(), metrics=())
+    compare_run("algos/sft.py", tmp_path / "out", model, data, reference.sft(), metrics=())
 
 
 def test_dpo(model: Path, folder: Path, tmp_path: Path) -> None:
-    loss = reference.dpo(BETA)
-    lines = exactness.compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows2.jsonl", loss, beta=BETA)
-    assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    data = folder / "rows2.jsonl"
+    lines = compare_run("algos/dpo.py", tmp_path, model, data, reference.dpo(BETA), beta=BETA)
+    check_first_loss(lines, math.log(2))
     assert lines[0]["rewards/margins"] == 0
     assert lines[0]["rewards/accuracies"] == 0
 
@@ -100,8 +108,8 @@ def test_dpo_of_four_ranked_completions(folder: Path, tmp_path: Path) -> None:
     model = make_model(folder, "llama")
     options = {"beta": BETA, "lr_schedule": "linear", "warmup_steps": 1}
     loss = reference.dpo(BETA)
-    lines = exactness.compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows4.jsonl", loss, **options)
-    assert lines[0]["loss"] == pytest.approx(math.log(24), rel=1e-6)
+    lines = compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows4.jsonl", loss, **options)
+    check_first_loss(lines, math.log(24))
     assert lines[0]["rewards/margins"] == 0
 
 
@@ -109,8 +117,8 @@ def test_dpo_with_label_smoothing(folder: Path, tmp_path: Path) -> None:
     model = make_model(folder, "llama")
     options = {"beta": BETA, "label_smoothing": 0.2}
     loss = reference.dpo(**options)
-    lines = exactness.compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows2.jsonl", loss, **options)
-    assert lines[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    lines = compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows2.jsonl", loss, **options)
+    check_first_loss(lines, math.log(2))
 
 
 def test_another_reference_and_evaluations(folder: Path, tmp_path: Path) -> None:
@@ -125,13 +133,14 @@ def test_another_reference_and_evaluations(folder: Path, tmp_path: Path) -> None
     lines = tiny.run("algos/dpo.py", output_dir, model=model, train_data=data, **OPTIONS, **options)
 
     loss = reference.dpo(BETA)
-    expected, trained = exactness.train_reference(model, rows, loss, reference_dir=other)
-    exactness.compare_metrics(lines, expected, PREFERENCE_METRICS)
-    exactness.compare_models(output_dir, trained, rows)
+    expected, trained = train_reference(model, rows, loss, reference_dir=other)
+    compare_metrics(lines, expected, PREFERENCE_METRICS)
+    compare_models(output_dir, trained, rows)
 
-    evaluations = [line for line in tiny.read_jsonl(output_dir / "metrics.jsonl") if "eval/loss" in line]
+    evaluations = evaluation_lines(output_dir)
     assert [line["step"] for line in evaluations] == [1, 2, 3]
-    exactness.compare_evaluation(evaluations[-1], reference.evaluate(model, other, trained, held_out, loss))
+    expected_evaluation = reference.evaluate(model, other, trained, held_out, loss)
+    compare_evaluation(evaluations[-1], expected_evaluation)
 
 
 # ---------------------------------------------------------------- what a run computes and holds

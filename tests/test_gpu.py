@@ -19,6 +19,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
 SHAPE = "cpu-8k"
 
+
+def slow_on_a_cpu(test: Callable) -> Callable:
+    """On a GPU every run of the tests includes this one."""
+    if torch.cuda.is_available():
+        return test
+    return pytest.mark.slow(test)
+
+
 Check = Callable[..., tuple[int, str]]
 
 
@@ -76,7 +84,7 @@ def test_the_settings_of_the_process_are_restored() -> None:
 # ---------------------------------------------------------------- parts
 
 
-@pytest.mark.slow
+@slow_on_a_cpu
 def test_the_first_steps_are_those_of_float32(check: Check, folder: Path) -> None:
     exit_code, output = check(f"prepare:{SHAPE}", "train")
     assert exit_code == 0, output
@@ -94,14 +102,14 @@ def test_the_first_steps_are_those_of_float32(check: Check, folder: Path) -> Non
     assert "beyond their tolerance: grad_norm of step 1" in output
 
 
-@pytest.mark.slow
+@slow_on_a_cpu
 def test_a_killed_run_resumes_to_the_same_bits(check: Check) -> None:
     exit_code, output = check("resume")
     assert exit_code == 0, output
     assert "PASS resume" in output
 
 
-@pytest.mark.slow
+@slow_on_a_cpu
 def test_all_probes_in_a_process_of_their_own(check: Check) -> None:
     exit_code, output = check("probe")
     assert exit_code == 0, output
@@ -109,30 +117,20 @@ def test_all_probes_in_a_process_of_their_own(check: Check) -> None:
         assert f"    PASS {name}: " in output
 
 
-@pytest.mark.slow
+@slow_on_a_cpu
 def test_a_contender_is_measured(check: Check) -> None:
     exit_code, output = check(f"bench:{SHAPE}:hh:8:2048:3:ours")
     assert exit_code == 0, output
     assert f"    {SHAPE} hh ours: step " in output
 
 
-@pytest.mark.slow
+@slow_on_a_cpu
 def test_a_step_is_profiled(check: Check, folder: Path) -> None:
     exit_code, output = check(f"profile:{SHAPE}:8:2048")
     assert exit_code == 0, output
     table = (folder / "results" / f"profile-{SHAPE}.txt").read_text()
     assert "aten::mm" in table
     assert (folder / "results" / f"trace-{SHAPE}.json.gz").stat().st_size > 0
-
-
-@needs_gpu
-@pytest.mark.parametrize("part", ["train", "resume"])
-def test_a_part_on_the_gpu(part: str, check: Check) -> None:
-    parts = [part]
-    if part == "train":
-        parts.insert(0, f"prepare:{SHAPE}")
-    exit_code, output = check(*parts)
-    assert exit_code == 0, output
 
 
 def test_without_expected_numbers_train_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

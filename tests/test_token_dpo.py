@@ -5,18 +5,18 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import reference
-import streaming
 import tiny
 import torch
-from shared.data import Batches, Needs, load
-from test_exactness import BETA, OPTIONS
-from test_exactness_family import ALL_METRICS, TOKEN_METRICS
+from settings import BETA, OPTIONS, PREFERENCE_METRICS, TOKEN_METRICS
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from algos.dpo import dpo_loss
@@ -29,30 +29,34 @@ from algos.token_dpo_beam import (
     token_rewards,
 )
 from shared import NonFinite, UserError
-from shared.logprobs import sequence_logps
-from shared.model import add_reference_logps, load_policy
-from shared.rows import parse
+from shared.batches import Batches
+from shared.distributed import single_process
+from shared.groups import Requires, load_groups
+from shared.loading import load_policy_from
+from shared.logprobs import sum_over_completions
+from shared.reference import add_reference_logps
+from shared.rows import parse_rows
 
 SCRIPT = "algos/token_dpo_beam.py"
+MAX_LENGTH = 512
 
 
 def double(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     """Random float64 numbers."""
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# ---------------------------------------------------------------- rewards and loss
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama that often ends, another one, pairs, and held-out pairs of which one prompt is too long."""
     path = tmp_path_factory.mktemp("token_dpo")
-    for name, seed in (("model", 3), ("other", 8)):
-        tiny.make_model(path / name, "llama", seed=seed)
-    model, tokenizer = (auto.from_pretrained(path / "model") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    model.lm_head.weight.data[tokenizer.eos_token_id] *= 2.5
+    tiny.make_model(path / "model", "llama", seed=3)
+    tiny.make_model(path / "other", "llama", seed=8)
+    model = AutoModelForCausalLM.from_pretrained(path / "model")
+    model.lm_head.weight.data[model.config.eos_token_id] *= 2.5
     model.save_pretrained(path / "model")
+
     tiny.make_rows(12, seed=12, path=path / "pairs.jsonl")
     held_out = tiny.make_rows(10, seed=13, prompt_words=(1, 30))
     held_out[2]["prompt"] = tiny.text(random.Random(1), 202)
@@ -60,321 +64,528 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# ---------------------------------------------------------------- rewards and loss
+
+TOKEN_DPO_BY_HAND = [
+    # rewards of the tokens, numbers of tokens of the two completions, loss
+    ((1, 2, 1, 1), (2, 2), 0.313262),  # 3 − 2 = 1: log(1 + e^−1)
+    ((1, 2, 1, 1), (1, 3), 3.048587),  # 1 − 4 = −3: log(1 + e³)
+    ((5, 2, 2, 1), (1, 3), 0.693147),  # 5 − 5 = 0: log 2
+]
+
+
+def test_the_loss_by_hand() -> None:
+    for rewards, lengths, loss in TOKEN_DPO_BY_HAND:
+        rewards = torch.tensor(rewards, dtype=torch.float64)
+        losses = token_dpo_loss(rewards, torch.tensor([lengths]))
+        assert losses.tolist() == [pytest.approx(loss, abs=1e-6)]
+
+
 def test_token_rewards_sum_to_the_log_ratio(folder: Path) -> None:
     """Packed rows of a policy and of another reference, against stock models in float64: token by token and summed."""
-    tokenizer, data = AutoTokenizer.from_pretrained(folder / "model"), str(folder / "pairs.jsonl")
-    rows = [reference.encode(tokenizer, row) for row in tiny.read_jsonl(folder / "pairs.jsonl")]
-    policy, other = (reference.load_model(folder / name) for name in ("model", "other"))
-    groups = load(data, tokenizer, Needs(completions=2), 512, None)
-    seen = 0
-    with streaming.alone("float32") as place, torch.no_grad():
-        model = load_policy(str(folder / "model"), place)
-        batches = Batches(groups, 12, 400, 1, place)
-        add_reference_logps(str(folder / "other"), model, batches, per_token=True)
-        for batch in batches:
-            rewards = token_rewards(model(batch), batch.ref_logps, BETA)
-            sums = sequence_logps(rewards, batch.lengths)
-            parts = iter(rewards.double().split(batch.lengths.flatten().tolist()))
-            for i, k in itertools.product(range(len(batch.rows)), range(2)):
-                group = rows[batch.rows[i]]
-                ours, theirs = (reference.token_logps(m, group.prompt, group.completions[k]) for m in (policy, other))
-                assert group.completions[k][-1] == tokenizer.eos_token_id
-                torch.testing.assert_close(next(parts), BETA * (ours - theirs), rtol=0, atol=1e-5)
-                assert float(sums[i, k]) == pytest.approx(float(BETA * (ours.sum() - theirs.sum())), abs=1e-5)
-                seen += 1
-    assert seen == 2 * len(rows) and len(list(batches)) > 2
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    groups = load_groups(str(folder / "pairs.jsonl"), tokenizer, Requires("pair"), MAX_LENGTH, None)
+    expected = stock_rewards(folder, tokenizer)
+    seen = []
+    with single_process("float32") as ranks, torch.no_grad():
+        model = load_policy_from(str(folder / "model"), ranks)
+        batches = Batches(groups, 12, 400, 1, ranks)
+        add_reference_logps(str(folder / "other"), model, batches, None, per_token=True)
+        all_batches = list(batches.all_batches())
+        assert len(all_batches) > 2
+        for batch in all_batches:
+            group_index = batch.group_index.tolist()
+            expected_of_batch = [rewards for i in group_index for rewards in expected[i]]
+            expected_rewards = torch.cat(expected_of_batch)
+            expected_sums = torch.stack([rewards.sum() for rewards in expected_of_batch])
+
+            rewards = token_rewards(model(batch), batch.ref_token_logps, BETA)
+            assert_close(rewards.double(), expected_rewards, rtol=0, atol=1e-5)
+            sums = sum_over_completions(rewards, batch.lengths).double()
+            assert_close(sums.flatten(), expected_sums, rtol=1e-6, atol=1e-5)
+            seen += group_index
+    assert sorted(seen) == list(range(12))
+
+
+def stock_rewards(folder: Path, tokenizer: Any) -> list[list[Tensor]]:
+    """β log π_θ / π_ref of the tokens of each completion of each row, in float64; each has its EOS."""
+    policy = reference.load_model(folder / "model")
+    other = reference.load_model(folder / "other")
+    rewards_of_rows = []
+    for row in tiny.read_jsonl(folder / "pairs.jsonl"):
+        group = reference.encode(tokenizer, row)
+        rewards = []
+        for completion in group.completions:
+            assert completion[-1] == tokenizer.eos_token_id
+            logps = reference.token_logps(policy, group.prompt, completion)
+            ref_logps = reference.token_logps(other, group.prompt, completion)
+            rewards.append(BETA * (logps - ref_logps))
+        rewards_of_rows.append(rewards)
+    return rewards_of_rows
+
+
+LENGTHS = [
+    # tokens of the two completions
+    (1, 1),
+    (1, 300),
+    (300, 1),
+    (17, 4),
+    (2, 90),
+    (64, 64),
+    (33, 250),
+]
 
 
 @pytest.mark.parametrize("beta", [0.05, 1.0])
-def test_the_loss_and_its_gradient_are_dpo_s(beta: float) -> None:
+def test_the_loss_and_its_gradient_are_those_of_dpo(beta: float) -> None:
     """Completions of 1 to 300 tokens; the gradient of every token is that of its completion's sum."""
-    lengths = torch.tensor([[1, 1], [1, 300], [300, 1], [17, 4], [2, 90], [64, 64], [33, 250]])
-    logps = [double(int(lengths.sum()), seed=seed, scale=0.7) for seed in (1, 2)]
-    tokens, ours = (logps[0].clone().requires_grad_() for _ in range(2))
-    losses = token_dpo_loss(token_rewards(ours, logps[1], beta), lengths)
-    sums, ref = (
-        torch.stack([part.sum() for part in x.split(lengths.flatten().tolist())]).view(-1, 2)
-        for x in (tokens, logps[1])
-    )
-    expected = dpo_loss(sums, ref, beta)
-    assert losses.shape == (7,) and expected.dtype == torch.float64
-    torch.testing.assert_close(losses.double(), expected, rtol=2e-6, atol=1e-12)
+    lengths = torch.tensor(LENGTHS)
+    num_tokens = int(lengths.sum())
+    logps = double(num_tokens, seed=1, scale=0.7).requires_grad_()
+    ref_logps = double(num_tokens, seed=2, scale=0.7)
+
+    def sums(values: Tensor) -> Tensor:
+        completions = values.split(lengths.flatten().tolist())
+        totals = [completion.sum() for completion in completions]
+        return torch.stack(totals).view(-1, 2)
+
+    rewards = token_rewards(logps, ref_logps, beta)
+    losses = token_dpo_loss(rewards, lengths)
+    expected = dpo_loss(sums(logps), sums(ref_logps), beta)
+    assert losses.shape == (7,)
+    assert expected.dtype == torch.float64
+    assert_close(losses.double(), expected, rtol=2e-6, atol=1e-12)
+
     weights = torch.linspace(0.5, 1.5, 7)
-    found, wanted = (
-        torch.autograd.grad((weights * values).sum(), x)[0] for values, x in ((losses, ours), (expected, tokens))
-    )
-    assert wanted.abs().max() > 0.1 * beta
-    torch.testing.assert_close(found, wanted, rtol=2e-6, atol=1e-12)
+    value = (weights * losses).sum()
+    (gradient,) = torch.autograd.grad(value, logps)
+    expected_value = (weights * expected).sum()
+    (expected_gradient,) = torch.autograd.grad(expected_value, logps)
+    assert expected_gradient.abs().max() > 0.1 * beta
+    assert_close(gradient, expected_gradient, rtol=2e-6, atol=1e-12)
 
 
 # ---------------------------------------------------------------- Theorem 1
 
-
-TOKENS, END, HORIZON, SCALE = 3, 2, 4, 0.7  # SCALE is β
+TOKENS = 3
+END = 2
+HORIZON = 4
+SCALE = 0.7  # β
 State = tuple[int, ...]
 
 
-def terminal(state: State) -> bool:
+def is_terminal(state: State) -> bool:
     """After the EOS, or after the last action."""
     return len(state) == HORIZON or END in state
 
 
-EVERY = [state for n in range(HORIZON + 1) for state in itertools.product(range(TOKENS), repeat=n)]
-STATES = [state for state in EVERY if not terminal(state)]
-PATHS = [state for state in EVERY if terminal(state) and not terminal(state[:-1])]
-ROW = {state: i for i, state in enumerate(STATES)}
+def all_sequences() -> Iterable[State]:
+    """All sequences of at most HORIZON tokens, from short to long."""
+    for length in range(HORIZON + 1):
+        yield from itertools.product(range(TOKENS), repeat=length)
+
+
+STATES = [state for state in all_sequences() if not is_terminal(state)]
+PATHS = [path for path in all_sequences() if is_terminal(path) and not is_terminal(path[:-1])]
+ROW_OF = {state: row for row, state in enumerate(STATES)}
 
 
 def along(table: Tensor, *paths: State) -> Tensor:
     """The values of a (states, actions) table on the way from the empty state along paths, one after another."""
-    return table[tuple(torch.tensor([(ROW[path[:t]], a) for path in paths for t, a in enumerate(path)]).T)]
+    rows = []
+    actions = []
+    for path in paths:
+        for t, action in enumerate(path):
+            rows.append(ROW_OF[path[:t]])
+            actions.append(action)
+    return table[rows, actions]
+
+
+def along_all_paths(table: Tensor) -> Tensor:
+    """(paths,) the sum along each path."""
+    return torch.stack([along(table, path).sum() for path in PATHS])
 
 
 def solve(rewards: Tensor, ref: Tensor) -> tuple[dict[State, Tensor], Tensor]:
     """Eqs 5 to 7 from the last states backwards: V* of each state, log π* (states, actions)."""
-    q, v = torch.zeros_like(rewards), {}
+    q = rewards + SCALE * ref
+    v = {}
     for state in reversed(STATES):
+        q_of_state = q[ROW_OF[state]]
         for action in range(TOKENS):
-            after = v.get((*state, action), torch.zeros((), dtype=torch.float64))  # 0 at terminal states
-            q[ROW[state], action] = rewards[ROW[state], action] + SCALE * ref[ROW[state], action] + after
-        v[state] = SCALE * (q[ROW[state]] / SCALE).exp().sum().log()
+            next_state = (*state, action)
+            if not is_terminal(next_state):
+                q_of_state[action] += v[next_state]
+        worths = (q_of_state / SCALE).exp()
+        v[state] = SCALE * worths.sum().log()
     values = torch.stack([v[state] for state in STATES])
     return v, (q - values[:, None]) / SCALE
 
 
 def shape(rewards: Tensor, potential: dict[State, Tensor]) -> Tensor:
-    """Definition 1, r + Φ(s') − Φ(s); Φ is 0 where the dictionary has none."""
+    """Definition 1, r + Φ(s') − Φ(s); Φ is 0 at terminal states."""
     shaped = rewards.clone()
     for state, action in itertools.product(STATES, range(TOKENS)):
-        shaped[ROW[state], action] += potential.get((*state, action), 0.0) - potential[state]
+        next_state = (*state, action)
+        shaped[ROW_OF[state], action] -= potential[state]
+        if not is_terminal(next_state):
+            shaped[ROW_OF[state], action] += potential[next_state]
     return shaped
 
 
 def preferences(rewards: Tensor) -> Tensor:
     """Eq 1, P(τ_i ≻ τ_j) (paths, paths)."""
-    worths = torch.stack([along(rewards, path).sum() for path in PATHS]).exp()
+    worths = along_all_paths(rewards).exp()
     return worths[:, None] / (worths[:, None] + worths)
 
 
 def losses_of_all_pairs(logps: Tensor, ref: Tensor) -> Tensor:
     """What the code under test makes of all ordered pairs of paths, (paths, paths)."""
-    pairs = list(itertools.product(PATHS, repeat=2))
-    rewards = token_rewards(*(along(table, *itertools.chain(*pairs)) for table in (logps, ref)), SCALE)
-    lengths = torch.tensor([[len(path) for path in pair] for pair in pairs])
-    return token_dpo_loss(rewards, lengths).view(len(PATHS), -1)
+    paths = []
+    for pair in itertools.product(PATHS, repeat=2):
+        paths += pair
+    ref_logps = along(ref, *paths)
+    rewards = token_rewards(along(logps, *paths), ref_logps, SCALE)
+    lengths = torch.tensor([len(path) for path in paths])
+    losses = token_dpo_loss(rewards, lengths.view(-1, 2))
+    return losses.view(len(PATHS), -1)
 
 
 @pytest.fixture(scope="module")
-def mdp() -> tuple[Tensor, Tensor]:
-    """Random dense rewards and log π_ref, (states, actions) each."""
-    return double(len(STATES), TOKENS, seed=1), double(len(STATES), TOKENS, seed=2).log_softmax(1)
+def rewards() -> Tensor:
+    """Random dense rewards (states, actions)."""
+    return double(len(STATES), TOKENS, seed=1)
 
 
-def test_soft_bellman_backups_solve_the_kl_regularised_problem(mdp: tuple[Tensor, Tensor]) -> None:
+@pytest.fixture(scope="module")
+def ref() -> Tensor:
+    """A random log π_ref (states, actions)."""
+    return double(len(STATES), TOKENS, seed=2).log_softmax(1)
+
+
+def test_soft_bellman_backups_solve_the_kl_regularised_problem(rewards: Tensor, ref: Tensor) -> None:
     """π*(τ) ∝ π_ref(τ) exp(r(τ) / β) over all trajectories, with V*(s_0) as its normaliser; Eqs 12 and 13."""
-    rewards, ref = mdp
-    assert len(STATES) == 15 and len(PATHS) == 31
+    assert len(STATES) == 15
+    assert len(PATHS) == 31
     v, best = solve(rewards, ref)
-    torch.testing.assert_close(best.exp().sum(1), torch.ones(15, dtype=torch.float64), rtol=0, atol=1e-12)
-    worths = torch.stack([along(ref, path).sum() + along(rewards, path).sum() / SCALE for path in PATHS])
-    chances = torch.stack([along(best, path).sum() for path in PATHS])
-    torch.testing.assert_close(chances, worths.log_softmax(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(v[()], SCALE * worths.logsumexp(0), rtol=0, atol=1e-12)
+    sums = best.exp().sum(1)
+    assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
+
+    start = v[()]
+    log_worths = along_all_paths(ref + rewards / SCALE)
+    logps = along_all_paths(best)
+    assert_close(logps, log_worths.log_softmax(0), rtol=0, atol=1e-12)
+    assert_close(SCALE * log_worths.logsumexp(0), start, rtol=0, atol=1e-12)
+
+    objectives = rewards + SCALE * ref
     for state in STATES[1:]:  # a partial expansion: V*(s_0) has a plus
-        objective = (along(rewards, state) + SCALE * along(ref, state)).sum() + v[state]
-        torch.testing.assert_close(objective, v[()] + SCALE * along(best, state).sum(), rtol=0, atol=1e-12)
+        objective = along(objectives, state).sum() + v[state]
+        log_probability = along(best, state).sum()
+        assert_close(objective, start + SCALE * log_probability, rtol=0, atol=1e-12)
 
 
-def test_theorem_1(mdp: tuple[Tensor, Tensor]) -> None:
-    """Shaped rewards share π* and preferences; β log π*/π_ref is one of them, and has the preferences' log-loss."""
-    rewards, ref = mdp
+@pytest.mark.parametrize("seed, scale", [(3, 1.0), (4, 10.0)])
+def test_shaped_rewards_share_policy_and_preferences(rewards: Tensor, ref: Tensor, seed: int, scale: float) -> None:
+    """Half of Theorem 1."""
+    _, best = solve(rewards, ref)
+    values = double(len(STATES), seed=seed, scale=scale)
+    potential = dict(zip(STATES, values, strict=True))
+    shaped = shape(rewards, potential)
+    assert (shaped - rewards).abs().max() > 1
+    _, best_of_shaped = solve(shaped, ref)
+    assert_close(best_of_shaped, best, rtol=0, atol=1e-11)
+    assert_close(preferences(shaped), preferences(rewards), rtol=0, atol=1e-11)
+
+
+def test_theorem_1(rewards: Tensor, ref: Tensor) -> None:
+    """β log π*/π_ref is a shaped reward, and has the preferences' log-loss."""
     v, best = solve(rewards, ref)
     wanted = preferences(rewards)
-    for seed, scale in ((3, 1.0), (4, 10.0)):
-        potential = dict(zip(STATES, double(15, seed=seed, scale=scale), strict=True))
-        shaped = shape(rewards, potential)
-        assert (shaped - rewards).abs().max() > 1
-        torch.testing.assert_close(solve(shaped, ref)[1], best, rtol=0, atol=1e-11)
-        torch.testing.assert_close(preferences(shaped), wanted, rtol=0, atol=1e-11)
-
     implicit = token_rewards(best, ref, SCALE)  # Eq 11
-    torch.testing.assert_close(implicit, shape(rewards, v), rtol=0, atol=1e-12)  # Eq 10
-    torch.testing.assert_close(preferences(implicit), wanted, rtol=0, atol=1e-12)  # Eq 8
-    torch.testing.assert_close(losses_of_all_pairs(best, ref).double(), -wanted.log(), rtol=1e-6, atol=1e-7)
-    divergence = (ref.exp() * (ref - best)).sum(1)
-    torch.testing.assert_close((ref.exp() * implicit).sum(1), -SCALE * divergence, rtol=0, atol=1e-12)  # Eq 16
+    assert_close(implicit, shape(rewards, v), rtol=0, atol=1e-12)  # Eq 10
+    assert_close(preferences(implicit), wanted, rtol=0, atol=1e-12)  # Eq 8
+    losses = losses_of_all_pairs(best, ref)
+    assert_close(losses.double(), -wanted.log(), rtol=1e-6, atol=1e-7)
+
+    probabilities = ref.exp()
+    divergence = (probabilities * (ref - best)).sum(1)
+    expected_reward = (probabilities * implicit).sum(1)
+    assert_close(expected_reward, -SCALE * divergence, rtol=0, atol=1e-12)  # Eq 16
 
 
-def test_the_expected_loss_is_least_at_the_optimal_policy(mdp: tuple[Tensor, Tensor]) -> None:
+def test_the_expected_loss_is_least_at_the_optimal_policy(rewards: Tensor, ref: Tensor) -> None:
     """Tabular logits from π_ref to convergence under the preferences of the rewards: π*, token by token."""
-    rewards, ref = mdp
     _, best = solve(rewards, ref)
-    chances, logits = preferences(rewards), ref.clone().requires_grad_()
-    options = dict(max_iter=300, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe")
-    optimizer = torch.optim.LBFGS([logits], **options)
+    probabilities = preferences(rewards)
+    logits = ref.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=300, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = (chances * losses_of_all_pairs(logits.log_softmax(1), ref)).mean()
-        value.backward()
-        return value
+        losses = losses_of_all_pairs(logits.log_softmax(1), ref)
+        expected_loss = (probabilities * losses).mean()
+        expected_loss.backward()
+        return expected_loss
 
     optimizer.step(closure)
     assert (ref - best).abs().max() > 0.5
-    torch.testing.assert_close(logits.detach().log_softmax(1), best, rtol=0, atol=2e-4)  # float32 sums
+    trained = logits.detach().log_softmax(1)
+    assert_close(trained, best, rtol=0, atol=2e-4)  # float32 sums
 
 
 # ---------------------------------------------------------------- beam search
 
-
 EOS = 3
+Beams = list[tuple[list[int], float]]  # ids and log π of completions
 
 
-def make_lm(architecture: str, vocab: int, eos: float = 0.0, seed: int = 0) -> nn.Module:
-    """A tiny language model whose head has a bias: `eos` for the token EOS, and 0."""
-    torch.manual_seed(seed)
+def make_lm(architecture: str, vocab: int, eos_bias: float = 0.0) -> Any:
+    """A tiny language model whose head has a bias: `eos_bias` for the token EOS, and 0."""
+    torch.manual_seed(0)
     config = tiny.make_config(architecture, vocab, bos_token_id=0, eos_token_id=EOS)
     model = AutoModelForCausalLM.from_config(config).eval()
     weight = model.lm_head.weight.detach().clone()
-    model.lm_head = nn.Linear(*reversed(weight.shape))
-    model.lm_head.weight.data, model.lm_head.bias.data = weight, torch.zeros(vocab)
-    model.lm_head.bias.data[EOS] = eos
+    bias = torch.zeros(vocab)
+    bias[EOS] = eos_bias
+    head = nn.Linear(weight.shape[1], vocab)
+    head.weight.data = weight
+    head.bias.data = bias
+    model.lm_head = head
+    return model
+
+
+def make_constant_lm(vocab: int, logits: dict[int, float]) -> Any:
+    """A Llama whose logits are `logits`, else 0, whatever it reads."""
+    model = make_lm("llama", vocab)
+    model.lm_head.weight.data.zero_()
+    for token, logit in logits.items():
+        model.lm_head.bias.data[token] = logit
     return model
 
 
 def make_prompts(n: int, vocab: int, longest: int = 20) -> list[list[int]]:
     """Prompts of 1 to `longest` tokens."""
     rng = random.Random(0)
-    return [rng.choices(range(vocab), k=rng.randint(1, longest)) for _ in range(n)]
+    prompts = []
+    for _ in range(n):
+        length = rng.randint(1, longest)
+        prompts.append(rng.choices(range(vocab), k=length))
+    return prompts
+
+
+def completions_of(beams: Beams) -> list[list[int]]:
+    """The ids of the completions."""
+    return [completion for completion, _ in beams]
+
+
+def logps_of(beams: Beams) -> list[float]:
+    """The log π of the completions."""
+    return [logp for _, logp in beams]
 
 
 def brute_force(model: nn.Module, prompt: list[int], vocab: int, longest: int) -> dict[State, float]:
     """log π of every completion, by stock forward passes in float64 without a cache."""
-    model, scores = copy.deepcopy(model).double(), {}
+    model = copy.deepcopy(model).double()
+    logps = {}
     for length in range(1, longest + 1):
-        every = itertools.product(range(vocab), repeat=length)
-        paths = [y for y in every if EOS not in y[:-1] and (y[-1] == EOS or length == longest)]
+        completions = []
+        for completion in itertools.product(range(vocab), repeat=length):
+            is_complete = completion[-1] == EOS or length == longest
+            if is_complete and EOS not in completion[:-1]:
+                completions.append(completion)
+
+        sequences = torch.tensor([[*prompt, *completion] for completion in completions])
         with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *y] for y in paths]), use_cache=False).logits
-        logps = logits[:, len(prompt) - 1 : -1].log_softmax(2)
-        found = logps.gather(2, torch.tensor(paths)[..., None]).sum((1, 2))
-        scores |= dict(zip(paths, found.tolist(), strict=True))
-    return scores
+            logits = model(sequences, use_cache=False).logits
+        predicted = logits[:, len(prompt) - 1 : -1].log_softmax(2)
+        token_logps = predicted.gather(2, torch.tensor(completions)[..., None])
+        sums = token_logps.sum((1, 2)).tolist()
+        logps |= dict(zip(completions, sums, strict=True))
+    return logps
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_a_beam_as_wide_as_all_sequences_finds_them_all_in_order(architecture: str, length_penalty: float) -> None:
     """1093 completions of at most 6 tokens of a vocabulary of 4; narrower beams find some, at times not the best."""
-    model, prompts, missed = make_lm(architecture, 4, eos=-0.5), make_prompts(4, 4, 9), 0
-    for prompt in prompts:
-        scores = brute_force(model, prompt, 4, 6)
-        found = beam_search(model, torch.tensor([prompt]), len(scores), 6, EOS, length_penalty)
-        assert len(scores) == len(found) == 1093 and {tuple(y) for y, _ in found} == set(scores)
-        assert [logp for _, logp in found] == pytest.approx([scores[tuple(y)] for y, _ in found], abs=1e-5)
-        ranked = sorted((logp / len(y) ** length_penalty for y, logp in scores.items()), reverse=True)
-        assert [scores[tuple(y)] / len(y) ** length_penalty for y, _ in found] == pytest.approx(ranked, abs=1e-5)
+    model = make_lm(architecture, 4, eos_bias=-0.5)
+    missed = 0
+    for prompt in make_prompts(4, 4, 9):
+        logps = brute_force(model, prompt, 4, 6)
+        assert len(logps) == 1093
+        beams = beam_search(model, torch.tensor([prompt]), 1093, 6, EOS, length_penalty)
+        check_logps(beams, logps)
+        assert len(beams) == 1093
+        assert {tuple(completion) for completion in completions_of(beams)} == set(logps)
+
+        scores = {y: logp / len(y) ** length_penalty for y, logp in logps.items()}
+        scores_of_beams = [scores[tuple(completion)] for completion in completions_of(beams)]
+        best_first = sorted(scores.values(), reverse=True)
+        assert scores_of_beams == pytest.approx(best_first, abs=1e-5)
+
         for width in (1, 3):
             narrow = beam_search(model, prompt, width, 6, EOS, length_penalty)
+            check_logps(narrow, logps)
             assert len(narrow) == width
-            assert [logp for _, logp in narrow] == pytest.approx([scores[tuple(y)] for y, _ in narrow], abs=1e-5)
-            missed += narrow[0][0] != found[0][0]
+            missed += completions_of(narrow)[0] != completions_of(beams)[0]
     assert 0 < missed < 8
 
 
+def check_logps(beams: Beams, logps: dict[State, float]) -> None:
+    """The beams' log-probs are those of brute force."""
+    expected = [logps[tuple(completion)] for completion in completions_of(beams)]
+    assert logps_of(beams) == pytest.approx(expected, abs=1e-5)
+
+
 def generate(
-    model: nn.Module, prompts: list[list[int]], width: int, longest: int, length_penalty: float = 0.0, eos: int = EOS
-) -> list[list[tuple[list[int], float]]]:
-    """transformers' own search over a batch padded on the left: every beam with its score, or greedy's completion."""
-    most = max(map(len, prompts))
-    ids = torch.tensor([[0] * (most - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (most - len(p)) + [1] * len(p) for p in prompts])
-    how = dict(num_beams=width, num_return_sequences=width, length_penalty=length_penalty, early_stopping="never")
-    how = (how if width > 1 else {}) | dict(do_sample=False, max_new_tokens=longest, eos_token_id=eos, pad_token_id=eos)
-    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_scores=True, **how)
-    found = []
-    for i, y in enumerate(out.sequences[:, most:].tolist()):
-        y = y[: y.index(eos) + 1] if eos in y else y
-        found.append((y, float(out.sequences_scores[i]) * len(y) ** length_penalty if width > 1 else math.nan))
-    return [found[i : i + width] for i in range(0, len(found), width)]
+    model: Any, prompts: list[list[int]], width: int, longest: int, length_penalty: float = 0.0, eos: int = EOS
+) -> list[Beams]:
+    """transformers' own search over a batch padded on the left: every beam with its log π, or greedy's completion."""
+    longest_prompt = max(len(prompt) for prompt in prompts)
+    ids = []
+    mask = []
+    for prompt in prompts:
+        padding = [0] * (longest_prompt - len(prompt))
+        ids.append(padding + prompt)
+        mask.append(padding + [1] * len(prompt))
+
+    options = {"do_sample": False, "max_new_tokens": longest, "eos_token_id": eos, "pad_token_id": eos}
+    if width > 1:
+        options |= {"num_beams": width, "num_return_sequences": width}
+        options |= {"length_penalty": length_penalty, "early_stopping": "never", "output_scores": True}
+    output = model.generate(
+        torch.tensor(ids), attention_mask=torch.tensor(mask), return_dict_in_generate=True, **options
+    )
+
+    beams = []
+    for i, completion in enumerate(output.sequences[:, longest_prompt:].tolist()):
+        if eos in completion:
+            completion = completion[: completion.index(eos) + 1]
+        logp = math.nan
+        if width > 1:
+            logp = float(output.sequences_scores[i]) * len(completion) ** length_penalty
+        beams.append((completion, logp))
+    return [beams[i : i + width] for i in range(0, len(beams), width)]
 
 
-def check_beams(found: list[list[tuple[list[int], float]]], expected: list[list[tuple[list[int], float]]]) -> None:
-    """The same completions in the same order, their scores equal to rounding."""
-    assert [[y for y, _ in beams] for beams in found] == [[y for y, _ in beams] for beams in expected]
-    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
-        assert math.isnan(theirs[1]) or ours[1] == pytest.approx(theirs[1], abs=2e-5)
+def check_beams(beams: Beams, expected: Beams) -> None:
+    """The same completions in the same order, and equal log-probs but for rounding where they are known."""
+    assert completions_of(beams) == completions_of(expected)
+    for logp, expected_logp in zip(logps_of(beams), logps_of(expected), strict=True):
+        if not math.isnan(expected_logp):
+            assert logp == pytest.approx(expected_logp, abs=2e-5)
 
 
-@pytest.mark.parametrize(("vocab", "eos"), [(40, 1.0), (40, -1e4), (5, 0.0)])
+SEARCHES = [
+    # width, length_penalty
+    (1, 0.0),
+    (2, 0.0),
+    (5, 0.0),
+    (5, 1.0),
+    (7, 0.0),
+]
+
+
+@pytest.mark.parametrize(
+    "vocab, eos_bias, endings",
+    [
+        (40, 1.0, {True, False}),
+        (40, -1e4, {False}),
+        (5, 0.0, {True, False}),
+    ],
+)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_beams_are_those_of_transformers(architecture: str, vocab: int, eos: float) -> None:
+def test_beams_are_those_of_transformers(architecture: str, vocab: int, eos_bias: float, endings: set[bool]) -> None:
     """50 prompts of 1 to 20 tokens; the EOS likely, or never; the widest beam is wider than the small vocabulary."""
-    model, prompts, longest = make_lm(architecture, vocab, eos), make_prompts(50, vocab), 10
-    for width, penalty in ((1, 0.0), (2, 0.0), (5, 0.0), (5, 1.0), (7, 0.0)):
-        found = beam_searches(model, prompts, width, longest, EOS, penalty)
-        check_beams(found, generate(model, prompts, width, longest, penalty))
-        every = [y for beams in found for y, _ in beams]
-        assert all(EOS not in y[:-1] and (y[-1] == EOS or len(y) == longest) for y in every)
-        assert {y[-1] == EOS for y in every} == ({True, False} if eos >= 0 else {False})
+    model = make_lm(architecture, vocab, eos_bias)
+    prompts = make_prompts(50, vocab)
+    for width, length_penalty in SEARCHES:
+        beams_of_prompts = beam_searches(model, prompts, width, 10, EOS, length_penalty)
+        expected_of_prompts = generate(model, prompts, width, 10, length_penalty)
+        seen_endings = set()
+        for beams, expected in zip(beams_of_prompts, expected_of_prompts, strict=True):
+            check_beams(beams, expected)
+            for completion in completions_of(beams):
+                assert EOS not in completion[:-1]
+                has_eos = completion[-1] == EOS
+                assert has_eos or len(completion) == 10
+                seen_endings.add(has_eos)
+        assert seen_endings == endings
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_several_prompts_at_once_are_as_one_at_a_time(architecture: str) -> None:
-    model, prompts = make_lm(architecture, 40, eos=3.0), make_prompts(12, 40)
-    for width, penalty in ((1, 0.0), (3, 0.0), (4, 1.0)):
-        together = beam_searches(model, prompts, width, 10, EOS, penalty)
+    model = make_lm(architecture, 40, eos_bias=3.0)
+    prompts = make_prompts(12, 40)
+    for width, length_penalty in SEARCHES:
+        together = beam_searches(model, prompts, width, 10, EOS, length_penalty)
         for prompt, beams in zip(prompts, together, strict=True):
-            check_beams([beam_search(model, prompt, width, 10, EOS, penalty)], [beams])
+            alone = beam_search(model, prompt, width, 10, EOS, length_penalty)
+            check_beams(alone, beams)
 
 
-def edited(vocab: int, bias: dict[int, float]) -> nn.Module:
-    """A Llama whose logits are `bias`, else 0, whatever it reads."""
-    model = make_lm("llama", vocab)
-    model.lm_head.weight.data.zero_()
-    for token, value in bias.items():
-        model.lm_head.bias.data[token] = value
-    return model
-
-
-def test_of_equal_scores_the_better_beam_and_the_lowest_ids() -> None:
-    """All of 1000 tokens equally likely, where topk takes any; then three of them, far from each other."""
-    flat = edited(1000, {})
-    for width, expected in (
+@pytest.mark.parametrize(
+    "width, expected",
+    [
         (1, [[0, 0, 0]]),
         (2, [[0, 0, 0], [0, 0, 1]]),
         (5, [[3], [0, 3], [0, 0, 0], [0, 0, 1], [0, 0, 2]]),  # the EOS, 3, is the fourth of five at every step
-    ):
-        (found,) = beam_searches(flat, [[7, 8]], width, 3, EOS)
-        check_beams([found], [[(y, -len(y) * math.log(1000)) for y in expected]])
-    some = edited(1000, {900: 2.0, 17: 2.0, 400: 2.0})
-    for width, longest, expected in (
+    ],
+)
+def test_of_equal_tokens_the_better_beam_and_the_lowest_ids(width: int, expected: list[list[int]]) -> None:
+    """All of 1000 tokens equally likely, where topk takes any."""
+    model = make_constant_lm(1000, {})
+    (beams,) = beam_searches(model, [[7, 8]], width, 3, EOS)
+    assert completions_of(beams) == expected
+    for completion, logp in beams:
+        assert logp == pytest.approx(-len(completion) * math.log(1000), abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "width, longest, expected",
+    [
         (1, 2, [[17, 17]]),
         (2, 2, [[17, 17], [17, 400]]),
         (4, 1, [[17], [400], [900], [0]]),
-    ):
-        assert [y for y, _ in beam_search(some, [7], width, longest, EOS)] == expected
+    ],
+)
+def test_of_the_likeliest_tokens_the_lowest_ids(width: int, longest: int, expected: list[list[int]]) -> None:
+    """Three of 1000 tokens equally likely, far from each other."""
+    model = make_constant_lm(1000, {900: 2.0, 17: 2.0, 400: 2.0})
+    beams = beam_search(model, [7], width, longest, EOS)
+    assert completions_of(beams) == expected
 
 
-def test_the_search_ends_when_nothing_can_overtake() -> None:
+@pytest.mark.parametrize(
+    "logits, eos, width, length_penalty, expected, forward_passes",
+    [
+        ({3: 50.0}, 3, 1, 0.0, [[3]], 1),  # a model that always ends
+        ({3: 50.0}, 3, 3, 0.0, [[3], [0, 3], [1, 3]], 2),
+        ({3: 50.0}, 3, 1, 1.0, [[3]], 1),
+        ({}, 0, 2, 0.0, [[0], [1, 0]], 2),  # a model that finds all tokens equally likely
+    ],
+)
+def test_the_search_ends_when_nothing_can_overtake(
+    logits: dict[int, float],
+    eos: int,
+    width: int,
+    length_penalty: float,
+    expected: list[list[int]],
+    forward_passes: int,
+) -> None:
     """As many forward passes as are needed, though more tokens would be allowed."""
-    passes, flat, sure = [], edited(6, {}), edited(6, {EOS: 50.0})
-    for model in (flat, sure):
-        model.register_forward_hook(lambda *_: passes.append(1))
-    for model, eos, width, penalty, expected, needed in (
-        (sure, EOS, 1, 0.0, [[EOS]], 1),
-        (sure, EOS, 3, 0.0, [[EOS], [0, EOS], [1, EOS]], 2),
-        (flat, 0, 2, 0.0, [[0], [1, 0]], 2),
-        (sure, EOS, 1, 1.0, [[EOS]], 1),
-    ):
-        passes.clear()
-        assert [y for y, _ in beam_search(model, [1], width, 100, eos, penalty)] == expected
-        assert len(passes) == needed
+    model = make_constant_lm(6, logits)
+    calls = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    beams = beam_search(model, [1], width, 100, eos, length_penalty)
+    assert completions_of(beams) == expected
+    assert len(calls) == forward_passes
 
 
 def test_logits_that_are_not_numbers() -> None:
-    model = make_lm("llama", 10)
-    model.lm_head.bias.data[1] = math.nan
+    model = make_constant_lm(10, {1: math.nan})
     with pytest.raises(NonFinite, match="not numbers"):
         beam_search(model, [4, 5], 2, 3, EOS)
 
@@ -382,114 +593,182 @@ def test_logits_that_are_not_numbers() -> None:
 # ---------------------------------------------------------------- proxy tuning
 
 
-def test_proxy_tuning() -> None:
-    """Eq 14 as it stands; β = 0 is the base, and β = 1 with the reference as the base the proxy, to rounding."""
-    base, proxy, ref = (double(2, 3, 50, seed=seed, scale=4).log_softmax(-1) for seed in (1, 2, 3))
-    for beta in (0.3, 1.0, 2.5):
-        product = base.exp() * (proxy.exp() / ref.exp()) ** beta
-        found = proxy_logps(base, proxy, ref, beta)
-        torch.testing.assert_close(found.exp(), product / product.sum(-1, keepdim=True), rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(found.exp().sum(-1), torch.ones(2, 3, dtype=torch.float64), rtol=0, atol=1e-13)
-    for dtype, exact in ((torch.float64, 1e-14), (torch.float32, 4e-6)):
-        base, proxy, ref = (x.to(dtype) for x in (base, proxy, ref))
-        torch.testing.assert_close(proxy_logps(base, proxy, ref, 0.0), base, rtol=0, atol=exact)
-        torch.testing.assert_close(proxy_logps(ref, proxy, ref, 1.0), proxy, rtol=0, atol=exact)
+def random_logps(seed: int) -> Tensor:
+    """(2, 3, 50) log-probs of three positions of two sequences."""
+    logits = double(2, 3, 50, seed=seed, scale=4)
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0, 2.5])
+def test_proxy_tuning(beta: float) -> None:
+    """Eq 14 as it stands."""
+    base = random_logps(1)
+    proxy = random_logps(2)
+    ref = random_logps(3)
+    ratio = proxy.exp() / ref.exp()
+    product = base.exp() * ratio**beta
+    expected = product / product.sum(-1, keepdim=True)
+    steered = proxy_logps(base, proxy, ref, beta).exp()
+    assert_close(steered, expected, rtol=1e-12, atol=1e-15)
+    sums = steered.sum(-1)
+    assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype, rounding", [(torch.float64, 1e-14), (torch.float32, 4e-6)])
+def test_proxy_tuning_at_its_ends(dtype: torch.dtype, rounding: float) -> None:
+    """β = 0 is the base, and β = 1 with the reference as the base the proxy, to rounding."""
+    base = random_logps(1).to(dtype)
+    proxy = random_logps(2).to(dtype)
+    ref = random_logps(3).to(dtype)
+    not_steered = proxy_logps(base, proxy, ref, 0.0)
+    assert_close(not_steered, base, rtol=0, atol=rounding)
+    steered_reference = proxy_logps(ref, proxy, ref, 1.0)
+    assert_close(steered_reference, proxy, rtol=0, atol=rounding)
     assert (base - proxy).abs().max() > 1
 
 
 # ---------------------------------------------------------------- the program
 
-
-LONGEST, KEPT = 16, [0, 1, 3, 4, 5, 6, 7]  # of eight prompts, the third has no room for that many more
-SETTINGS = {**OPTIONS, "beta": BETA, "eval_every": 3, "max_prompt_length": 511}
-DECODING = dict(beam_widths="1,3", num_prompts=8, max_new_tokens=LONGEST)
+MAX_NEW_TOKENS = 16
+KEPT = [0, 1, 3, 4, 5, 6, 7]  # of eight prompts, the third has no room for that many more
+WIDTHS = [1, 3]
+DECODING = {"beam_widths": "1,3", "num_prompts": 8, "max_new_tokens": MAX_NEW_TOKENS}
 
 
 def launch(folder: Path, script: str, name: str, processes: int = 1, **options: object) -> None:
     """One run over this file's rows, into `name`."""
-    data = dict(model=folder / "model", train_data=folder / "pairs.jsonl", eval_data=folder / "held_out.jsonl")
-    tiny.run(script, folder / name, processes, **{**data, **SETTINGS, **options})
+    settings = {
+        **OPTIONS,
+        "model": folder / "model",
+        "train_data": folder / "pairs.jsonl",
+        "eval_data": folder / "held_out.jsonl",
+        "eval_every": 3,
+        "max_prompt_length": 511,
+        "beta": BETA,
+    }
+    tiny.run(script, folder / name, processes, **{**settings, **options})
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> None:
-    """A run of one process, in the folder of this name."""
+def alone(folder: Path) -> Path:
+    """A run of one process."""
     launch(folder, SCRIPT, "alone", **DECODING)
+    return folder / "alone"
 
 
-def agree(folder: Path, name: str, other: str, keys: set[str], later: float) -> None:
-    """Metrics of two runs, step by step and at the evaluation: to 1e-6 at step one, to `later` after."""
-    ours, theirs = (tiny.read_jsonl(folder / run / "metrics.jsonl") for run in (name, other))
-    assert [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 3]
-    assert len({line["loss"] for line in ours[:3]}) == 3
-    for line, wanted in zip(ours, theirs, strict=True):
-        for key in wanted.keys() & (keys | {f"eval/{key}" for key in keys}):
-            slack = 0 if key.endswith(("loss", "grad_norm")) else 1e-4  # sums of hundreds of nats
-            tolerance = 1e-6 if line["step"] == 1 else later
-            assert line[key] == pytest.approx(wanted[key], rel=tolerance, abs=slack), (line["step"], key)
+def check_agreement(output_dir: Path, other_dir: Path, metrics: Iterable[str], tolerance: float) -> None:
+    """Metrics of two runs, step by step and at the evaluation: to 1e-6 at step one, to `tolerance` after."""
+    lines = tiny.read_jsonl(output_dir / "metrics.jsonl")
+    others = tiny.read_jsonl(other_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert [line["step"] for line in others] == [1, 2, 3, 3]
+    assert len({line["loss"] for line in lines[:3]}) == 3
+    for line, other in zip(lines[:3], others[:3], strict=True):
+        rel = tolerance
+        if line["step"] == 1:
+            rel = 1e-6
+        for name in metrics:
+            check_metric(line, other, name, rel)
+    for name in metrics:
+        if name != "grad_norm":
+            check_metric(lines[3], others[3], f"eval/{name}", tolerance)
 
 
-def test_a_run_is_dpo_s_run(folder: Path, alone: None) -> None:
+def check_metric(line: dict, other: dict, name: str, rel: float) -> None:
+    """One metric; those of hundreds of nats also to 1e-4."""
+    slack = 1e-4
+    if name.endswith(("loss", "grad_norm")):
+        slack = 0
+    assert line[name] == pytest.approx(other[name], rel=rel, abs=slack), (line["step"], name)
+
+
+def test_a_run_is_a_run_of_dpo(folder: Path, alone: Path) -> None:
     launch(folder, "algos/dpo.py", "dpo")
-    agree(folder, "alone", "dpo", {"loss", "grad_norm", *ALL_METRICS}, 1e-6)
+    check_agreement(alone, folder / "dpo", ("loss", "grad_norm", *PREFERENCE_METRICS), 1e-6)
 
 
-def test_what_is_decoded(folder: Path, alone: None) -> None:
+def test_what_is_decoded(folder: Path, alone: Path) -> None:
     """beams.jsonl against transformers' searches with the exported model, prompt by prompt in the file's order."""
-    model, tokenizer = (auto.from_pretrained(folder / "alone") for auto in (AutoModelForCausalLM, AutoTokenizer))
-    exact, held_out = reference.load_model(folder / "alone"), tiny.read_jsonl(folder / "held_out.jsonl")
-    prompts = [tokenizer(row["prompt"]).input_ids for row in held_out]
-    assert 512 - LONGEST < len(prompts[2]) < 512 and len(prompts) == 10
-    rows, prompts = tiny.read_jsonl(folder / "alone" / "beams.jsonl"), [prompts[i] for i in KEPT]
-    assert [row["prompt"] for row in rows] == [held_out[i]["prompt"] for i in KEPT]
-    assert [row["widths"] for row in rows] == [[1, 3]] * len(KEPT)
-    eos = tokenizer.eos_token_id
-    for i, width in enumerate((1, 3)):
-        best = [beams[0][0] for beams in generate(model, prompts, width, LONGEST, eos=eos)]
-        for row, prompt, ids in zip(rows, prompts, best, strict=True):
-            assert row["completions"][i] == tokenizer.decode(ids, skip_special_tokens=True)
-            assert (row["finished"][i], row["lengths"][i]) == (ids[-1] == eos, len(ids))
+    model = AutoModelForCausalLM.from_pretrained(alone)
+    tokenizer = AutoTokenizer.from_pretrained(alone)
+    exact_model = reference.load_model(alone)
+    texts = [row["prompt"] for row in tiny.read_jsonl(folder / "held_out.jsonl")]
+    assert len(texts) == 10
+    assert MAX_LENGTH - MAX_NEW_TOKENS < len(tokenizer(texts[2]).input_ids) < MAX_LENGTH
+
+    rows = tiny.read_jsonl(alone / "beams.jsonl")
+    assert [row["prompt"] for row in rows] == [texts[i] for i in KEPT]
+    prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
+    for i, width in enumerate(WIDTHS):
+        beams_of_prompts = generate(model, prompts, width, MAX_NEW_TOKENS, eos=tokenizer.eos_token_id)
+        for row, prompt, beams in zip(rows, prompts, beams_of_prompts, strict=True):
+            best = completions_of(beams)[0]
+            assert row["widths"] == WIDTHS
+            assert row["completions"][i] == tokenizer.decode(best, skip_special_tokens=True)
+            assert row["finished"][i] == (best[-1] == tokenizer.eos_token_id)
+            assert row["lengths"][i] == len(best)
             with torch.no_grad():
-                logp = float(reference.token_logps(exact, prompt, ids).sum())
+                token_logps = reference.token_logps(exact_model, prompt, best)
+            logp = float(token_logps.sum())
             assert row["logps"][i] == pytest.approx(logp, abs=1e-4)
-    assert {end for row in rows for end in row["finished"]} == {True, False}
+
+    endings = set()
+    for row in rows:
+        endings |= set(row["finished"])
+    assert endings == {True, False}
     assert any(row["completions"][0] != row["completions"][1] for row in rows)
-    for row, example in zip(rows, parse(str(folder / "alone" / "beams.jsonl"), Counter()), strict=True):
-        assert (example.prompt, list(example.completions)) == (row["prompt"], row["completions"])
-        assert list(example.ended) == row["finished"]
 
 
-def test_two_processes(folder: Path, alone: None) -> None:
+def test_what_is_decoded_is_a_form_of_rows(alone: Path) -> None:
+    path = alone / "beams.jsonl"
+    examples = parse_rows(str(path), Counter())
+    for row, example in zip(tiny.read_jsonl(path), examples, strict=True):
+        assert example.prompt == row["prompt"]
+        assert list(example.completions) == row["completions"]
+        assert list(example.has_eos) == row["finished"]
+
+
+def test_two_processes(folder: Path, alone: Path) -> None:
     """Seven prompts on two processes, several micro-batches each."""
     launch(folder, SCRIPT, "two", processes=2, micro_batch_tokens=200, **DECODING)
-    agree(folder, "two", "alone", {"loss", "grad_norm", *ALL_METRICS, *TOKEN_METRICS}, 1e-4)
-    ours, theirs = (tiny.read_jsonl(folder / name / "beams.jsonl") for name in ("two", "alone"))
-    for row, other in zip(ours, theirs, strict=True):
-        assert row.pop("logps") == pytest.approx(other.pop("logps"), abs=1e-3)
+    metrics = ("loss", "grad_norm", *PREFERENCE_METRICS, *TOKEN_METRICS)
+    check_agreement(folder / "two", alone, metrics, 1e-4)
+    rows = tiny.read_jsonl(folder / "two" / "beams.jsonl")
+    others = tiny.read_jsonl(alone / "beams.jsonl")
+    for row, other in zip(rows, others, strict=True):
+        logps = row.pop("logps")
+        assert logps == pytest.approx(other.pop("logps"), abs=1e-3)
         assert row == other
 
 
 @pytest.mark.parametrize("widths", ["1,0", "", "1,,2", "1,2,", "-1", "2.5", "1, 2", "five"])
 def test_widths_that_are_none(widths: str) -> None:
+    args: Any = SimpleNamespace(beam_widths=widths)
     with pytest.raises(UserError, match=f"--beam-widths {widths}: must be numbers above 0"):
-        held_out_prompts(None, None, SimpleNamespace(beam_widths=widths))
-    assert held_out_prompts(None, None, SimpleNamespace(beam_widths="1,20,5")) == {}
+        held_out_prompts(None, None, args)
+
+
+def test_widths_without_held_out_rows() -> None:
+    args: Any = SimpleNamespace(beam_widths="1,20,5")
+    assert held_out_prompts(None, None, args) == {}
+
+
+def refuse(folder: Path, name: str, **options: object) -> list[str]:
+    """A run that ends with exit code 2 and without a traceback; the lines that it printed."""
+    output_dir = folder / name
+    process = tiny.start(SCRIPT, output_dir, model=folder / "model", train_data=folder / "pairs.jsonl", **options)
+    assert process.wait(timeout=120) == 2
+    log = tiny.read_log(output_dir)
+    assert "Traceback" not in log
+    assert not (output_dir / "metrics.jsonl").exists()
+    return log.splitlines()
 
 
 def test_a_mistake_ends_in_one_line_and_exit_code_2(folder: Path) -> None:
-    options = dict(model=folder / "model", train_data=folder / "pairs.jsonl", beam_widths="1,0")
-    process = tiny.start(SCRIPT, folder / "mistake", **options)
-    assert process.wait(timeout=120) == 2
-    *before, line = Path(f"{folder / 'mistake'}.log").read_text(encoding="utf-8").splitlines()
-    assert not any("Traceback" in other for other in before)
-    assert "--beam-widths 1,0: must be numbers above 0" in line
-    assert not (folder / "mistake" / "metrics.jsonl").exists()
+    lines = refuse(folder, "mistake", beam_widths="1,0")
+    assert "--beam-widths 1,0: must be numbers above 0" in lines[-1]
 
 
 def test_no_room_for_new_tokens_ends_before_training(folder: Path) -> None:
-    options = dict(model=folder / "model", train_data=folder / "pairs.jsonl", eval_data=folder / "held_out.jsonl")
-    process = tiny.start(SCRIPT, folder / "full", max_new_tokens=512, **options)
-    assert process.wait(timeout=120) == 2
-    log = Path(f"{folder / 'full'}.log").read_text(encoding="utf-8")
-    assert "--max-new-tokens 512: no prompt of --eval-data leaves room" in log and "Traceback" not in log
-    assert not (folder / "full" / "metrics.jsonl").exists()
+    lines = refuse(folder, "full", eval_data=folder / "held_out.jsonl", max_new_tokens=512)
+    assert "--max-new-tokens 512: no prompt of --eval-data leaves room" in "\n".join(lines)

@@ -265,7 +265,10 @@ def command(script: str, processes: int, options: dict[str, Any]) -> list[str]:
 
 def environment(cache: Path, gpu: bool = False) -> dict[str, str]:
     """One thread per process, a cache folder of its own, no hub, and no GPU unless asked for."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    variables = {}
+    for name, value in os.environ.items():
+        if not name.startswith("TORCHELASTIC"):
+            variables[name] = value
     import_path = [str(ROOT)]
     if variables.get("PYTHONPATH"):
         import_path.append(variables["PYTHONPATH"])

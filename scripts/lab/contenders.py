@@ -207,7 +207,7 @@ class PaddedPairs:
         for rows in torch.arange(len(groups)).split(spec.batch_size):
             self.steps.append(list(rows.split(spec.pairs_per_pass)))
 
-    def logps(self, model: nn.Module, rows: Tensor) -> Tensor:
+    def logps(self, model: Any, rows: Tensor) -> Tensor:
         """(B, 2): the log-probs of all chosen completions and then of all rejected ones, in one forward pass."""
         ids, completion_starts, ends = self.pad(rows)
         position = torch.arange(ids.shape[1], device=self.ranks.device)

@@ -257,7 +257,7 @@ def resume() -> None:
     }
     whole = empty_output("whole")
     broken = empty_output("broken")
-    start = {"env": environment(), "stdout": subprocess.DEVNULL}
+    start: dict[str, Any] = {"env": environment(), "stdout": subprocess.DEVNULL}
     whole_run = subprocess.Popen(dpo_command(whole, options), **start)
     broken_run = subprocess.Popen(dpo_command(broken, options), **start)
     checkpoint = broken / "checkpoints" / "step-000003"

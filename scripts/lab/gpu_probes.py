@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """The settings of a training process on a GPU, see `shared.distributed`; the former ones at the end."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic  # its types leave out what is set here
     former_mode = torch.are_deterministic_algorithms_enabled()
     former_filling = settings.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -193,7 +194,8 @@ def attention(
     def run() -> list[Tensor]:
         spans = Spans.of(GROUPS, device, dtype)
         leaves = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
-        output = attend(*leaves, spans)
+        query, key, value = leaves
+        output = attend(query, key, value, spans)
         loss = (output * output_weights.to(device, dtype)).sum()
         return [output.detach(), *torch.autograd.grad(loss, leaves)]
 

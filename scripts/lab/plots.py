@@ -34,7 +34,7 @@ def canvas(mosaic: Sequence[Sequence[Any]], size: tuple[float, float]) -> tuple[
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
 
-    panels = figure.subplot_mosaic([list(row) for row in mosaic])
+    panels: dict[Any, Axes] = figure.subplot_mosaic([list(row) for row in mosaic])
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def evaluation_settings(args: Any, reference: str, num_prompts: int) -> dict:
 # ---------------------------------------------------------------- token ids
 
 
-def encode_prompts(source: str, prompts: list[Prompt], tokenizer: Any, room: int) -> list[list[int]]:
+def encode_prompts(source: str, prompts: Sequence[Prompt], tokenizer: Any, room: int) -> list[list[int]]:
     """The token ids of prompts of less than `room` tokens. Raises UserError, naming `source`, if one is unusable."""
     examples = []
     for number, prompt in enumerate(prompts, 1):
@@ -89,8 +89,8 @@ def encode_prompts(source: str, prompts: list[Prompt], tokenizer: Any, room: int
 
 def encode_completions(
     source: str,
-    prompts: list[Prompt],
-    completions: list[list[Text]],
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Text]],
     has_eos: list[list[bool]],
     tokenizer: Any,
     room: int,
@@ -102,7 +102,7 @@ def encode_completions(
     examples = []
     columns = zip(prompts, completions, has_eos, strict=True)
     for number, (prompt, texts, ends) in enumerate(columns, 1):
-        example = Example("", number, prompt, texts, has_eos=ends)
+        example = Example("", number, prompt, list(texts), has_eos=ends)
         examples.append(example)
     return _encode_all(source, examples, tokenizer, room, completions=True)
 
@@ -121,7 +121,7 @@ def _encode_all(source: str, examples: list[Example], tokenizer: Any, room: int,
 
 
 def sample_policy(
-    path: str, prompts: list[Prompt], sampling: Sampling, num_samples: int
+    path: str, prompts: Sequence[Prompt], sampling: Sampling, num_samples: int
 ) -> tuple[list[list[int]], Samples]:
     """Sample `num_samples` completions of each prompt from the policy in `path`; returns the prompts' ids as well."""
     model, tokenizer, eos_ids = load_sampler(path, sampling.dtype)
@@ -192,7 +192,7 @@ def _logps_under(path: str, groups: list[Groups], ranks: Ranks) -> list[Tensor]:
 
 
 def rewards_of(
-    reward: str, prompts: list[Prompt], completions: list[str], has_eos: list[bool] | None = None
+    reward: str, prompts: Sequence[Prompt], completions: list[str], has_eos: list[bool] | None = None
 ) -> list[float]:
     """The reward of each completion, given its prompt.
 
@@ -219,7 +219,7 @@ def rewards_of(
     return rewards
 
 
-def rewards_of_samples(reward: str, prompts: list[Prompt], samples: Samples) -> Tensor:
+def rewards_of_samples(reward: str, prompts: Sequence[Prompt], samples: Samples) -> Tensor:
     """The reward of each sample, (n, K), float64."""
     repeated: list[Prompt] = []
     texts: list[str] = []
@@ -240,7 +240,7 @@ def plain_prompt(prompt: Prompt) -> Text | None:
     return prompt
 
 
-def model_rewards(path: str, prompts: list[Prompt], completions: list[str], has_eos: list[bool]) -> list[float]:
+def model_rewards(path: str, prompts: Sequence[Prompt], completions: list[str], has_eos: list[bool]) -> list[float]:
     """r(x, y) of the reward model in `path`, less its mean over its own training completions."""
     written: list[list[Text]] = []
     for prompt, text in zip(prompts, completions, strict=True):

@@ -201,19 +201,19 @@ def real_rows(workload: Workload, tokenizer: "PreTrainedTokenizerBase") -> Itera
     assert workload.rows is not None
     rng = random.Random(0)
     for example in parse_rows(workload.rows, Counter()):
-        prompt = text_of(example.prompt)
-        texts = [prompt, *example.completions]
-        if len(texts) != 3 or not all(isinstance(text, str) for text in texts):
+        texts = [text for text in (text_of(example.prompt), *example.completions) if isinstance(text, str)]
+        if len(texts) != 3 or len(example.completions) != 2:
             raise UserError(f"{example.location}: --rows must be pairs of plain text, with a prompt")
 
         prompt_ids, *apart = tokenizer(texts, add_special_tokens=False)["input_ids"]
         apart = [prompt_ids + completion_ids for completion_ids in apart]
-        joined = [prompt + completion for completion in example.completions]
+        prompt, *completions = texts
+        joined = [prompt + completion for completion in completions]
         together = tokenizer(joined, add_special_tokens=False)["input_ids"]
 
         fits = max(map(len, together)) < POSITIONS - 2
         if fits and all(texts) and texts[1] != texts[2] and together == apart:
-            yield make_row(prompt, texts[1:], workload.num_completions, rng)
+            yield make_row(prompt, completions, workload.num_completions, rng)
 
 
 def text_of(prompt: object) -> object:

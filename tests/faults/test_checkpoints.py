@@ -17,8 +17,8 @@ import harness
 import hooks
 import pytest
 import tiny
-from conftest import ALGORITHMS
 from harness import checkpoints, close, cut, files, lines, refused, run, same, start, weights
+from marks import every_algorithm, fault, slow
 
 KILLS = int(os.environ.get("KILLS", "20"))
 STEPS = 12  # of the undisturbed run, which saves at each of them
@@ -28,15 +28,7 @@ WEIGHT = "lm.model.layers.0.mlp.up_proj.weight"
 
 Undisturbed = Callable[[str, int], Path]  # algorithm, number of processes → the output directory of its run
 
-fault = pytest.mark.fault
-slow = pytest.mark.slow
 on_one_and_two_processes = pytest.mark.parametrize("processes", [1, pytest.param(2, marks=slow)])
-
-
-def every_algorithm(test: Callable) -> Callable:
-    """Parametrise a test by algorithm: dpo always, the others when the slow tests run."""
-    others = [pytest.param(name, marks=slow) for name in ALGORITHMS if name != "dpo"]
-    return pytest.mark.parametrize("algorithm", ["dpo", *others])(test)
 
 
 def checkpoint_of(out: Path, step: int) -> Path:

@@ -14,11 +14,8 @@ import hooks
 import pytest
 import reference
 import tiny
-from conftest import ALGORITHMS
 from harness import lines, refused, run, same, start
-
-fault = pytest.mark.fault
-slow = pytest.mark.slow
+from marks import ALGORITHMS, fault, slow
 
 GOOD = {"prompt": "a ok", "chosen": "ok", "rejected": "42"}
 LINE = json.dumps(GOOD).encode() + b"\n"

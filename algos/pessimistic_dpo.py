@@ -115,7 +115,7 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: flo
     """DPO paper Eq 7, and Eq 20 for K > 2. logps, ref_logps (B, K), preferred first → (B,)."""
     rewards = beta * (logps - ref_logps)  # (B, K), β ρ
     if rewards.shape[1] > 2:
-        return plackett_luce_loss(rewards)
+        return plackett_luce_loss(rewards)  # label smoothing is for pairs
     margins = rewards[:, 0] - rewards[:, 1]  # (B,), β h
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 

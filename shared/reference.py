@@ -3,13 +3,14 @@
 import gc
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from shared.batches import Batches
+from shared.batches import Batch, Batches
 from shared.distributed import all_sum, from_main, inference
 from shared.files import bytes_of, cache_directory, is_complete, read_tensors, write_tensors
 from shared.loading import load_policy_from
@@ -74,15 +75,20 @@ def _compute_logps(policy: Policy, batches: Batches, per_token: bool) -> Tensor:
         shape = groups.tokens.shape
     logps = torch.zeros(shape, device=batches.ranks.device)
 
-    steps = tqdm(range(1, batches.used_steps + 1), "reference", disable=batches.ranks.hides_progress)
     with inference(policy):
-        for step in steps:
-            for batch in batches.of_step(step):
-                if per_token:
-                    logps[batch.token_index] = policy(batch)
-                else:
-                    logps[batch.group_index] = policy.logps(batch)
+        for batch in _with_progress(batches):
+            if per_token:
+                logps[batch.token_index] = policy(batch)
+            else:
+                logps[batch.group_index] = policy.logps(batch)
     return all_sum(logps).cpu()  # each process has computed its own groups, and the others are 0
+
+
+def _with_progress(batches: Batches) -> Iterator[Batch]:
+    """The micro-batches of all groups that the run uses, with a progress bar over the steps."""
+    steps = range(1, batches.used_steps + 1)
+    for step in tqdm(steps, "reference", disable=batches.ranks.hides_progress):
+        yield from batches.of_step(step)
 
 
 def _cache_key(policy: Policy, batches: Batches, per_token: bool) -> str:

@@ -218,16 +218,18 @@ def grouped_heads(device: torch.device) -> str:
 
 
 def misaligned_mask(device: torch.device) -> str:
-    """float32 attention with a slice of a mask whose rows have a multiple of 8 numbers.
+    """float32 attention where a mask is a slice whose first number does not lie at a multiple of 16 bytes.
 
     It runs in a process of its own, because a misaligned address would end every later call of this one.
     """
     code = (
-        "import torch, torch.nn.functional as F\n"
+        "import torch\n"
+        "from shared.attention import Spans, span_attention\n"
         f"device = {device.type!r}\n"
-        "mask = torch.zeros(6, 16, device=device)[:5, 3:14]\n"
-        "q, k, v = (torch.randn(1, 4, n, 64, device=device, requires_grad=True) for n in (5, 11, 11))\n"
-        "F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward()\n"
+        "spans = Spans.of([(11, (5, 5)), (4, (2, 3))], device, torch.float32)\n"
+        "q, k, v = (torch.randn(1, 4, 30, 64, device=device, requires_grad=True) for _ in range(3))\n"
+        "output, _ = span_attention(None, q, k, v, None, spans)\n"
+        "output.sum().backward()\n"
         "if device == 'cuda': torch.cuda.synchronize()\n"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

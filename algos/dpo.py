@@ -108,8 +108,10 @@ class Args:
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO paper Eq 7, and Eq 20 for K > 2. logps, ref_logps (B, K), preferred first → (B,)."""
     rewards = beta * (logps - ref_logps)  # (B, K), β ρ
+    if rewards.shape[1] > 2 and label_smoothing:
+        raise ValueError("label smoothing is defined for pairs only")
     if rewards.shape[1] > 2:
-        return plackett_luce_loss(rewards)  # label smoothing is for pairs
+        return plackett_luce_loss(rewards)
     margins = rewards[:, 0] - rewards[:, 1]  # (B,), β h
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
@@ -155,14 +157,15 @@ def main(args: Args) -> None:
             (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
             run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.stop_if_not_finite(step, grad_norm)
+        totals = run.reduce_metrics()
+        run.stop_if_not_finite(step, totals, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
 
         # after the step
-        run.log(step)
+        run.log(step, totals, grad_norm)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
 

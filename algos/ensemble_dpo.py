@@ -179,14 +179,15 @@ def main(args: Args) -> None:
             (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
             run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.stop_if_not_finite(step, grad_norm)
+        totals = run.reduce_metrics()
+        run.stop_if_not_finite(step, totals, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
 
         # after the step
-        run.log(step)
+        run.log(step, totals, grad_norm)
         if held_out and run.evaluates_at(step):
             best = best_reward_model(model, held_out.all_batches(), args)
             run.evaluate(step, partial(objective, best=best), model, held_out)

@@ -162,14 +162,15 @@ def main(args: Args) -> None:
             (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
             run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.stop_if_not_finite(step, grad_norm)
+        totals = run.reduce_metrics()
+        run.stop_if_not_finite(step, totals, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
 
         # after the step
-        run.log(step)
+        run.log(step, totals, grad_norm)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
 

@@ -2,20 +2,17 @@
 
     L(θ) = L_base(θ) + γ Ω(θ),    Ω = -E [log π_θ(y_w|x) + log π_θ(y_l|x)]                              (Eqs 11, 13)
 
-`--base dpo` is p-DPO. `--base distill` is pd-DPO with one reward model (the mean of several). Ω stands for the forward
-KL(π_ref || π_θ).
+`--base dpo` is p-DPO, `--base distill` is pd-DPO on the mean of the reward models. Ω stands for KL(π_ref || π_θ).
 
 Details the equation leaves open:
 1. log π(y|x) is the sum over the completion's tokens, including its EOS.
-2. Ω is taken on the pair, as in the paper (section 5). If the rows have `reference_samples`, it is taken on those, as
-   -mean_m log π_θ(ŷ_m|x). For completions drawn from π_ref, the pair's Ω is twice the cross-entropy in expectation. So
-   the same γ regularises half as strongly on samples. Section 5 writes Ω as a sum over the data. Beside a mean loss it
-   must be a mean.
-3. γ is the coefficient itself. It changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α. Section
-   4.1 writes α/β, which contradicts it.
-4. Take one pair, with Ω on it and π_θ(y_w) fixed. Then p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
-   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2. Without Ω it is infinite
-   (Proposition 1). Section 5 calls a fixed π_θ(y_w) a reasonable approximation. If it is free, the optimum is
+2. Ω is taken on the pair, as in the paper (section 5), or on `reference_samples` if the rows have them: -mean_m
+   log π_θ(ŷ_m|x). For completions drawn from π_ref, the pair's Ω is twice the cross-entropy in expectation, so the same
+   γ regularises half as strongly on samples. Section 5 sums Ω over the data, but beside a mean loss it must be a mean.
+3. γ changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α; section 4.1's α/β contradicts that.
+4. For one pair, with Ω on it and π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
+   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and without Ω it is infinite
+   (Proposition 1). Section 5 calls a fixed π_θ(y_w) a reasonable approximation, but if it is free, the optimum is
    log(α + 1) for β = 1, a uniform π_ref and two completions.
 5. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 
@@ -114,8 +111,10 @@ class Args:
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO paper Eq 7, and Eq 20 for K > 2. logps, ref_logps (B, K), preferred first → (B,)."""
     rewards = beta * (logps - ref_logps)  # (B, K), β ρ
+    if rewards.shape[1] > 2 and label_smoothing:
+        raise ValueError("label smoothing is defined for pairs only")
     if rewards.shape[1] > 2:
-        return plackett_luce_loss(rewards)  # label smoothing is for pairs
+        return plackett_luce_loss(rewards)
     margins = rewards[:, 0] - rewards[:, 1]  # (B,), β h
     return -(1 - label_smoothing) * F.logsigmoid(margins) - label_smoothing * F.logsigmoid(-margins)
 
@@ -182,14 +181,15 @@ def main(args: Args) -> None:
             (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
             run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.stop_if_not_finite(step, grad_norm)
+        totals = run.reduce_metrics()
+        run.stop_if_not_finite(step, totals, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
 
         # after the step
-        run.log(step)
+        run.log(step, totals, grad_norm)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
 

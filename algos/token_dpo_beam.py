@@ -148,9 +148,8 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
     logps = sum_over_completions(token_logps, batch.lengths)
     metrics = preference_metrics(returns, logps)
     for name, values in {"token_rewards": rewards, "negative_tokens": (rewards < 0).float()}.items():
-        means = (
-            sum_over_completions(values, batch.lengths) / batch.lengths
-        )  # (B, 2), over the tokens of each completion
+        # (B, 2), over the tokens of each completion
+        means = sum_over_completions(values, batch.lengths) / batch.lengths
         metrics[f"{name}/chosen"] = means[:, 0]
         metrics[f"{name}/rejected"] = means[:, 1]
     return losses, metrics
@@ -381,14 +380,15 @@ def main(args: Args) -> None:
             (losses.sum() * run.ranks.world_size / batch.global_groups).backward()
             run.meter.add(losses, metrics)
         grad_norm = clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        run.stop_if_not_finite(step, grad_norm)
+        totals = run.reduce_metrics()
+        run.stop_if_not_finite(step, totals, grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train.last_step, args)
         optimizer.step()
         optimizer.zero_grad()
 
         # after the step
-        run.log(step)
+        run.log(step, totals, grad_norm)
         run.evaluate(step, objective, model, held_out)
         run.save(step, model, optimizer)
 

@@ -11,7 +11,7 @@ experiments are those of scripts/papers, and each paper has one figure in `--out
     python scripts/bandits.py --output-dir runs/bandits
 """
 
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.papers import Args, distillation, exo, first_step, run_experiments, typo
 
 SECTIONS = (
@@ -32,4 +32,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -43,7 +43,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from scripts.lab.commands import ROOT, command
+from scripts.lab.commands import ROOT, checked_command
 from scripts.lab.contenders import LADDER, Spec
 from scripts.lab.tables import markdown_table
 from scripts.lab.timing import Measurement, measure
@@ -85,19 +85,19 @@ class Args:
     tokenizer: str | None = None
     """directory or hub id of the tokenizer of --rows; default: byte-level BPE of 8192 tokens trained on them"""
     shape: Literal["cpu-8k", "cpu-152k", "0.5b", "1.5b"] = "cpu-8k"
-    """of the model, with random weights"""
+    """shape of the model, whose weights are random"""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """of the forward and backward pass; weights and optimizer are float32"""
+    """dtype of the forward and backward pass; weights and optimizer state stay float32"""
     max_rows: Annotated[int, Above(0)] = 96
     """rows, each used once"""
     batch_size: Annotated[int, Above(0)] = 16
     """rows per optimizer step"""
     micro_batch_tokens: Annotated[int, Above(0)] = 2048
-    """most tokens in one forward pass of ours"""
+    """largest number of tokens in one forward pass of ours"""
     against: Literal["trl", "naive"] | None = None
     """compare dpo with TRL's trainer, or with a plain loop"""
     against_batch: tuple[int, ...] = (16, 4)
-    """pairs per forward pass of the other side, of which the fastest is taken; on a GPU 4 8 16"""
+    """pairs per forward pass to try for the other side, the fastest of which is used; on a GPU: 4 8 16"""
     repeats: Annotated[int, Above(0)] = 2
     """rounds of one run of every contender"""
     output_dir: Path = ROOT / "results"
@@ -397,4 +397,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -13,7 +13,7 @@ log-ratio.
                     with the second error this is the paper's "stitching"
     wrong, correct  mean r, in nats per β, in the summaries with one error
 
-A baseline that needs no preferences stands beside the policies: log π_ref in the place of r. The 95% intervals are
+A baseline that needs no preferences is listed next to the policies, with log π_ref in the place of r. The 95% intervals are
 percentiles of 2,000 bootstrap resamples: prompts are resampled, and the measure is computed anew from all tokens of the
 resampled prompts. A figure beside the output shows the values whose AUROC "one error" is.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from algos.token_dpo_beam import token_rewards
 from scripts.lab import notices, plots
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.policies import (
     check_tokenizers,
     encode_completions,
@@ -309,4 +309,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.policies import (
     check_tokenizers,
     comparison_table,
@@ -113,4 +113,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

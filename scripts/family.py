@@ -4,13 +4,13 @@ Makes the notices, an SFT model, a reward model and an ensemble of three on rand
 model's own completions with their scores and with samples of it, trains all algorithms on them, and compares the
 policies on held-out prompts. Each stage is a command of its own. It is shown as it starts, and also works by hand.
 `family.md` and `family.json` hold the tables, `results.json` is written by scripts/evaluate.py. After an interruption
-the program goes on behind the last finished stage, if the arguments are the same.
+the program continues after the last finished stage, if the arguments are the same.
 
 The reward models learn from rankings of eight made-up summaries, which Plackett-Luce draws from the oracle. They have
 to look every fact up in the post, which takes many more summaries than a policy needs that can do it already. Each
 fact is wrong independently of the others, so that no fact explains preferences from which another is to be learned.
 
-The accuracy that no reward model can exceed on pairs drawn by Bradley-Terry stands beside theirs as the ceiling: the
+The accuracy that no reward model can exceed on pairs drawn by Bradley-Terry is listed next to theirs as the ceiling: the
 mean over held-out pairs of max(σ(Δr), σ(-Δr)), with Δr from the oracle.
 
     python scripts/family.py
@@ -28,7 +28,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from scripts.lab import notices
-from scripts.lab.commands import ROOT, command
+from scripts.lab.commands import ROOT, checked_command
 from scripts.lab.policies import MEASURES, comparison_rows
 from scripts.lab.row_files import read_jsonl
 from scripts.lab.stages import Stages, shell_path
@@ -283,4 +283,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

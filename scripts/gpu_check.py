@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from scripts.lab.commands import ROOT, command
+from scripts.lab.commands import ROOT, checked_command
 from scripts.lab.gpu_parts import CONTENDERS, RESULTS
 from scripts.lab.workload import PROFILES, SHAPES
 from shared import UserError
@@ -57,7 +57,7 @@ def require_valid(part: str) -> None:
     """Raises UserError for a part that does not exist, or has other options than it should."""
     name, *options = part.split(":")
     if name not in TIME_LIMITS:
-        raise UserError(f"part {part!r}: must be of {', '.join(TIME_LIMITS)}")
+        raise UserError(f"part {part!r}: must be one of {', '.join(TIME_LIMITS)}")
     shapes = options[:1]
     numbers = options[1:]
     if name == "bench":
@@ -83,7 +83,7 @@ def require_known(part: str, names: list[str], known: dict) -> None:
     """Raises UserError for a name that is not a key of `known`."""
     for name in names:
         if name not in known:
-            raise UserError(f"part {part!r}: {name!r} must be of {', '.join(known)}")
+            raise UserError(f"part {part!r}: {name!r} must be one of {', '.join(known)}")
 
 
 def time_limit(part: str) -> float:
@@ -161,4 +161,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -1,7 +1,7 @@
 """How time and memory of training grow: with the length of a row, completions, vocabulary, rows, and processes.
 
 Every point is a run of `algos/dpo.py` on random rows, in processes of its own, with empty caches. Memory that is freed
-goes back to the system (MALLOC_MMAP_THRESHOLD_), so that what is seen is what is needed. Of each:
+goes back to the system (MALLOC_MMAP_THRESHOLD_), so that the measured memory is the memory needed. For each point:
 
     first      seconds to the end of the first update: rows and weights loaded, tokenised, π_ref's log-probs computed
     again      the same at the next start, when tokens and log-probs of π_ref are in the cache
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.lab import plots
-from scripts.lab.commands import ROOT, command
+from scripts.lab.commands import ROOT, checked_command
 from scripts.lab.contenders import Spec
 from scripts.lab.machine import processor_name
 from scripts.lab.tables import markdown_table
@@ -40,7 +40,7 @@ LARGE = Shape(8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outwe
 
 
 def thin_shape(vocab_size: int) -> Shape:
-    """A narrow body behind a vocabulary."""
+    """A narrow model with a vocabulary of this size."""
     return Shape(vocab_size, 64, 4, 4, 4, 172)
 
 
@@ -240,7 +240,7 @@ def require_known_sweeps(names: tuple[str, ...]) -> None:
         raise UserError(f"--sweeps: needs at least one of {known}")
     for name in names:
         if name not in SWEEPS:
-            raise UserError(f"--sweeps {name!r}: must be of {known}")
+            raise UserError(f"--sweeps {name!r}: must be one of {known}")
 
 
 def main(args: Args) -> None:
@@ -268,4 +268,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from algos.token_dpo_beam import token_rewards
 from scripts.lab import heatmap_png, plots
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.heatmap_panels import HIDDEN, Panel, Piece, mark, nats_text, return_text, reward_color
 from scripts.lab.row_files import EncodedRow, encode_rows, read_examples, summary
 from scripts.lab.scoring import make_groups, token_logps_of
@@ -334,4 +334,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.notices import (
     check_row,
     make_sft_row,
@@ -125,4 +125,4 @@ def read_rows(path: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    command(main, World | Prefer)
+    checked_command(main, World | Prefer)

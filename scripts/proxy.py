@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.plots import GREY, canvas, label_axes, require_matplotlib
 from scripts.lab.policies import (
     collect_samples,
@@ -142,4 +142,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

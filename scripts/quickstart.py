@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from scripts.lab.commands import ROOT, command
+from scripts.lab.commands import ROOT, checked_command
 from scripts.lab.policies import comparison_table
 from scripts.lab.stages import Stages, run_stage, shell_path
 from shared import StorageError, UserError
@@ -111,4 +111,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

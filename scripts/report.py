@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from scripts.lab import notices
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, require_matplotlib, to_svg
 from scripts.lab.row_files import read_jsonl
 from scripts.lab.statistics import interval_text
@@ -400,4 +400,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.row_files import (
     EncodedRow,
     count_rows,
@@ -131,4 +131,4 @@ def check_combinations(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

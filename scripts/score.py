@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.row_files import EncodedRow, encode_rows, read_examples, settings_of, summary, write_windows
 from scripts.lab.scoring import load_reward_models, score_with_oracle
 from shared import UserError
@@ -129,4 +129,4 @@ def with_scores(row: dict, scores: list[list[float]]) -> dict:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from scripts.lab import notices, plots
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.eq_16 import check_eq_16
 from scripts.lab.policies import plain_prompt, rewards_of
 from scripts.lab.row_files import first_examples, read_jsonl, write_jsonl
@@ -471,4 +471,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

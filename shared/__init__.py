@@ -16,7 +16,7 @@ class StorageError(Exception):
 class Preempted(BaseException):
     """The run was asked to stop, and its state is saved: exit 75.
 
-    It is no `Exception`, so that no handler of ordinary errors catches it on its way out.
+    It does not derive from `Exception`, so that no handler of ordinary errors catches it on its way out.
     """
 
 

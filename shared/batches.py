@@ -33,7 +33,7 @@ class Batch:
     predictor_positions: Tensor  # (R,) positions whose hidden states predict completion tokens, ascending
     predictor_of_token: Tensor  # (N,) for each completion token, the index of its predictor in predictor_positions
     targets: Tensor  # (N,) the completion tokens, completion by completion
-    token_index: Tensor  # (N,) their indices in `Groups.tokens`
+    target_index: Tensor  # (N,) their indices in `Groups.tokens`
     lengths: Tensor  # (B, K) tokens of each completion
     last_positions: Tensor  # (B, K) position of each completion's last token
     group_index: Tensor  # (B,) the indices of the groups in `Groups`
@@ -152,7 +152,7 @@ class Batches:
             predictor_positions=predictor_positions,
             predictor_of_token=predictor_of_token,
             targets=targets,
-            token_index=target_index,
+            target_index=target_index,
             lengths=lengths[:, 1:],
             last_positions=ends[:, 1:] - 1,
             group_index=group_index,

@@ -52,8 +52,8 @@ def save(
 
             manifest = _gather_manifest(files, ranks)
             if ranks.is_main:
-                _complete(temporary, final, manifest)
-                _delete_others(final, keep)
+                _publish(temporary, final, manifest)
+                _rotate(final, keep)
     except StorageError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -102,7 +102,7 @@ def _gather_manifest(files: list[Path], ranks: Ranks) -> Manifest:
     return manifest
 
 
-def _complete(temporary: Path, final: Path, manifest: Manifest) -> None:
+def _publish(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Write the manifest, and give the directory its final name."""
     manifest_file = temporary / "manifest.json"
     manifest_file.write_text(json.dumps(manifest))
@@ -112,12 +112,12 @@ def _complete(temporary: Path, final: Path, manifest: Manifest) -> None:
     fsync(final.parent)
 
 
-def _delete_others(current: Path, keep: int) -> None:
+def _rotate(current: Path, keep: int) -> None:
     """Delete all checkpoints but the newest `keep` up to the current one.
 
     Those of later steps go too: a run that is at this step now has found them damaged when it resumed.
     """
-    checkpoints = _complete_checkpoints(current.parent)
+    checkpoints = _published_checkpoints(current.parent)
     end = checkpoints.index(current) + 1
     outdated = checkpoints[:end][:-keep]
     damaged = checkpoints[end:]
@@ -125,7 +125,7 @@ def _delete_others(current: Path, keep: int) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _complete_checkpoints(directory: Path) -> list[Path]:
+def _published_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints that have their final name, oldest first."""
     steps = {}
     for path in directory.glob("step-*"):
@@ -140,7 +140,7 @@ def _complete_checkpoints(directory: Path) -> list[Path]:
 
 def newest(directory: Path, ranks: Ranks) -> Path | None:
     """The newest checkpoint whose files are all as its manifest says. A line is printed for each damaged one."""
-    checkpoints = from_main(_complete_checkpoints(directory / "checkpoints"))
+    checkpoints = from_main(_published_checkpoints(directory / "checkpoints"))
     for checkpoint in reversed(checkpoints):
         problem = _problem(checkpoint, ranks)
         problems = torch.tensor(float(problem is not None), device=ranks.device)

@@ -33,7 +33,7 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
     code = 0
     reason = ""
     try:
-        _call(main, arguments)
+        _run_main(main, arguments)
     except tuple(EXIT_CODES) as error:
         code = _exit_code(error)
         reason = str(error)
@@ -58,12 +58,12 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
     os._exit(code)  # gloo's threads can abort an ordinary interpreter exit
 
 
-def _call(main: Callable[[Any], None], arguments: Any) -> None:
+def _run_main(main: Callable[[Any], None], arguments: Any) -> None:
+    """Call `main` with its arguments, and ignore SIGTERM from then on, because the process is ending."""
     try:
         documentation = sys.modules[main.__module__].__doc__ or ""
         main(parse_arguments(arguments, documentation))
     finally:
-        # ignore SIGTERM from here on: the process is ending already
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 

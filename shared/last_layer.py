@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared.attention import Group, Spans
 
-SKIPPING_MODULES = ("q_proj", "o_proj", "mlp")  # the parts of a layer whose output at one position needs no other
+POSITIONWISE_MODULES = ("q_proj", "o_proj", "mlp")  # the parts of a layer whose output at one position needs no other
 
 
 def skip_unread(layer: nn.Module) -> None:
@@ -31,7 +31,7 @@ def skip_unread(layer: nn.Module) -> None:
     hooks = _Hooks()
     layer.register_forward_pre_hook(hooks.enter_layer, with_kwargs=True)
     for name, module in layer.named_modules():
-        if name.rpartition(".")[2] in SKIPPING_MODULES:
+        if name.rpartition(".")[2] in POSITIONWISE_MODULES:
             module.register_forward_pre_hook(hooks.gather)
             module.register_forward_hook(hooks.scatter)
 
@@ -48,7 +48,7 @@ class _Hooks:
         self.read_positions = options.get("read_positions")
         if self.read_positions is not None:
             spans = options["spans"]
-            options = {**options, "spans": without_prompts(spans)}
+            options = {**options, "spans": skip_prompt_queries(spans)}
         return args, options
 
     def gather(self, module: nn.Module, args: tuple) -> tuple | None:
@@ -67,7 +67,7 @@ class _Hooks:
         return row.index_copy(1, self.read_positions, output)
 
 
-def without_prompts(spans: Spans) -> Spans:
+def skip_prompt_queries(spans: Spans) -> Spans:
     """The same row, where attention leaves out a prompt's queries but the last one if that is faster."""
     skipped = [_unread_queries(group) for group in spans.groups]
     return replace(spans, skipped=skipped)

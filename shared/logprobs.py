@@ -46,13 +46,13 @@ class _TokenLogps(torch.autograd.Function):
                 ctx.kept_logits[key] = logits
 
             tile_logsumexp = logits.logsumexp(-1).double()
-            previous = logsumexp[tokens]
-            logsumexp[tokens] = previous.logaddexp(tile_logsumexp)
+            previous_logsumexp = logsumexp[tokens]
+            logsumexp[tokens] = previous_logsumexp.logaddexp(tile_logsumexp)
 
             index, inside = _index_in(vocabulary, targets[tokens])
             logits_at_index = logits.gather(-1, index)
-            previous = target_logits[tokens, None]
-            tile_target_logits = torch.where(inside, logits_at_index, previous)
+            other_tiles_logits = target_logits[tokens, None]
+            tile_target_logits = torch.where(inside, logits_at_index, other_tiles_logits)
             target_logits[tokens] = tile_target_logits[:, 0]
 
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp.float())
@@ -78,7 +78,7 @@ class _TokenLogps(torch.autograd.Function):
             token_grad = grad[tokens, None]
             index, inside = _index_in(vocabulary, targets[tokens])
             softmax = logits.sub_(logsumexp[tokens, None]).exp_()
-            logits_grad = softmax.mul_(-token_grad)
+            logits_grad = softmax.mul_(-token_grad)  # in place
             logits_grad.scatter_add_(-1, index, token_grad * inside)
 
             if bias_grad is not None:

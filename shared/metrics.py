@@ -37,6 +37,7 @@ class Meter:
         # of this process, since `reduce` was called last; on the device, so that adding does not wait for it
         self._sums: dict[str, list[Tensor]] = {}
         self._counts: Counter[str] = Counter()
+        self.loss_sums: list[Tensor] = []  # of each micro-batch of this process, at the last call of `reduce`
 
     def add(self, losses: Tensor, metrics: dict[str, Tensor]) -> None:
         """Add the losses (B,) and metrics (B,) of one micro-batch, without waiting for the device."""
@@ -44,10 +45,6 @@ class Meter:
             total = values.detach().double().sum()
             self._sums.setdefault(name, []).append(total)
             self._counts[name] += values.numel()
-
-    def loss_sums(self) -> list[Tensor]:
-        """The sum of the losses of each micro-batch of this process that was added."""
-        return self._sums["loss"]
 
     def reduce(self, stop_asked: bool) -> tuple[Totals, bool]:
         """Sum the added values over all processes, and reset.
@@ -58,6 +55,7 @@ class Meter:
         sums = [torch.stack(self._sums[name]).sum() for name in names]
         sums.append(torch.tensor(stop_asked, dtype=torch.double, device=self.ranks.device))
         counts = [self._counts[name] for name in names] + [0]
+        self.loss_sums = self._sums["loss"]
         self._sums = {}
         self._counts = Counter()
 

@@ -78,7 +78,7 @@ class RewardModel(PackedModel):
         return rewards.view(batch.last_positions.shape).clone()  # FSDP2's hooks need a tensor that is not a view
 
     def values(self, batch: Batch) -> Tensor:
-        """The same as a method."""
+        """r(x, y) of each completion (B, K), under the name that the check of packed rows calls."""
         return self(batch)
 
     def stock_value(self, prompt: Tensor, completion: Tensor) -> Tensor:

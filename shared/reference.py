@@ -78,7 +78,7 @@ def _compute_logps(policy: Policy, batches: Batches, per_token: bool) -> Tensor:
     with inference(policy):
         for batch in _with_progress(batches):
             if per_token:
-                logps[batch.token_index] = policy(batch)
+                logps[batch.target_index] = policy(batch)
             else:
                 logps[batch.group_index] = policy.logps(batch)
     return all_sum(logps).cpu()  # each process has computed its own groups, and the others are 0

@@ -100,7 +100,6 @@ class Run:
         # since the last line of the log, over all processes
         self._totals: Totals = {}
         self._tokens = 0
-        self._grad_norm = math.nan
         self._clock = 0.0
 
         problem = None
@@ -131,8 +130,9 @@ class Run:
     # ---------------------------------------------------------------- before the first step
 
     def resume(self, model: PackedModel, optimizer: Optimizer, train: Batches, held_out: Batches | None) -> int:
-        """Begin the steps, with --resume behind the newest checkpoint that is whole. Returns the last step done, or 0.
+        """Start the steps. With --resume, continue after the newest intact checkpoint.
 
+        Returns the last step that is done, 0 for a new run.
         Raises UserError if the checkpoint was written by a run that computes something else.
         """
         self._model = model
@@ -200,7 +200,8 @@ class Run:
         if self.args.lr_schedule != "constant":
             return True
         for name, start in vars(self.args).items():
-            if name.endswith("_start") and start != getattr(self.args, name.removesuffix("_start") + "_end"):
+            end = getattr(self.args, name.removesuffix("_start") + "_end", start)
+            if name.endswith("_start") and start != end:
                 return True
         return False
 
@@ -234,31 +235,27 @@ class Run:
 
     # ---------------------------------------------------------------- a step
 
-    def stop_if_not_finite(self, step: int, grad_norm: Tensor) -> None:
-        """Sum the step's losses and metrics over the processes. Call it before the update.
+    def reduce_metrics(self) -> Totals:
+        """The sums and counts of the step's losses and metrics over all processes."""
+        totals, self.stopping = self.meter.reduce(self.stop_signal.asked)
+        return totals
+
+    def stop_if_not_finite(self, step: int, totals: Totals, grad_norm: Tensor) -> None:
+        """Call it before the update.
 
         Raises NonFinite, with the rows to blame, if the loss or the gradient norm is not a finite number.
         """
-        loss_sums = self.meter.loss_sums()
-        totals, self.stopping = self.meter.reduce(self.stop_signal.asked)
-        self._grad_norm = float(unsharded(grad_norm))
-
         loss = means(totals)["loss"]
-        if not (math.isfinite(loss) and math.isfinite(self._grad_norm)):
-            culprits = self._rows_without_finite_loss(step, loss_sums)
-            raise NonFinite(
-                f"step {step}: loss {loss}, gradient norm {self._grad_norm}; {culprits}; the weights were not updated"
-            )
+        norm = float(unsharded(grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            culprits = self._rows_without_finite_loss(step)
+            raise NonFinite(f"step {step}: loss {loss}, gradient norm {norm}; {culprits}; the weights were not updated")
 
-        self._totals = add_totals(self._totals, totals)
-        self._tokens += int(self._train.group_sizes[self._train.groups_of(step)].sum())
-        self.step = step
-
-    def _rows_without_finite_loss(self, step: int, loss_sums: list[Tensor]) -> str:
+    def _rows_without_finite_loss(self, step: int) -> str:
         """The ranks and rows of micro-batches whose loss is not finite, or all rows of the step if there is none."""
         row_numbers = self._train.groups.row_numbers
         local_rows: list[int] = []
-        for batch, loss_sum in zip(self._train.of_step(step), loss_sums, strict=True):
+        for batch, loss_sum in zip(self._train.of_step(step), self.meter.loss_sums, strict=True):
             if not loss_sum.isfinite():
                 local_rows += row_numbers[batch.group_index.cpu()].tolist()
 
@@ -271,8 +268,14 @@ class Run:
 
     # ---------------------------------------------------------------- after a step
 
-    def log(self, step: int) -> None:
-        """Every `--log-every` steps, write a line: means over all groups since the last line, the rest of this step."""
+    def log(self, step: int, totals: Totals, grad_norm: Tensor) -> None:
+        """Count the step as done. Every `--log-every` steps, write a line of the log.
+
+        It holds the means over all groups since the last line; the gradient norm and the learning rate are the step's.
+        """
+        self.step = step
+        self._totals = add_totals(self._totals, totals)
+        self._tokens += int(self._train.group_sizes[self._train.groups_of(step)].sum())
         assert self._bar is not None
         self._bar.update()
         if not self._is_due(self.args.log_every, step):
@@ -285,7 +288,7 @@ class Run:
             "step": step,
             "epoch": step / self._train.steps_per_epoch,
             **means(self._totals),
-            "grad_norm": self._grad_norm,
+            "grad_norm": float(unsharded(grad_norm)),
             "learning_rate": self._optimizer.param_groups[0]["lr"],
             "seconds": seconds / steps,
             "tokens_per_second": self._tokens / seconds,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shared import attention
 from shared.attention import ATTENTION_NAME, Group, Spans, span_attention
-from shared.last_layer import skip_unread, without_prompts
+from shared.last_layer import skip_prompt_queries, skip_unread
 
 GROUPS: list[Group] = [(5, (3, 1, 4)), (1, (2,)), (7, (1, 6)), (2, (5, 2, 2, 3))]
 TOKENS = sum(prompt + sum(completions) for prompt, completions in GROUPS)
@@ -81,7 +81,7 @@ def test_span_attention_and_its_gradients(device: str, dtype: torch.dtype, kv_he
     torch.manual_seed(0)
     spans = Spans.of(GROUPS, device, dtype)
     if skipping:
-        spans = without_prompts(spans)
+        spans = skip_prompt_queries(spans)
     skipped = skipped_outputs(spans)
     inputs = [x.to(dtype) for x in random_inputs(kv_heads)]
     output_grad = torch.randn(1, TOKENS, HEADS, WIDTH, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_prompts_longer_than_their_first_completion_are_left_out() -> None:
     """All of their tokens but the last, which predicts the completions."""
     spans = Spans.of(GROUPS, "cpu", torch.float32)
     assert spans.skipped == [0, 0, 0, 0]
-    assert without_prompts(spans).skipped == [4, 0, 6, 0]
+    assert skip_prompt_queries(spans).skipped == [4, 0, 6, 0]
 
 
 def test_groups_without_a_second_completion() -> None:

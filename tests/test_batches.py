@@ -47,13 +47,13 @@ def test_a_packed_row_of_two_groups() -> None:
     assert batch.predictor_positions.tolist() == [1, 2, 5, 7]
     assert batch.predictor_of_token.tolist() == [0, 1, 0, 2, 2, 3]
     assert batch.targets.tolist() == [102, 103, 104, 106, 107, 108]
-    assert batch.token_index.tolist() == [2, 3, 4, 6, 7, 8]
+    assert batch.target_index.tolist() == [2, 3, 4, 6, 7, 8]
     assert batch.lengths.tolist() == [[2, 1], [1, 2]]
     assert batch.last_positions.tolist() == [[3, 4], [6, 8]]
     assert batch.group_index.tolist() == [0, 1]
     assert batch.spans.groups == [(2, (2, 1)), (1, (1, 2))]
     assert torch.equal(batch.ref_logps, groups.ref_logps)
-    assert torch.equal(batch.ref_token_logps, groups.ref_token_logps[batch.token_index])
+    assert torch.equal(batch.ref_token_logps, groups.ref_token_logps[batch.target_index])
     assert len(batch.scores) == 0
     assert (batch.global_groups, batch.global_tokens) == (2, 6)
 

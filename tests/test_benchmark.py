@@ -98,7 +98,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter:
 
     for name in ("load_generator", "load_policy_from", "token_logps"):
         count(contenders, name)
-    count(last_layer, "without_prompts")
+    count(last_layer, "skip_prompt_queries")
     return counts
 
 
@@ -119,7 +119,7 @@ def test_every_rung_adds_its_trick_and_trains_as_ours(
     assert calls["load_policy_from"] == (tricks >= 4)
     assert is_fused == {tricks >= 2}
     assert (calls["token_logps"] > 0) == (tricks == 3)
-    skipping_passes = calls["without_prompts"] - calls["load_policy_from"]  # loading checks one pass
+    skipping_passes = calls["skip_prompt_queries"] - calls["load_policy_from"]  # loading checks one pass
     assert (skipping_passes > 0) == (tricks == 5)
 
 

@@ -62,7 +62,7 @@ def test_tables_have_the_columns_of_their_points() -> None:
 
 
 def test_an_unknown_sweep_is_refused() -> None:
-    with pytest.raises(UserError, match="--sweeps 'rose': must be of 'tokens"):
+    with pytest.raises(UserError, match="--sweeps 'rose': must be one of 'tokens"):
         growth.main(growth.Args(sweeps=("rose",)))
     with pytest.raises(UserError, match="--sweeps: needs at least one of 'tokens"):
         growth.main(growth.Args(sweeps=()))

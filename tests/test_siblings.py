@@ -110,13 +110,16 @@ def test_close_to_the_nearest_sibling(name: str) -> None:
 
 def test_a_change_of_one_file_counts_on_both_sides() -> None:
     source = ALGOS["dpo"]
-    changed = source.replace("run.log(step)", "run.log(step, model)")
-    assert changes(changed, source) == ["-        run.log(step)", "+        run.log(step, model)"]
+    changed = source.replace("run.save(step, model, optimizer)", "run.save(step, model)")
+    assert changes(changed, source) == [
+        "-        run.save(step, model, optimizer)",
+        "+        run.save(step, model)",
+    ]
 
 
 def test_comments_blank_lines_and_the_docstring_do_not_count() -> None:
     source = ALGOS["dpo"]
-    changed = source.replace("        run.log(step)", "\n        # why\n        run.log(step)")
+    changed = source.replace("        run.save(", "\n        # why\n        run.save(")
     changed = changed.replace("Direct Preference Optimization", "An algorithm")
     assert changed != source
     assert changes(changed, source) == []

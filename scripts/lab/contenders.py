@@ -47,7 +47,7 @@ LADDER = (
     "+ fused AdamW",
     "+ head on completion tokens",
     "+ packing",
-    "+ of the last layer what is read",
+    "+ last layer only where it is read",
 )
 
 Losses = list[tuple[float, float]]  # loss and gradient norm of every step

@@ -69,7 +69,7 @@ def token_logps_of(policy: Policy, groups: Groups, budget: int, ranks: Ranks) ->
     logps = torch.zeros(groups.tokens.shape, device=ranks.device)
     with inference(policy):
         for batch in batches.all_batches():
-            logps[batch.token_index] = policy(batch)
+            logps[batch.target_index] = policy(batch)
     logps = logps.cpu().double()
 
     completions = []

@@ -18,7 +18,7 @@ from algos.distill_dpo import distill_loss
 from algos.dpo import dpo_loss
 from algos.ipo import ipo_loss
 from algos.pessimistic_dpo import pessimistic_loss
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, canvas, label_axes
 from scripts.lab.tabular import Optimum, fit_policy, minimise, ordered_pairs, total_variation, uniform_logps, vector
 from scripts.papers import Args, Finding, Section, judged, reported, run_experiments, same_digits, same_value
@@ -424,4 +424,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

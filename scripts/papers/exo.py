@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from algos.exo import dpo_rw_loss, exo_loss
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, canvas, label_axes
 from scripts.lab.tabular import minimise, uniform_logps, vector
 from scripts.papers import Args, Finding, Section, judged, reported, run_experiments, same_value
@@ -342,4 +342,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -15,7 +15,7 @@ from algos.ensemble_dpo import ensemble_losses
 from algos.exo import dpo_rw_loss, exo_loss
 from algos.ipo import ipo_loss
 from algos.pessimistic_dpo import pessimistic_loss
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.tabular import vector
 from scripts.papers import Args, Finding, Section, run_experiments, same_value
 
@@ -114,4 +114,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

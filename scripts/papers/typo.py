@@ -16,7 +16,7 @@ from torch import Tensor
 from algos.dpo import dpo_loss
 from algos.ipo import ipo_loss
 from algos.typo import typo_loss
-from scripts.lab.commands import command
+from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, canvas, label_axes
 from scripts.lab.tabular import Optimum, fit_policy, ordered_pairs, total_variation, vector
 from scripts.papers import Args, Finding, Section, judged, reported, run_experiments, same_digits
@@ -202,4 +202,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    command(main, Args)
+    checked_command(main, Args)

@@ -13,9 +13,9 @@ log-ratio.
                     with the second error this is the paper's "stitching"
     wrong, correct  mean r, in nats per β, in the summaries with one error
 
-A baseline that needs no preferences is listed next to the policies, with log π_ref in the place of r. The 95% intervals are
-percentiles of 2,000 bootstrap resamples: prompts are resampled, and the measure is computed anew from all tokens of the
-resampled prompts. A figure beside the output shows the values whose AUROC "one error" is.
+A baseline that needs no preferences is listed next to the policies, with log π_ref in the place of r. The 95%
+intervals are percentiles of 2,000 bootstrap resamples: prompts are resampled, and the measure is computed anew from all
+tokens of the resampled prompts. A figure beside the output shows the values whose AUROC "one error" is.
 
     python scripts/credit.py --policies dpo=runs/dpo --reference runs/sft --rows runs/world/held_out.jsonl \\
         --output runs/credit.json

@@ -10,8 +10,8 @@ The reward models learn from rankings of eight made-up summaries, which Plackett
 to look every fact up in the post, which takes many more summaries than a policy needs that can do it already. Each
 fact is wrong independently of the others, so that no fact explains preferences from which another is to be learned.
 
-The accuracy that no reward model can exceed on pairs drawn by Bradley-Terry is listed next to theirs as the ceiling: the
-mean over held-out pairs of max(σ(Δr), σ(-Δr)), with Δr from the oracle.
+The accuracy that no reward model can exceed on pairs drawn by Bradley-Terry is listed next to theirs as the ceiling:
+the mean over held-out pairs of max(σ(Δr), σ(-Δr)), with Δr from the oracle.
 
     python scripts/family.py
 """

@@ -438,6 +438,12 @@ def test_dpo_is_plackett_luce(k: int, beta: float) -> None:
     check_values(losses, exact, logps, ref_logps)
 
 
+def test_label_smoothing_of_a_ranking_is_refused() -> None:
+    logps = log_probs(6, 3, seed=3)
+    with pytest.raises(ValueError, match="defined for pairs only"):
+        dpo_loss(logps, logps, 0.1, label_smoothing=0.1)
+
+
 def test_plackett_luce_sums_to_one_over_all_orders() -> None:
     (logps,) = log_probs(1, 4, seed=5)
     (ref_logps,) = log_probs(1, 4, seed=6)

@@ -23,9 +23,9 @@ def make_rows(n: int, seed: int, path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def run_options(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """The options of a run of twelve steps, over epochs of five, that saves at each step."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("run_options")
     tiny.make_model(folder / "model", "llama", seed=4, initializer_range=0.15)
     make_rows(39, 20, folder / "rows.jsonl")
     return {
@@ -56,9 +56,9 @@ def undisturbed(folder: Path, options: dict) -> Callable[[str, int], Path]:
 
 
 @pytest.fixture(scope="session")
-def through_of(world: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
-    """Undisturbed runs with the options of `world`."""
-    return undisturbed(tmp_path_factory.mktemp("through"), world)
+def through_of(run_options: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path]:
+    """Undisturbed runs with the options of `run_options`."""
+    return undisturbed(tmp_path_factory.mktemp("through"), run_options)
 
 
 @pytest.fixture(scope="session")

@@ -73,10 +73,10 @@ def resume_to_the_end(out: Path, through: Path, **options: object) -> harness.St
 
 @fault(1, 2)
 @every_algorithm
-def test_killed_and_resumed(world: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str) -> None:
+def test_killed_and_resumed(run_options: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str) -> None:
     """With --resume from the start. The newest checkpoint's step continues the log."""
     out = tmp_path / "out"
-    options = {**world, "script": f"algos/{algorithm}.py"}
+    options = {**run_options, "script": f"algos/{algorithm}.py"}
     process = start(out, resume=True, **options)
     process.until(lambda: len(checkpoints(out)) > 6)
     kill(process)
@@ -92,11 +92,11 @@ def test_killed_and_resumed(world: dict, through_of: Undisturbed, tmp_path: Path
 
 @fault(3)
 @slow
-def test_killed_at_random_times(world: dict, tmp_path: Path) -> None:
+def test_killed_at_random_times(run_options: dict, tmp_path: Path) -> None:
     """Half of the kills while a checkpoint is being written; none is ever torn. `KILLS=50` kills more often."""
     rng = random.Random(0)
     out = tmp_path / "out"
-    options = {**world, "keep": 2, "lr_schedule": "constant"}
+    options = {**run_options, "keep": 2, "lr_schedule": "constant"}
 
     def checkpoint_is_being_written() -> bool:
         return any(name.endswith(".tmp") for name in checkpoints(out))
@@ -123,12 +123,12 @@ def test_killed_at_random_times(world: dict, tmp_path: Path) -> None:
 
 @fault(3)
 @slow
-def test_a_long_run_killed_ten_times(world: dict, tmp_path: Path) -> None:
+def test_a_long_run_killed_ten_times(run_options: dict, tmp_path: Path) -> None:
     """500 steps, saved at every seventh: the same lines and the same weights, byte for byte."""
     rng = random.Random(1)
     out = tmp_path / "out"
     through = tmp_path / "through"
-    options = {**world, "max_steps": 500, "save_every": 7, "keep": 2}
+    options = {**run_options, "max_steps": 500, "save_every": 7, "keep": 2}
 
     steps = rng.sample(range(10, 490), 10)
     for step in sorted(steps):
@@ -197,7 +197,7 @@ DAMAGES = [  # the file, what is done to it, and the problem that is printed
 
 
 @fault(4, 5, 6, 7)
-def test_damaged_checkpoints_are_passed_over(world: dict, through: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_passed_over(run_options: dict, through: Path, tmp_path: Path) -> None:
     """Eleven newer ones, each damaged in another way, are all named. The run goes on from the only whole one."""
     out = cut(through, tmp_path / "out", STEPS)
     damaged_steps = range(STEPS, 1, -1)
@@ -205,14 +205,14 @@ def test_damaged_checkpoints_are_passed_over(world: dict, through: Path, tmp_pat
         file = checkpoint_of(out, step) / name
         damage(file)
 
-    ended = resume_to_the_end(out, through, **world)
+    ended = resume_to_the_end(out, through, **run_options)
     for step, (_, _, problem) in zip(damaged_steps, DAMAGES, strict=True):
         assert_skipped(ended, step, problem)
     assert_resumed_from(ended, 1)
 
 
 @fault(4)
-def test_what_else_lies_among_the_checkpoints(world: dict, through: Path, tmp_path: Path) -> None:
+def test_what_else_lies_among_the_checkpoints(run_options: dict, through: Path, tmp_path: Path) -> None:
     """An unreadable file is like a damaged one; a copy by hand is left alone; what a kill left is removed."""
     out = cut(through, tmp_path / "out", 6)
     copied_by_hand = checkpoint_of(out, 2).with_suffix(".bak")
@@ -222,7 +222,7 @@ def test_what_else_lies_among_the_checkpoints(world: dict, through: Path, tmp_pa
 
     unreadable = str(checkpoint_of(out, 6) / SHARD)
     hook = functools.partial(hooks.unreadable, unreadable)
-    ended = resume_to_the_end(out, through, hook=hook, **world)
+    ended = resume_to_the_end(out, through, hook=hook, **run_options)
     assert_skipped(ended, 6, f"{SHARD} cannot be read (Input/output error)")
     assert_resumed_from(ended, 5)
 
@@ -248,13 +248,13 @@ OTHER_MANIFESTS = {
 @fault(7)
 @slow
 @pytest.mark.parametrize("change", OTHER_MANIFESTS)
-def test_a_manifest_that_says_something_else(world: dict, through: Path, tmp_path: Path, change: str) -> None:
+def test_a_manifest_that_says_something_else(run_options: dict, through: Path, tmp_path: Path, change: str) -> None:
     out = cut(through, tmp_path / "out", STEPS)
     manifest = checkpoint_of(out, STEPS) / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(OTHER_MANIFESTS[change](text))
 
-    ended = resume_to_the_end(out, through, **world)
+    ended = resume_to_the_end(out, through, **run_options)
     assert_skipped(ended, STEPS, "")
     assert_resumed_from(ended, STEPS - 1)
 
@@ -262,13 +262,13 @@ def test_a_manifest_that_says_something_else(world: dict, through: Path, tmp_pat
 @fault(4, 5)
 @slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_s_file_is_missing(world: dict, through_of: Undisturbed, tmp_path: Path, rank: int) -> None:
+def test_one_rank_s_file_is_missing(run_options: dict, through_of: Undisturbed, tmp_path: Path, rank: int) -> None:
     through = through_of("dpo", 2)
     out = cut(through, tmp_path / "out", STEPS)
     file = checkpoint_of(out, STEPS) / f"rank-0000{rank}-of-00002.safetensors"
     file.unlink()
 
-    ended = resume_to_the_end(out, through, processes=2, **world)
+    ended = resume_to_the_end(out, through, processes=2, **run_options)
     assert f"{file.name} is missing" in ended.log
     assert_resumed_from(ended, STEPS - 1)
 
@@ -292,27 +292,27 @@ def assert_nothing_partial(out: Path, last_step: int) -> None:
 
 @fault(8)
 @on_one_and_two_processes
-def test_no_room_for_a_checkpoint(world: dict, through_of: Undisturbed, tmp_path: Path, processes: int) -> None:
+def test_no_room_for_a_checkpoint(run_options: dict, through_of: Undisturbed, tmp_path: Path, processes: int) -> None:
     through = through_of("dpo", processes)
     out = cut(through, tmp_path / "out", 4)
     before = checkpoint_files(out)
 
     limit = functools.partial(hooks.limit_files, 100_000)
-    ended = run(out, code=4, processes=processes, hook=limit, resume=True, **world)
+    ended = run(out, code=4, processes=processes, hook=limit, resume=True, **run_options)
     assert str(checkpoint_of(out, 5)) in ended.log
     assert_ended_by_storage(ended, 5)
     assert_nothing_partial(out, 4)
     assert checkpoint_files(out) == before
-    resume_to_the_end(out, through, processes=processes, **world)
+    resume_to_the_end(out, through, processes=processes, **run_options)
 
 
 @fault(8)
 @slow
-def test_no_room_on_the_first_rank_alone(world: dict, tmp_path: Path) -> None:
+def test_no_room_on_the_first_rank_alone(run_options: dict, tmp_path: Path) -> None:
     """The second one soon ends too, and does not say something else about it."""
     out = tmp_path / "out"
     limit = functools.partial(hooks.limit_files_of_main, 100_000)
-    ended = start(out, processes=2, hook=limit, **world)
+    ended = start(out, processes=2, hook=limit, **run_options)
     first, second = ended.processes
     ended.until(lambda: first.exitcode is not None)
     assert first.exitcode == 4
@@ -324,21 +324,21 @@ def test_no_room_on_the_first_rank_alone(world: dict, tmp_path: Path) -> None:
 
 @fault(8)
 @slow
-def test_no_room_for_the_model(world: dict, through: Path, tmp_path: Path) -> None:
+def test_no_room_for_the_model(run_options: dict, through: Path, tmp_path: Path) -> None:
     out = cut(through, tmp_path / "out", STEPS)
     limit = functools.partial(hooks.limit_files, 50_000)
-    ended = run(out, code=4, hook=limit, resume=True, **world)
+    ended = run(out, code=4, hook=limit, resume=True, **run_options)
     harness.check_message(ended, str(out))
     assert_ended_by_storage(ended, STEPS)
     assert_nothing_partial(out, STEPS)
-    resume_to_the_end(out, through, **world)
+    resume_to_the_end(out, through, **run_options)
 
 
 @fault(8)
-def test_no_room_from_the_start(world: dict, tmp_path: Path) -> None:
+def test_no_room_from_the_start(run_options: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     status = out / "status.json"
-    ended = run(out, code=4, hook=hooks.no_room_for_status, **world)
+    ended = run(out, code=4, hook=hooks.no_room_for_status, **run_options)
     harness.check_message(ended, f"{status}: cannot be written")
     rest = ended.log.replace(f"dpo.py: {status}", "")
     assert "status.json" not in rest, "the message comes twice"
@@ -346,10 +346,10 @@ def test_no_room_from_the_start(world: dict, tmp_path: Path) -> None:
 
 @fault(8)
 @slow
-def test_no_room_for_the_token_ids(world: dict, tmp_path: Path) -> None:
+def test_no_room_for_the_token_ids(run_options: dict, tmp_path: Path) -> None:
     cache = tmp_path / "out.cache"
     limit = functools.partial(hooks.limit_files, 4_000)
-    ended = run(tmp_path / "out", code=4, hook=limit, **world)
+    ended = run(tmp_path / "out", code=4, hook=limit, **run_options)
     harness.check_message(ended, str(cache))
     assert not list(cache.rglob("*.*")), "a torn file in the cache"
 
@@ -391,9 +391,9 @@ def locked(tmp_path: Path) -> Iterator[Path]:
 
 @fault(8)
 @slow
-def test_a_full_disk(world: dict, through: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk(run_options: dict, through: Path, tmp_path: Path, small_disk: Path) -> None:
     out = small_disk / "out"
-    options = {**world, "beside": tmp_path / "beside"}
+    options = {**run_options, "beside": tmp_path / "beside"}
     ended = run(out, code=4, **options)
     step = ended.status["step"]
     assert step > 1
@@ -419,10 +419,10 @@ def fill(disk: Path) -> Path:
 
 @fault(8)
 @slow
-def test_a_disk_that_somebody_else_fills(world: dict, through: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_disk_that_somebody_else_fills(run_options: dict, through: Path, tmp_path: Path, small_disk: Path) -> None:
     """Then neither the log nor status.json can be written. One line and the exit code say it all the same."""
     out = small_disk / "out"
-    options = {**world, "beside": tmp_path / "beside"}
+    options = {**run_options, "beside": tmp_path / "beside"}
     process = start(out, **options | {"max_steps": 1000, "save_every": 0})
     process.until(lambda: len(lines(out)) > 2)
     filler = fill(small_disk)
@@ -440,54 +440,56 @@ def test_a_disk_that_somebody_else_fills(world: dict, through: Path, tmp_path: P
 
 @fault(9)
 @pytest.mark.parametrize("out", ["rows.jsonl/out", "/proc/out"])
-def test_an_output_directory_that_cannot_be(world: dict, tmp_path: Path, out: str) -> None:
-    folder = world["train_data"].parent
+def test_an_output_directory_that_cannot_be(run_options: dict, tmp_path: Path, out: str) -> None:
+    folder = run_options["train_data"].parent
     message = f"{out}: cannot be written"
-    refused(folder / out, message, state=None, beside=tmp_path / "log", **world)
+    refused(folder / out, message, state=None, beside=tmp_path / "log", **run_options)
 
 
 @fault(9)
 @slow
 @every_algorithm
-def test_a_folder_that_cannot_be_written(world: dict, tmp_path: Path, locked: Path, algorithm: str) -> None:
+def test_a_folder_that_cannot_be_written(run_options: dict, tmp_path: Path, locked: Path, algorithm: str) -> None:
     out = locked / "out"
-    options = {**world, "script": f"algos/{algorithm}.py", "beside": tmp_path / "log"}
+    options = {**run_options, "script": f"algos/{algorithm}.py", "beside": tmp_path / "log"}
     refused(out, f"{out}: cannot be written", state=None, **options)
 
 
 @fault(10)
 @every_algorithm
-def test_an_occupied_output_directory(world: dict, through: Path, tmp_path: Path, algorithm: str) -> None:
+def test_an_occupied_output_directory(run_options: dict, through: Path, tmp_path: Path, algorithm: str) -> None:
     """A finished run of dpo, and one that was killed before its end; neither changes by a byte."""
     finished = shutil.copytree(through, tmp_path / "finished")
     killed = cut(through, tmp_path / "killed", 3)
     for out in (finished, killed):
         before = files(out)
-        refused(out, "holds another run", state=None, script=f"algos/{algorithm}.py", **world)
+        refused(out, "holds another run", state=None, script=f"algos/{algorithm}.py", **run_options)
         assert files(out) == before
 
 
 @fault(10, 18)
 @slow
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_an_occupied_output_directory_on_two_ranks(world: dict, through: Path, tmp_path: Path, torchrun: bool) -> None:
+def test_an_occupied_output_directory_on_two_ranks(
+    run_options: dict, through: Path, tmp_path: Path, torchrun: bool
+) -> None:
     out = shutil.copytree(through, tmp_path / "out")
     before = files(out)
-    process = start(out, processes=2, torchrun=torchrun, **world)
+    process = start(out, processes=2, torchrun=torchrun, **run_options)
     assert process.end(60)
     assert "holds another run" in process.log
     assert files(out) == before
 
 
 @fault(18)
-def test_two_runs_on_one_output_directory(world: dict, through: Path, tmp_path: Path) -> None:
+def test_two_runs_on_one_output_directory(run_options: dict, through: Path, tmp_path: Path) -> None:
     """The second is refused, with and without --resume; the first goes on as if nothing had been."""
     out = tmp_path / "out"
-    first = start(out, **world)
+    first = start(out, **run_options)
     first.until(lambda: (out / "status.json").exists())
     first.send(signal.SIGSTOP)
     for resume in (False, True):
-        refused(out, "another run is writing there", state=None, resume=resume, **world)
+        refused(out, "another run is writing there", state=None, resume=resume, **run_options)
     assert first.status["state"] == "running"
 
     first.send(signal.SIGCONT)
@@ -515,15 +517,15 @@ OTHER_ARGUMENTS = [
 
 
 @fault(11, 12, 13, 14)
-def test_resumed_as_another_run(world: dict, through: Path, tmp_path: Path) -> None:
+def test_resumed_as_another_run(run_options: dict, through: Path, tmp_path: Path) -> None:
     """Every difference is listed, and nothing is written. The budget of a micro-batch may change."""
     out = cut(through, tmp_path / "out", 6)
-    old_rows = world["train_data"]
+    old_rows = run_options["train_data"]
     new_rows = tmp_path / "rows.jsonl"
     reversed_rows = tiny.read_jsonl(old_rows)[::-1]
     tiny.write_jsonl(new_rows, reversed_rows)
 
-    options = {**world, "micro_batch_tokens": 100, "train_data": new_rows}
+    options = {**run_options, "micro_batch_tokens": 100, "train_data": new_rows}
     differences = [f"train_data '{old_rows}' → '{new_rows}'", "the train rows"]
     for name, value, difference in OTHER_ARGUMENTS:
         options[name] = value
@@ -544,11 +546,11 @@ OTHER_ROWS = {
 @fault(12)
 @slow
 @pytest.mark.parametrize("change", OTHER_ROWS)
-def test_resumed_with_other_rows(world: dict, tmp_path: Path, change: str) -> None:
-    rows = shutil.copy(world["train_data"], tmp_path / "rows.jsonl")
+def test_resumed_with_other_rows(run_options: dict, tmp_path: Path, change: str) -> None:
+    rows = shutil.copy(run_options["train_data"], tmp_path / "rows.jsonl")
     held_out = tmp_path / "held_out.jsonl"
     tiny.make_rows(5, 3, path=held_out)
-    without_evaluation = {**world, "train_data": rows, "max_steps": 2}
+    without_evaluation = {**run_options, "train_data": rows, "max_steps": 2}
     with_evaluation = {**without_evaluation, "eval_data": held_out}
 
     before, edited, after = {
@@ -564,10 +566,10 @@ def test_resumed_with_other_rows(world: dict, tmp_path: Path, change: str) -> No
 
 
 @fault(11)
-def test_resumed_for_fewer_steps_than_are_done(world: dict, tmp_path: Path) -> None:
+def test_resumed_for_fewer_steps_than_are_done(run_options: dict, tmp_path: Path) -> None:
     """With a constant rate the last step may be another one, but not one that lies behind."""
     out = tmp_path / "out"
-    options = {**world, "lr_schedule": "constant"}
+    options = {**run_options, "lr_schedule": "constant"}
     run(out, **options | {"max_steps": 3})
     before = files_but_status(out)
     message = f"{checkpoint_of(out, 3)} is beyond the last step, 2"
@@ -588,10 +590,10 @@ SAME_ARGUMENTS = [
 @slow
 @pytest.mark.parametrize("first, second", SAME_ARGUMENTS)
 def test_resumed_with_another_loss(
-    world: dict, through_of: Undisturbed, tmp_path: Path, first: str, second: str
+    run_options: dict, through_of: Undisturbed, tmp_path: Path, first: str, second: str
 ) -> None:
     out = cut(through_of(first, 1), tmp_path / "out", 6)
-    refused(out, f"'{first}' → '{second}'", resume=True, script=f"algos/{second}.py", **world)
+    refused(out, f"'{first}' → '{second}'", resume=True, script=f"algos/{second}.py", **run_options)
 
 
 OTHER_SHAPES = {"other shapes": {"intermediate_size": 48}, "fewer layers": {"num_hidden_layers": 1}}
@@ -600,26 +602,26 @@ OTHER_SHAPES = {"other shapes": {"intermediate_size": 48}, "fewer layers": {"num
 @fault(15)
 @slow
 @pytest.mark.parametrize("change", ["another directory", "other shapes", "fewer layers", "other values"])
-def test_resumed_with_another_model(world: dict, tmp_path: Path, change: str) -> None:
+def test_resumed_with_another_model(run_options: dict, tmp_path: Path, change: str) -> None:
     """The starting model's values are those of the reference too."""
     out = tmp_path / "out"
-    model = shutil.copytree(world["model"], tmp_path / "model")
-    run(out, **world | {"model": model, "max_steps": 2})
+    model = shutil.copytree(run_options["model"], tmp_path / "model")
+    run(out, **run_options | {"model": model, "max_steps": 2})
 
     other_model = model
     if change == "another directory":
         other_model = tmp_path / "other"
     shapes = OTHER_SHAPES.get(change, {})
     tiny.make_model(other_model, "llama", seed=5, initializer_range=0.15, **shapes)
-    refused(out, "model", resume=True, **world | {"model": other_model, "max_steps": 4})
+    refused(out, "model", resume=True, **run_options | {"model": other_model, "max_steps": 4})
 
 
 @fault(15)
 @slow
-def test_resumed_with_another_reference(world: dict, tmp_path: Path) -> None:
+def test_resumed_with_another_reference(run_options: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     reference = tiny.make_model(tmp_path / "reference", seed=5, initializer_range=0.15)
-    options = {**world, "reference": reference, "max_steps": 2}
+    options = {**run_options, "reference": reference, "max_steps": 2}
     run(out, **options)
     tiny.make_model(reference, seed=6, initializer_range=0.15)
     refused(out, "reference", resume=True, **options)
@@ -629,12 +631,12 @@ def test_resumed_with_another_reference(world: dict, tmp_path: Path) -> None:
 @slow
 @pytest.mark.parametrize("algorithm", ["dpo", "ensemble_dpo"])
 def test_saved_on_two_ranks_resumed_on_one(
-    world: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str
+    run_options: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str
 ) -> None:
     """In micro-batches of another size too."""
     on_two_ranks = through_of(algorithm, 2)
     out = cut(on_two_ranks, tmp_path / "out", 6)
-    ended = run(out, resume=True, script=f"algos/{algorithm}.py", micro_batch_tokens=120, **world)
+    ended = run(out, resume=True, script=f"algos/{algorithm}.py", micro_batch_tokens=120, **run_options)
     assert_resumed_from(ended, 6)
     close(out, on_two_ranks)
 
@@ -664,35 +666,35 @@ def assert_not_executed(file: Path, mark: Path) -> None:
 
 
 @fault(19)
-def test_a_base_model_whose_only_weights_are_malicious(world: dict, tmp_path: Path) -> None:
+def test_a_base_model_whose_only_weights_are_malicious(run_options: dict, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
-    model = shutil.copytree(world["model"], tmp_path / "model")
+    model = shutil.copytree(run_options["model"], tmp_path / "model")
     (model / "model.safetensors").unlink()
     file = model / "pytorch_model.bin"
     write_malicious(file, mark)
-    refused(tmp_path / "out", str(model), **world | {"model": model})
+    refused(tmp_path / "out", str(model), **run_options | {"model": model})
     assert_not_executed(file, mark)
 
 
 @fault(19)
-def test_a_base_model_with_a_malicious_file(world: dict, tmp_path: Path) -> None:
+def test_a_base_model_with_a_malicious_file(run_options: dict, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
-    model = shutil.copytree(world["model"], tmp_path / "model")
+    model = shutil.copytree(run_options["model"], tmp_path / "model")
     file = model / "training_args.bin"
     write_malicious(file, mark)
-    run(tmp_path / "out", **world | {"model": model, "max_steps": 1})
+    run(tmp_path / "out", **run_options | {"model": model, "max_steps": 1})
     assert_not_executed(file, mark)
 
 
 @fault(19)
 @slow
-def test_a_malicious_checkpoint(world: dict, through: Path, tmp_path: Path) -> None:
+def test_a_malicious_checkpoint(run_options: dict, through: Path, tmp_path: Path) -> None:
     out = cut(through, tmp_path / "out", 6)
     mark = tmp_path / "executed"
     for name in ("optimizer.pt", ".metadata", "rank-00001-of-00001.safetensors", "__0_0.distcp"):
         write_malicious(checkpoint_of(out, 6) / name, mark)
 
-    process = start(out, resume=True, **world)
+    process = start(out, resume=True, **run_options)
     code = process.end()
     assert code in (0, 2, 4)
     assert "Traceback" not in process.log
@@ -727,14 +729,14 @@ def test_files_are_safetensors_and_json(through_of: Undisturbed, algorithm: str)
 
 
 @fault(21)
-def test_tied_weights_are_exported_once(tmp_path: Path, world: dict) -> None:
+def test_tied_weights_are_exported_once(tmp_path: Path, run_options: dict) -> None:
     from safetensors import safe_open
 
     model = tiny.make_model(tmp_path / "qwen2", "qwen2", seed=4)
     names_of = {}
     for processes in (1, 2):
         out = tmp_path / f"{processes}"
-        run(out, processes=processes, **world | {"model": model, "max_steps": 1})
+        run(out, processes=processes, **run_options | {"model": model, "max_steps": 1})
         exported = safe_open(out / "model.safetensors", "pt")
         names_of[processes] = set(exported.keys())
 
@@ -778,24 +780,24 @@ def assert_half_or_whole(out: Path, through: Path) -> None:
 
 @fault("b")
 @pytest.mark.parametrize("moves", [0, 3, pytest.param(1, marks=slow), pytest.param(5, marks=slow)])
-def test_killed_while_the_model_is_exported(world: dict, through: Path, tmp_path: Path, moves: int) -> None:
+def test_killed_while_the_model_is_exported(run_options: dict, through: Path, tmp_path: Path, moves: int) -> None:
     """After so many of its files have been moved to their place. --resume completes it."""
     out = cut(through, tmp_path / "out", STEPS)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
         (out / name).unlink()
     hook = functools.partial(hooks.kill_in_export, moves)
-    process = start(out, hook=hook, resume=True, **world)
+    process = start(out, hook=hook, resume=True, **run_options)
     assert_killed(process)
     assert_half_or_whole(out, through)
 
-    resume_to_the_end(out, through, **world)
+    resume_to_the_end(out, through, **run_options)
     assert not (out / ".export").exists()
     assert (out / "tokenizer.json").exists()
 
 
 @fault("b")
 @slow
-def test_killed_at_some_time_of_the_export(world: dict, through: Path, tmp_path: Path) -> None:
+def test_killed_at_some_time_of_the_export(run_options: dict, through: Path, tmp_path: Path) -> None:
     """The files are moved slowly, so that the kills fall between the first that is written and the last move."""
     rng = random.Random(0)
     out = cut(through, tmp_path / "out", STEPS)
@@ -811,7 +813,7 @@ def test_killed_at_some_time_of_the_export(world: dict, through: Path, tmp_path:
         (out / "model.safetensors").unlink(missing_ok=True)
         for path in exported_files():
             path.unlink()
-        process = start(out, hook=slowly, resume=True, **world)
+        process = start(out, hook=slowly, resume=True, **run_options)
         while process.running and not exported_files():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.06))

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture
-def model(world: dict, tmp_path: Path) -> Path:
+def model(run_options: dict, tmp_path: Path) -> Path:
     """A copy of the model, to be spoilt."""
-    return shutil.copytree(world["model"], tmp_path / "model")
+    return shutil.copytree(run_options["model"], tmp_path / "model")
 
 
 @pytest.fixture
-def with_model(world: dict, model: Path) -> dict:
+def with_model(run_options: dict, model: Path) -> dict:
     """The options of a run that starts from the copy."""
-    return {**world, "model": model}
+    return {**run_options, "model": model}
 
 
 def edit(file: Path, **changes: object) -> None:
@@ -77,28 +77,28 @@ def test_a_reward_model_without_any_pad(with_model: dict, model: Path, tmp_path:
 
 
 @fault(51)
-def test_a_reference_of_another_vocabulary_size(world: dict, tmp_path: Path) -> None:
+def test_a_reference_of_another_vocabulary_size(run_options: dict, tmp_path: Path) -> None:
     reference = tiny.make_model(tmp_path / "reference", seed=4, vocab_size=416)
-    refused(tmp_path / "out", f"--reference {reference}", "vocabulary", reference=reference, **world)
+    refused(tmp_path / "out", f"--reference {reference}", "vocabulary", reference=reference, **run_options)
 
 
 @fault(52)
-def test_a_reference_with_another_tokenizer(world: dict, model: Path, tmp_path: Path) -> None:
+def test_a_reference_with_another_tokenizer(run_options: dict, model: Path, tmp_path: Path) -> None:
     """Two tokens have each other's ids."""
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
     second_last, last = list(ids)[-2:]
     ids[second_last], ids[last] = ids[last], ids[second_last]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(tmp_path / "out", f"--reference {model}", "tokenizer", reference=model, **world)
+    refused(tmp_path / "out", f"--reference {model}", "tokenizer", reference=model, **run_options)
 
 
 # ---------------------------------------------------------------- weights and architectures
 
 
 @fault(53)
-def test_more_tokens_than_positions(world: dict, tmp_path: Path) -> None:
-    refused(tmp_path / "out", "--max-length 513", "512 positions", max_length=513, **world)
+def test_more_tokens_than_positions(run_options: dict, tmp_path: Path) -> None:
+    refused(tmp_path / "out", "--max-length 513", "512 positions", max_length=513, **run_options)
 
 
 PROJECTION = "model.layers.1.self_attn.k_proj.weight"
@@ -173,10 +173,10 @@ def save_model_of(architecture: str, directory: Path) -> None:
 @fault(56)
 @slow
 @pytest.mark.parametrize("architecture", ["opt", "bloom", "mamba", "bert", "t5", "gemma2"])
-def test_an_architecture_that_rows_cannot_be_packed_for(world: dict, tmp_path: Path, architecture: str) -> None:
+def test_an_architecture_that_rows_cannot_be_packed_for(run_options: dict, tmp_path: Path, architecture: str) -> None:
     """Refused by name, or computed as it does itself: never a traceback."""
     save_model_of(architecture, tmp_path / "model")
-    process = start(tmp_path / "out", **{**world, "model": tmp_path / "model", "max_steps": 1})
+    process = start(tmp_path / "out", **{**run_options, "model": tmp_path / "model", "max_steps": 1})
     assert process.end() in (0, 2), process.log[-2000:]
     assert "Traceback" not in process.log, process.log[-2000:]
 
@@ -270,11 +270,11 @@ def _in_other_algorithms(number: int, option: str, value: object, words: list[st
 
 @pytest.mark.parametrize("algorithm, option, value, words", wrong_arguments())
 def test_wrong_arguments(
-    world: dict, tmp_path: Path, algorithm: str, option: str, value: object, words: list[str]
+    run_options: dict, tmp_path: Path, algorithm: str, option: str, value: object, words: list[str]
 ) -> None:
     """Exit code 2 and what is wrong, before anything is written but the status of the run."""
     out = tmp_path / "out"
-    options = {**world, "script": f"algos/{algorithm}.py", option: value}
+    options = {**run_options, "script": f"algos/{algorithm}.py", option: value}
     if option == "epochs":
         del options["max_steps"]
     process = run(out, code=2, **options)
@@ -299,10 +299,10 @@ def test_wrong_arguments(
         pytest.param("nothing", 1, marks=slow),
     ],
 )
-def test_wrong_values_in_a_configuration(world: dict, tmp_path: Path, name: str, value: object) -> None:
+def test_wrong_values_in_a_configuration(run_options: dict, tmp_path: Path, name: str, value: object) -> None:
     config = tmp_path / "run.json"
     config.write_text(json.dumps({"args": {name: value}}))
-    process = start(tmp_path / "out", config=config, **world)
+    process = start(tmp_path / "out", config=config, **run_options)
     assert process.end() == 2, process.log
     assert "Traceback" not in process.log, process.log
     assert name in process.log.replace("-", "_"), process.log
@@ -310,9 +310,9 @@ def test_wrong_values_in_a_configuration(world: dict, tmp_path: Path, name: str,
 
 @fault(60)
 @slow
-def test_wrong_arguments_under_torchrun(world: dict, tmp_path: Path) -> None:
+def test_wrong_arguments_under_torchrun(run_options: dict, tmp_path: Path) -> None:
     """torchrun's own exit code says nothing: status.json does."""
-    process = start(tmp_path / "out", processes=2, torchrun=True, beta=0, **world)
+    process = start(tmp_path / "out", processes=2, torchrun=True, beta=0, **run_options)
     assert process.end(60), process.log
     assert process.log.count("--beta 0.0: must be") == 1, process.log
     assert process.status["state"] == "refused"
@@ -321,7 +321,7 @@ def test_wrong_arguments_under_torchrun(world: dict, tmp_path: Path) -> None:
 
 @fault(63)
 @pytest.mark.parametrize("kind", ["splits", pytest.param("rows", marks=slow), pytest.param("file", marks=slow)])
-def test_a_split_that_does_not_exist(world: dict, tmp_path: Path, kind: str) -> None:
+def test_a_split_that_does_not_exist(run_options: dict, tmp_path: Path, kind: str) -> None:
     """Of a saved data set with splits, of one without, of a file."""
     import datasets
 
@@ -333,19 +333,19 @@ def test_a_split_that_does_not_exist(world: dict, tmp_path: Path, kind: str) -> 
         rows.save_to_disk(path)
     else:
         datasets.DatasetDict({"train": rows}).save_to_disk(path)
-    refused(tmp_path / "out", str(path), "nosplit", **{**world, "train_data": f"{path}:nosplit"})
+    refused(tmp_path / "out", str(path), "nosplit", **{**run_options, "train_data": f"{path}:nosplit"})
 
 
 # ---------------------------------------------------------------- beams
 
 
 @pytest.fixture
-def decoding(world: dict) -> dict:
+def decoding(run_options: dict) -> dict:
     """The options of one step of token_dpo_beam, which then decodes the prompts of the training rows."""
     return {
-        **world,
+        **run_options,
         "script": "algos/token_dpo_beam.py",
-        "eval_data": world["train_data"],
+        "eval_data": run_options["train_data"],
         "eval_every": 0,
         "max_steps": 1,
     }
@@ -372,8 +372,8 @@ def test_beams_wider_than_the_vocabulary_without_an_end(decoding: dict, tmp_path
 
 @fault("g")
 @pytest.mark.parametrize("widths", ["0", pytest.param("2,x", marks=slow)])
-def test_beam_widths_that_are_none(world: dict, tmp_path: Path, widths: str) -> None:
-    options = {**world, "script": "algos/token_dpo_beam.py", "beam_widths": widths}
+def test_beam_widths_that_are_none(run_options: dict, tmp_path: Path, widths: str) -> None:
+    options = {**run_options, "script": "algos/token_dpo_beam.py", "beam_widths": widths}
     refused(tmp_path / "out", f"--beam-widths {widths}: must be", **options)
 
 

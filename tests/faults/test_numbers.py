@@ -33,8 +33,8 @@ def tolerance(algorithm: str) -> float:
 
 @fault(27)
 @every_algorithm
-def test_the_same_seed_twice(world: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str) -> None:
-    run(tmp_path / "out", script=f"algos/{algorithm}.py", **world)
+def test_the_same_seed_twice(run_options: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str) -> None:
+    run(tmp_path / "out", script=f"algos/{algorithm}.py", **run_options)
     same(tmp_path / "out", through_of(algorithm, 1))
 
 
@@ -46,8 +46,8 @@ def test_one_and_two_ranks(through_of: Undisturbed, algorithm: str) -> None:
 
 @fault(29)
 @every_algorithm
-def test_one_and_many_micro_batches(world: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str) -> None:
-    run(tmp_path / "out", script=f"algos/{algorithm}.py", micro_batch_tokens=64, **world)
+def test_one_and_many_micro_batches(run_options: dict, through_of: Undisturbed, tmp_path: Path, algorithm: str) -> None:
+    run(tmp_path / "out", script=f"algos/{algorithm}.py", micro_batch_tokens=64, **run_options)
     close(tmp_path / "out", through_of(algorithm, 1), tolerance(algorithm))
 
 
@@ -71,20 +71,20 @@ def gradient_norm(model: nn.Module, value: Tensor) -> float:
 
 @fault(30)
 @pytest.mark.parametrize("processes", [2, pytest.param(1, marks=slow), pytest.param(3, marks=slow)])
-def test_every_row_counts_once(world: dict, tmp_path: Path, processes: int) -> None:
+def test_every_row_counts_once(run_options: dict, tmp_path: Path, processes: int) -> None:
     """61 rows in batches of 8: each step's mean log-prob and gradient norm is that of its own rows, 5 in the last.
 
     Nothing is learnt at a rate of 0, so that every loss is ln 2 and its gradient β/2 (∇ log π(y_l) - ∇ log π(y_w)).
     """
     path = tmp_path / "rows.jsonl"
     rows = tiny.make_rows(61, 9, path=path, prompt_words=(1, 12), completion_words=(1, 8))
-    options = {**world, "train_data": path, "learning_rate": 0, "shuffle": False, "max_steps": 8, "save_every": 0}
+    options = {**run_options, "train_data": path, "learning_rate": 0, "shuffle": False, "max_steps": 8, "save_every": 0}
     run(tmp_path / "out", processes=processes, **options)
     steps = lines(tmp_path / "out")
     assert len(steps) == 8
 
-    model = reference.load_model(world["model"])
-    tokenizer = AutoTokenizer.from_pretrained(world["model"])
+    model = reference.load_model(run_options["model"])
+    tokenizer = AutoTokenizer.from_pretrained(run_options["model"])
     groups = [reference.encode(tokenizer, row) for row in rows]
     for index, step in enumerate(steps):
         start_of_batch = 8 * index
@@ -111,13 +111,13 @@ def test_every_row_counts_once(world: dict, tmp_path: Path, processes: int) -> N
     ],
 )
 def test_a_base_model_with_a_value_that_is_not_finite(
-    world: dict, tmp_path: Path, algorithm: str, tensor: str, value: float
+    run_options: dict, tmp_path: Path, algorithm: str, tensor: str, value: float
 ) -> None:
-    model = shutil.copytree(world["model"], tmp_path / "model")
+    model = shutil.copytree(run_options["model"], tmp_path / "model")
     weights = load_file(model / "model.safetensors")
     weights[tensor].view(-1)[3] = value
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    options = {**world, "model": model, "script": f"algos/{algorithm}.py"}
+    options = {**run_options, "model": model, "script": f"algos/{algorithm}.py"}
     refused(tmp_path / "out", str(model), tensor, **options)
 
 
@@ -143,9 +143,9 @@ def rows_to_blame(process: harness.Started) -> list[int]:
 
 @fault(32)
 @every_algorithm
-def test_a_loss_that_is_not_finite(world: dict, tmp_path: Path, algorithm: str) -> None:
+def test_a_loss_that_is_not_finite(run_options: dict, tmp_path: Path, algorithm: str) -> None:
     """The first update is too large to compute with: all rows of the second step are named, and the rank."""
-    options = {**world, "script": f"algos/{algorithm}.py", "learning_rate": 1e38, "save_every": 1, "keep": 1}
+    options = {**run_options, "script": f"algos/{algorithm}.py", "learning_rate": 1e38, "save_every": 1, "keep": 1}
     process = start(tmp_path / "out", shuffle=False, **options)
     assert_not_finite(process, step=2)
     assert rows_to_blame(process) == list(range(9, 17))
@@ -153,9 +153,9 @@ def test_a_loss_that_is_not_finite(world: dict, tmp_path: Path, algorithm: str) 
 
 
 @pytest.fixture
-def unshuffled(world: dict) -> dict:
+def unshuffled(run_options: dict) -> dict:
     """Options of a run that takes row 18 at its third step, with rows 17 to 24."""
-    return {**world, "shuffle": False, "keep": 1}
+    return {**run_options, "shuffle": False, "keep": 1}
 
 
 def assert_resumes_as_if_nothing_had_happened(out: Path, through: Path, **options: object) -> None:
@@ -196,11 +196,11 @@ def test_one_gradient_is_infinite(unshuffled: dict, tmp_path: Path, processes: i
 
 @fault(32)
 @slow
-def test_an_evaluation_that_is_not_finite(world: dict, tmp_path: Path) -> None:
+def test_an_evaluation_that_is_not_finite(run_options: dict, tmp_path: Path) -> None:
     """Every line of metrics.jsonl is JSON, which has no NaN."""
     held_out = tmp_path / "held_out.jsonl"
     tiny.make_rows(8, 5, path=held_out, prompt_words=(1, 6), completion_words=(1, 4))
-    options = {**world, "learning_rate": 1e38, "eval_data": held_out, "eval_every": 1, "save_every": 0}
+    options = {**run_options, "learning_rate": 1e38, "eval_data": held_out, "eval_every": 1, "save_every": 0}
     process = start(tmp_path / "out", **options)
     assert process.end() == 3
     log = (tmp_path / "out" / "metrics.jsonl").read_text()

@@ -103,22 +103,22 @@ def case_parameter(algorithm: str, i: int, is_slow: bool) -> Any:
 
 
 @pytest.mark.parametrize("algorithm, name, data, words", case_parameters())
-def test_malformed_rows(world: dict, tmp_path: Path, algorithm: str, name: str, data: bytes, words: str) -> None:
+def test_malformed_rows(run_options: dict, tmp_path: Path, algorithm: str, name: str, data: bytes, words: str) -> None:
     malformed = write(tmp_path / name, data)
-    options = {**world, "train_data": malformed}
+    options = {**run_options, "train_data": malformed}
     refused(tmp_path / "out", words, script=f"algos/{algorithm}.py", **options)
 
     if algorithm == "dpo":  # held-out rows are no different
-        options = {**world, "eval_data": malformed}
+        options = {**run_options, "eval_data": malformed}
         refused(tmp_path / "other", words, **options)
 
 
 @fault(46)
 @slow
-def test_no_rows_under_torchrun(world: dict, tmp_path: Path) -> None:
+def test_no_rows_under_torchrun(run_options: dict, tmp_path: Path) -> None:
     """status.json says it, since torchrun's exit code does not; no rank waits for one that has ended."""
     empty = write(tmp_path / "empty.jsonl", b"")
-    process = start(tmp_path / "out", processes=2, torchrun=True, **{**world, "train_data": empty})
+    process = start(tmp_path / "out", processes=2, torchrun=True, **{**run_options, "train_data": empty})
     assert process.end(60)
     assert process.status["state"] == "refused"
     assert "no rows" in process.status["reason"]
@@ -137,13 +137,13 @@ def report(process: harness.Started, *counts: str) -> dict:
 
 
 @fault(39, 40, 41, 42, 43, 44, 47)
-def test_rows_that_are_counted(world: dict, tmp_path: Path) -> None:
+def test_rows_that_are_counted(run_options: dict, tmp_path: Path) -> None:
     """Fewer rows than a batch are one partial step."""
     swapped = row(chosen=GOOD["rejected"], rejected=GOOD["chosen"])
     kept = [LINE, LINE, swapped, row(prompt=""), row(chosen="ok " * 100), row(prompt="7")]
     dropped = [row(chosen=""), row(rejected=" \n\t"), row(rejected=GOOD["chosen"]), row(prompt="ok " * 100)]
     rows = write(tmp_path / "x.jsonl", *kept, *dropped)
-    options = {**world, "train_data": rows, "max_length": 60, "batch_size": 64}
+    options = {**run_options, "train_data": rows, "max_length": 60, "batch_size": 64}
     del options["max_steps"]
 
     process = run(tmp_path / "out", **options)
@@ -164,7 +164,7 @@ def test_rows_that_are_counted(world: dict, tmp_path: Path) -> None:
 
 @fault(41)
 @pytest.mark.parametrize("bos", ["added", pytest.param("not added", marks=slow)])
-def test_an_empty_prompt_is_the_bos(world: dict, tmp_path: Path, bos: str) -> None:
+def test_an_empty_prompt_is_the_bos(run_options: dict, tmp_path: Path, bos: str) -> None:
     """Whether or not the tokenizer adds one by itself."""
     model = tiny.make_model(tmp_path / "model", seed=4)
     if bos == "not added":
@@ -176,17 +176,17 @@ def test_an_empty_prompt_is_the_bos(world: dict, tmp_path: Path, bos: str) -> No
     assert adds_bos == (bos == "added")
 
     rows = write(tmp_path / "x.jsonl", row(prompt=""))
-    process = run(tmp_path / "out", **{**world, "model": model, "train_data": rows, "max_steps": 1})
+    process = run(tmp_path / "out", **{**run_options, "model": model, "train_data": rows, "max_steps": 1})
 
     assert report(process, "kept 1")["dropped"] == {}
     assert_first_logps(process, model, prompt=[tokenizer.bos_token_id])
 
 
 @fault(41)
-def test_an_empty_prompt_without_a_bos_is_dropped(world: dict, tmp_path: Path) -> None:
+def test_an_empty_prompt_without_a_bos_is_dropped(run_options: dict, tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model", seed=4, bos=False)
     rows = write(tmp_path / "x.jsonl", row(prompt=""), LINE)
-    process = run(tmp_path / "out", **{**world, "model": model, "train_data": rows, "max_steps": 1})
+    process = run(tmp_path / "out", **{**run_options, "model": model, "train_data": rows, "max_steps": 1})
 
     assert report(process, "kept 1")["dropped"] == {"empty prompt": 1}
     prompt = load_tokenizer(model).encode(GOOD["prompt"])
@@ -209,15 +209,15 @@ def assert_first_logps(process: harness.Started, model: Path, prompt: list[int])
 
 @fault(44)
 @slow
-def test_prompts_that_are_truncated(world: dict, tmp_path: Path) -> None:
+def test_prompts_that_are_truncated(run_options: dict, tmp_path: Path) -> None:
     rows = write(tmp_path / "x.jsonl", LINE, row(prompt="ok " * 600))
-    options = {**world, "train_data": rows, "max_prompt_length": 20, "max_steps": 1}
+    options = {**run_options, "train_data": rows, "max_prompt_length": 20, "max_steps": 1}
     report(run(tmp_path / "out", **options), "rows 2, kept 2; prompts cut 1")
 
 
 @fault(45)
 @pytest.mark.parametrize("form", ["plain", pytest.param("chat", marks=slow)])
-def test_control_tokens_in_a_user_s_text(world: dict, tmp_path: Path, form: str) -> None:
+def test_control_tokens_in_a_user_s_text(run_options: dict, tmp_path: Path, form: str) -> None:
     """Among the ids that the run has used, control tokens are where the rows' form has them, and nowhere else."""
     from safetensors.torch import load_file
 
@@ -230,7 +230,7 @@ def test_control_tokens_in_a_user_s_text(world: dict, tmp_path: Path, form: str)
 
     model = tiny.make_model(tmp_path / "model", seed=4, chat=True)
     rows = write(tmp_path / "x.jsonl", row(prompt=prompt, chosen=text))
-    run(tmp_path / "out", **{**world, "model": model, "train_data": rows, "max_steps": 1})
+    run(tmp_path / "out", **{**run_options, "model": model, "train_data": rows, "max_steps": 1})
 
     (cached,) = cache_of(tmp_path / "out").glob("tokens-*.safetensors")
     ids = load_file(cached)["tokens"].tolist()
@@ -282,10 +282,10 @@ def incomplete_parameters() -> list[Any]:
 
 @pytest.mark.parametrize("algorithm, changes, words", incomplete_parameters())
 def test_scores_and_samples_that_are_missing(
-    world: dict, tmp_path: Path, algorithm: str, changes: dict, words: str
+    run_options: dict, tmp_path: Path, algorithm: str, changes: dict, words: str
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "x.jsonl", [COMPLETE, {**COMPLETE, **changes}])
-    options = {**world, "train_data": path}
+    options = {**run_options, "train_data": path}
     if algorithm == "exo":
         options["beta_r"] = 1.0
     refused(tmp_path / "out", f"x.jsonl, {words}", script=f"algos/{algorithm}.py", **options)
@@ -314,13 +314,13 @@ def reverse_rows(path: Path) -> None:
 
 @fault("h")
 @pytest.mark.parametrize("edited", ["reference", pytest.param("model", marks=slow), pytest.param("rows", marks=slow)])
-def test_caches_follow_the_content_of_files(world: dict, tmp_path: Path, edited: str) -> None:
+def test_caches_follow_the_content_of_files(run_options: dict, tmp_path: Path, edited: str) -> None:
     """After an edit that shows neither in size nor in time, the same numbers as with no cache."""
     for name, seed in (("model", 5), ("reference", 5), ("other", 6)):
         tiny.make_model(tmp_path / name, seed=seed, initializer_range=0.15)
     rows = tmp_path / "rows.jsonl"
-    shutil.copy(world["train_data"], rows)
-    options = {**world, "model": tmp_path / "model", "train_data": rows, "save_every": 0}
+    shutil.copy(run_options["train_data"], rows)
+    options = {**run_options, "model": tmp_path / "model", "train_data": rows, "save_every": 0}
     if edited == "reference":
         options["reference"] = tmp_path / "reference"
 
@@ -338,7 +338,7 @@ def test_caches_follow_the_content_of_files(world: dict, tmp_path: Path, edited:
 
 
 @fault("h")
-def test_caches_that_are_torn(world: dict, through: Path, tmp_path: Path) -> None:
+def test_caches_that_are_torn(run_options: dict, through: Path, tmp_path: Path) -> None:
     """As a crash of the machine may leave them: token ids and log-probs of the reference are computed again."""
     out = tmp_path / "out"
     shutil.copytree(cache_of(through), cache_of(out))
@@ -347,7 +347,7 @@ def test_caches_that_are_torn(world: dict, through: Path, tmp_path: Path) -> Non
     for path in torn:
         path.write_bytes(path.read_bytes()[:-1])
 
-    run(out, **world)
+    run(out, **run_options)
 
     same(out, through)
     for path in torn:
@@ -359,12 +359,12 @@ def test_caches_that_are_torn(world: dict, through: Path, tmp_path: Path) -> Non
 
 
 @fault("i")
-def test_rows_edited_while_the_run_goes_on(world: dict, through: Path, tmp_path: Path) -> None:
+def test_rows_edited_while_the_run_goes_on(run_options: dict, through: Path, tmp_path: Path) -> None:
     """It keeps the rows that it has read; its resumption, which would read others, is refused."""
     rows = tmp_path / "rows.jsonl"
     out = tmp_path / "out"
-    shutil.copy(world["train_data"], rows)
-    options = {**world, "train_data": rows}
+    shutil.copy(run_options["train_data"], rows)
+    options = {**run_options, "train_data": rows}
 
     process = start(out, **options)
     process.until(lambda: lines(out))
@@ -377,32 +377,32 @@ def test_rows_edited_while_the_run_goes_on(world: dict, through: Path, tmp_path:
 
 @fault("i")
 @slow
-def test_rows_edited_while_they_are_read(world: dict, through: Path, tmp_path: Path) -> None:
+def test_rows_edited_while_they_are_read(run_options: dict, through: Path, tmp_path: Path) -> None:
     """The run is refused, or has read one of both; the cache never takes the one for the other."""
     rows = tmp_path / "rows.jsonl"
-    shutil.copy(world["train_data"], rows)
-    options = {**world, "train_data": rows}
+    shutil.copy(run_options["train_data"], rows)
+    options = {**run_options, "train_data": rows}
     hook = functools.partial(hooks.edit_while_read, str(rows))
 
     process = start(tmp_path / "first", beside=tmp_path / "cached", hook=hook, **options)
     assert process.end() in (0, 2), process.log[-3000:]
     assert "Traceback" not in process.log, process.log[-3000:]
-    assert rows.read_bytes() != world["train_data"].read_bytes()
+    assert rows.read_bytes() != run_options["train_data"].read_bytes()
 
-    shutil.copy(world["train_data"], rows)
+    shutil.copy(run_options["train_data"], rows)
     run(tmp_path / "second", beside=tmp_path / "cached", **options)
     same(tmp_path / "second", through)
 
 
 @fault("i")
 @slow
-def test_rows_edited_between_two_ranks(world: dict, through_of: Callable[..., Path], tmp_path: Path) -> None:
+def test_rows_edited_between_two_ranks(run_options: dict, through_of: Callable[..., Path], tmp_path: Path) -> None:
     """Both use the same rows, or the run is refused; the second does not wait for a file that nobody writes."""
     rows = tmp_path / "rows.jsonl"
-    shutil.copy(world["train_data"], rows)
+    shutil.copy(run_options["train_data"], rows)
     hook = functools.partial(hooks.edit_before_second_rank_reads, str(rows))
 
-    process = start(tmp_path / "out", processes=2, hook=hook, **{**world, "train_data": rows})
+    process = start(tmp_path / "out", processes=2, hook=hook, **{**run_options, "train_data": rows})
     first_rank = process.processes[0]
     first_rank.join(40)
     assert first_rank.exitcode in (0, 2), (first_rank.exitcode, process.log[-3000:])

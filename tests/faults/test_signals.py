@@ -22,9 +22,9 @@ one_rank_of_two = pytest.mark.parametrize("rank", [0, 1])
 
 
 @pytest.fixture(scope="module")
-def longer(world: dict) -> dict:
+def longer(run_options: dict) -> dict:
     """Steps slow enough that a signal meets one that is not the last."""
-    return {**world, "max_steps": LONGER, "micro_batch_tokens": 64, "save_every": 0}
+    return {**run_options, "max_steps": LONGER, "micro_batch_tokens": 64, "save_every": 0}
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +114,10 @@ def test_one_rank_is_asked_to_stop(longer: dict, longer_through: Undisturbed, tm
 
 
 @fault(22)
-def test_asked_to_stop_after_the_last_step_is_saved(world: dict, through: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_after_the_last_step_is_saved(run_options: dict, through: Path, tmp_path: Path) -> None:
     """The export can wait for --resume."""
     out = tmp_path / "out"
-    options = {**world, "save_every": 12}
+    options = {**run_options, "save_every": 12}
     process = start(out, hook=hooks.terminate_in_export, **options)
     assert_ended(process, code=75, seconds=60)
     assert preempted(process) == 12
@@ -127,23 +127,23 @@ def test_asked_to_stop_after_the_last_step_is_saved(world: dict, through: Path, 
 
 @fault(22)
 @slow
-def test_asked_to_stop_after_the_last_step_is_not_saved(world: dict, through: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_after_the_last_step_is_not_saved(run_options: dict, through: Path, tmp_path: Path) -> None:
     """The export must not be lost."""
     out = tmp_path / "out"
-    process = start(out, hook=hooks.terminate_in_export, **{**world, "save_every": 0})
+    process = start(out, hook=hooks.terminate_in_export, **{**run_options, "save_every": 0})
     assert_ended(process, code=0, seconds=60)
     same(out, through)
     assert not (out / ".export").exists()
 
 
 @fault(22)
-def test_asked_to_stop_while_it_ends(world: dict, through: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_while_it_ends(run_options: dict, through: Path, tmp_path: Path) -> None:
     """The run ends as it would have, and says so: with its model, or with what was refused."""
     out = tmp_path / "out"
-    ended = run(out, hook=hooks.terminate_in_close, **world)
+    ended = run(out, hook=hooks.terminate_in_close, **run_options)
     assert ended.status == {"state": "done", "step": 12, "reason": ""}
     same(out, through)
-    refused(tmp_path / "no", "--beta", hook=hooks.terminate_in_close, **{**world, "beta": -1})
+    refused(tmp_path / "no", "--beta", hook=hooks.terminate_in_close, **{**run_options, "beta": -1})
 
 
 def is_running(process: harness.Started) -> bool:
@@ -153,8 +153,8 @@ def is_running(process: harness.Started) -> bool:
 
 
 @fault(22)
-def test_asked_to_stop_before_all_ranks_are_there(world: dict, tmp_path: Path) -> None:
-    process = start(tmp_path / "out", processes=2, hook=hooks.late_second_rank, **world)
+def test_asked_to_stop_before_all_ranks_are_there(run_options: dict, tmp_path: Path) -> None:
+    process = start(tmp_path / "out", processes=2, hook=hooks.late_second_rank, **run_options)
     process.until(lambda: is_running(process))
     process.send(signal.SIGTERM)
     assert_ended(process, code=75, seconds=20)
@@ -216,8 +216,8 @@ def test_torchrun_is_killed(longer: dict, tmp_path: Path) -> None:
 
 @fault(26)
 @pytest.mark.parametrize("torchrun, runs", [(False, 3), pytest.param(True, 20, marks=slow)])
-def test_normal_ends(world: dict, tmp_path: Path, torchrun: bool, runs: int) -> None:
-    options = {**world, "max_steps": 1, "save_every": 0}
+def test_normal_ends(run_options: dict, tmp_path: Path, torchrun: bool, runs: int) -> None:
+    options = {**run_options, "max_steps": 1, "save_every": 0}
     for number in range(runs):
         out = tmp_path / f"{number}"
         process = run(out, processes=2, torchrun=torchrun, **options)
@@ -245,11 +245,11 @@ def test_a_rank_that_is_stuck_is_named(longer: dict, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def held_out(world: dict) -> dict:
+def held_out(run_options: dict) -> dict:
     """So many held-out rows that a pass over them takes seconds."""
-    path = world["model"].parent / "held_out.jsonl"
+    path = run_options["model"].parent / "held_out.jsonl"
     tiny.make_rows(400, 7, path=path, prompt_words=(1, 6), completion_words=(1, 4))
-    return {**world, "eval_data": path, "micro_batch_tokens": 32, "save_every": 0}
+    return {**run_options, "eval_data": path, "micro_batch_tokens": 32, "save_every": 0}
 
 
 @fault("d")

@@ -43,10 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def options_for(algorithm: str, k: int, folder: Path, world: dict) -> dict[str, Any]:
+def options_for(algorithm: str, k: int, folder: Path, run_options: dict) -> dict[str, Any]:
     """20 steps over rows of k completions, in epochs of six."""
     return {
-        **world,
+        **run_options,
         "script": f"algos/{algorithm}.py",
         "train_data": folder / f"rows-{k}.jsonl",
         "max_steps": STEPS,
@@ -85,9 +85,9 @@ def sizes() -> list:
 
 @fault("a")
 @pytest.mark.parametrize("algorithm, k", sizes())
-def test_any_number_of_processes(world: dict, folder: Path, tmp_path: Path, algorithm: str, k: int) -> None:
+def test_any_number_of_processes(run_options: dict, folder: Path, tmp_path: Path, algorithm: str, k: int) -> None:
     """1, 2 and 4 processes, with replicas of the weights, and another number at every resumption."""
-    options = options_for(algorithm, k, folder, world)
+    options = options_for(algorithm, k, folder, run_options)
     options["seconds"] = 300
 
     outs = {}
@@ -127,7 +127,7 @@ def dtypes_in(path: Path) -> set[str]:
 @fault("a")
 @slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_bfloat16(world: dict, folder: Path, tmp_path: Path, algorithm: str) -> None:
+def test_bfloat16(run_options: dict, folder: Path, tmp_path: Path, algorithm: str) -> None:
     """Losses within rounding of float32 on one process and on two; weights and optimizer are float32.
 
     Log-probs of some ten nats are rounded by some hundredths; ipo's loss changes by up to ten for each nat.
@@ -135,7 +135,7 @@ def test_bfloat16(world: dict, folder: Path, tmp_path: Path, algorithm: str) -> 
     tolerance = 0.02
     if algorithm == "ipo":
         tolerance = 0.05
-    options = options_for(algorithm, 2, folder, world)
+    options = options_for(algorithm, 2, folder, run_options)
     options["save_every"] = STEPS
     run(tmp_path / "float32", **options)
     exact_losses = values_of(tmp_path / "float32", "loss")

@@ -113,7 +113,15 @@ class Batches:
             yield from self.of_step(step)
 
     def pack(self, group_index: Tensor, global_groups: int, global_tokens: int, progress: float) -> Batch:
-        """The groups at `group_index` (B,) as one packed row; without any, one token that predicts nothing."""
+        """The groups at `group_index` (B,) as one packed row; without any, one token that predicts nothing.
+
+        Two groups, [p p | a a | b] and [q | c | d], are packed like this:
+
+            position in the row    0  1  2  3  4  5  6  7
+            input_ids              p  p  a  a  b  q  c  d
+            position_ids           0  1  2  3  2  0  1  1
+            predicted from               1  2  1     5  5
+        """
         groups = self.groups
         offsets = groups.offsets[group_index]
         lengths = offsets.diff(dim=1)  # (B, 1 + K): of the pieces, which are the prompt and the completions

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shared import UserError, first_line
 from shared.attention import ATTENTION_NAME, span_attention
-from shared.batches import Batches
 from shared.distributed import Ranks, from_main, shard
 from shared.files import bytes_of, is_complete
-from shared.groups import Groups
 from shared.last_layer import skip_unread
 from shared.model import Policy, RewardModel
+from shared.packing import check_packing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -170,8 +169,8 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     try:
         layers = _layers(lm)
         skip_unread(layers[-1])
-        if ranks.is_main and not _packing_agrees(model):
-            raise ValueError("packed rows give other values than it does")
+        if ranks.is_main:
+            check_packing(model)
     except Exception as error:  # an architecture that does not fit fails in many ways
         raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
 
@@ -203,40 +202,3 @@ def _weights_hash(lm: Any) -> str:
             config[name] = value
     digest.update(json.dumps(config, default=str).encode())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- the check of packed rows
-
-
-@torch.no_grad()
-def _packing_agrees(model: Policy | RewardModel) -> bool:
-    """Whether a packed row gives the same values as stock forward passes.
-
-    It would not with sliding windows or soft-capped logits, for instance.
-    """
-    lm = model.lm
-    ids = torch.randint(lm.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0))
-    offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
-    groups = Groups(ids.int(), offsets, torch.arange(2), {})
-    ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
-    (batch,) = Batches(groups, batch_size=2, micro_batch_tokens=64, seed=None, ranks=ranks).of_step(1)
-    packed = model.values(batch)
-
-    pad_token_id = lm.config.pad_token_id
-    lm.config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
-    lm.eval().set_attn_implementation("sdpa")
-    stock = _stock_values(model, ids, offsets)
-    lm.train().set_attn_implementation(ATTENTION_NAME)
-    lm.config.pad_token_id = pad_token_id
-    return torch.allclose(packed, stock, rtol=1e-4, atol=1e-3)
-
-
-def _stock_values(model: Policy | RewardModel, ids: Tensor, offsets: Tensor) -> Tensor:
-    """(n, K), the values of the completions by one stock forward pass each."""
-    values = torch.zeros(len(offsets), offsets.shape[1] - 2)
-    for row, (prompt_start, *bounds) in enumerate(offsets.tolist()):
-        prompt = ids[prompt_start : bounds[0]]
-        for k in range(len(bounds) - 1):
-            completion = ids[bounds[k] : bounds[k + 1]]
-            values[row, k] = model.stock_value(prompt, completion)
-    return values

@@ -1,0 +1,143 @@
+"""Which families of models are trained, and that every other one is refused in one line.
+
+The models are random, with transformers' own small initial weights: a layer that packed rows compute wrongly then
+changes the values by less than rounding may.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shared import UserError
+from shared.distributed import single_process
+from shared.loading import load_policy_from, load_reward_model
+
+SIZES: dict[str, object] = {
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+DELTA_RULE = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+STATE_SPACE = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 16}
+
+TRAINED: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt_neox": {},
+    "gpt2": {},
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS,
+    "olmo2": {},
+    "phi3": {},
+    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+}
+REFUSED: dict[str, dict[str, object]] = {
+    "qwen3_5_text": DELTA_RULE,
+    "qwen3_next": {**DELTA_RULE, **EXPERTS, "shared_expert_intermediate_size": 32},
+    "jamba": {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "falcon_h1": STATE_SPACE,
+    "bamba": {**STATE_SPACE, "attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1, "lru_width": 32},
+    "bloom": {},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 16,
+        "use_mamba_kernels": False,
+    },
+    "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
+}
+
+
+def save_model(family: str, directory: Path, **overrides: object) -> Path:
+    """A random model of a family, of transformers' own initial weights, and its tokenizer."""
+    config = AutoConfig.for_model(family, **{**SIZES, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tiny.make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def load(directory: Path) -> nn.Module:
+    with single_process("float32") as ranks:
+        return load_policy_from(str(directory), ranks)
+
+
+def load_for_rewards(directory: Path) -> nn.Module:
+    args = SimpleNamespace(model=str(directory), activation_checkpointing=False, seed=0)
+    with single_process("float32") as ranks:
+        return load_reward_model(args, ranks, tiny.make_tokenizer())
+
+
+def refusal(directory: Path) -> str:
+    """The message of the one line with which a model is refused."""
+    with pytest.raises(UserError) as refused:
+        load(directory)
+    message = str(refused.value)
+    assert message.startswith(f"model {directory}: ")
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- what packed rows compute
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
+    """Nothing of the check at loading stays behind."""
+    policy = load(save_model(family, tmp_path / family, **TRAINED[family]))
+    assert all(parameter.grad is None for parameter in policy.parameters())
+    assert policy.lm.training
+    assert policy.lm.config._attn_implementation == "spans"
+    assert not policy.lm.get_input_embeddings()._forward_hooks
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_family_is_refused(family: str, tmp_path: Path) -> None:
+    message = refusal(save_model(family, tmp_path / family, **REFUSED[family]))
+    assert "is not supported" in message
+
+
+def test_a_reward_model_is_checked_by_its_rewards(tmp_path: Path) -> None:
+    load_for_rewards(save_model("qwen3", tmp_path / "qwen3"))
+    jamba = save_model("jamba", tmp_path / "jamba", **REFUSED["jamba"])
+    with pytest.raises(UserError, match="JambaForSequenceClassification is not supported"):
+        load_for_rewards(jamba)
+
+
+@pytest.mark.parametrize("window", [1, 2, 7])
+def test_a_window_shortens_the_rows_of_the_check(window: int, tmp_path: Path) -> None:
+    """Within it, packed rows are exact."""
+    load(save_model("mistral", tmp_path / "model", sliding_window=window))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 POLICY_CLASS = "AutoModelForCausalLM"
 REWARD_MODEL_CLASS = "AutoModelForSequenceClassification"
 REWARD_HEAD = "score.weight"
+NOT_IN_ROWS = (
+    "packed rows have no soft caps, sinks, position biases, latent attention, logit scales or recurrent layers"
+)
 
 AnyModel = TypeVar("AnyModel", Policy, RewardModel)
 
@@ -38,20 +41,46 @@ def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrained
     if reference is not None:
         reference_tokenizer, reference_config = _load_tokenizer_and_config(reference)
         same_tokens = reference_tokenizer.get_vocab() == tokenizer.get_vocab()
-        if not same_tokens or reference_config.vocab_size != config.vocab_size:
+        same_size = reference_config.get_text_config().vocab_size == config.get_text_config().vocab_size
+        if not same_tokens or not same_size:
             raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
     return tokenizer, config
 
 
 def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    _refuse_adapter(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
         raise _unloadable(path, error) from None
-    return tokenizer, config
+    return tokenizer, _load_config(path)
+
+
+def _load_config(path: str) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.get_text_config()  # raises an error if there are several
+    except Exception as error:
+        raise _unloadable(path, error) from None
+    return config
+
+
+def _refuse_adapter(path: str) -> None:
+    """Raises UserError for a directory or hub id that holds an adapter, which is not a model by itself."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(path)
+    except Exception:  # what is wrong with the path is said when its configuration is loaded
+        return
+    if file is not None:
+        adapter = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = adapter.get("base_model_name_or_path") or "another model"
+        raise UserError(f"model {path}: is a LoRA adapter of {base}; merge it into its base model first")
 
 
 def _unloadable(path: str, error: Exception) -> UserError:
@@ -65,12 +94,12 @@ def _unloadable(path: str, error: Exception) -> UserError:
 
 
 def load_policy(args: Any, ranks: Ranks) -> Policy:
-    """The policy to train, from `args.model`. Raises UserError as `load_model` does."""
+    """The policy to train, from `args.model`. Raises UserError as `load_policy_from` does."""
     return load_policy_from(args.model, ranks, args.activation_checkpointing)
 
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
-    """Load a causal language model in float32, check it, and shard it. Raises UserError as `load_model` does."""
+    """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails."""
     lm = _load_lm(POLICY_CLASS, path)
     return _prepare(Policy(lm), path, ranks, activation_checkpointing)
 
@@ -115,12 +144,13 @@ def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
 def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
     """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
 
-    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, or a tensor is missing
-    or not finite.
+    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, if it is quantised or
+    multimodal, or if a tensor is missing or not finite.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
+    _refuse_kind(path, _load_config(path))
     options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
     lm = _from_pretrained(auto_class, path, new_tensor, **options)
     for name, parameter in lm.named_parameters():
@@ -130,6 +160,17 @@ def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return lm.train()  # activation checkpointing works in training mode only
+
+
+def _refuse_kind(path: str, config: "PretrainedConfig") -> None:
+    """Raises UserError for a model that is quantised, or whose language model is only a part of it."""
+    text_config = config.get_text_config()
+    for part in (config, text_config):
+        if getattr(part, "quantization_config", None):
+            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
+    if text_config is not config:
+        remedy = f"its text part cannot be trained inside it; save that part as a {text_config.model_type} model first"
+        raise UserError(f"model {path}: is a multimodal model; {remedy}")
 
 
 def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
@@ -172,7 +213,8 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
         if ranks.is_main:
             check_packing(model)
     except Exception as error:  # an architecture that does not fit fails in many ways
-        raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
+        problem = f"{type(lm).__name__} is not supported; {NOT_IN_ROWS} ({first_line(error)})"
+        raise UserError(f"model {path}: {problem}") from None
 
     fingerprint = ""
     if ranks.is_main:
@@ -184,8 +226,9 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
 
 def _layers(lm: Any) -> list[nn.Module]:
     """The layers of a transformer, from the first to the last."""
+    num_layers = lm.config.get_text_config().num_hidden_layers
     for module in lm.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     raise ValueError("it has no list of layers")
 

@@ -4,8 +4,10 @@ The models are random, with transformers' own small initial weights: a layer tha
 changes the values by less than rounding may.
 """
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -15,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shared import UserError
 from shared.distributed import single_process
-from shared.loading import load_policy_from, load_reward_model
+from shared.groups import Groups, check_fit
+from shared.loading import NOT_IN_ROWS, load_policy_from, load_reward_model, load_tokenizer
 
 SIZES: dict[str, object] = {
     "vocab_size": 400,
@@ -141,3 +144,88 @@ def test_a_reward_model_is_checked_by_its_rewards(tmp_path: Path) -> None:
 def test_a_window_shortens_the_rows_of_the_check(window: int, tmp_path: Path) -> None:
     """Within it, packed rows are exact."""
     load(save_model("mistral", tmp_path / "model", sliding_window=window))
+
+
+@pytest.mark.parametrize("family", ["stablelm", "gemma2", "gpt_oss", "deepseek_v3", "nemotron", "cohere"])
+def test_an_inner_error_stands_at_the_end(family: str, tmp_path: Path) -> None:
+    """What packed rows cannot give comes first: the error itself says nothing to a user."""
+    message = refusal(save_model(family, tmp_path / "model", **EXPERTS))
+    beginning, _, inner_error = message.partition(f" is not supported; {NOT_IN_ROWS} (")
+    assert beginning.endswith("ForCausalLM")
+    assert inner_error.endswith(")")
+    print(inner_error)
+
+
+# ---------------------------------------------------------------- what is not a language model by itself
+
+
+@pytest.mark.parametrize("base, name", [("org/base", "org/base"), (None, "another model")])
+def test_an_adapter_is_refused(base: str | None, name: str, tmp_path: Path) -> None:
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": base}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError) as refused:
+        load_tokenizer(str(tmp_path))
+    remedy = "merge it into its base model first"
+    assert str(refused.value) == f"model {tmp_path}: is a LoRA adapter of {name}; {remedy}"
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    ],
+)
+def test_a_quantised_checkpoint_is_refused(quantization: dict, tmp_path: Path) -> None:
+    directory = save_model("llama", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (directory / "config.json").write_text(json.dumps(config))
+    assert refusal(directory) == f"model {directory}: is quantised; give the full-precision checkpoint"
+
+
+VISION = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": {"model_type": "gemma3_text", **SIZES}, "vision_config": VISION},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **SIZES},
+        "vision_config": {"model_type": "pixtral", **VISION},
+    },
+    "qwen2_vl": {"text_config": {"model_type": "qwen2_vl_text", **SIZES}, "vision_config": {"depth": 1}},
+    "qwen3_5": {"text_config": {"model_type": "qwen3_5_text", **SIZES, **DELTA_RULE}, "vision_config": {"depth": 1}},
+}
+
+
+def save_wrapper(wrapper: str, directory: Path) -> Path:
+    """The configuration of a multimodal model, without weights, and a tokenizer."""
+    config = AutoConfig.for_model(wrapper, **WRAPPERS[wrapper])
+    config.save_pretrained(directory)
+    tiny.make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_multimodal_model_is_refused(wrapper: str, tmp_path: Path) -> None:
+    """Its sizes are those of its text part."""
+    save_wrapper(wrapper, tmp_path)
+    _, config = load_tokenizer(str(tmp_path), str(tmp_path))
+    groups = Groups(torch.tensor([1, 2, 400]).int(), torch.tensor([[0, 1, 2, 3]]), torch.arange(1), {})
+    with pytest.raises(UserError, match="the model embeds 400"):
+        check_fit(groups, config, "rows.jsonl")
+
+    message = refusal(tmp_path)
+    text_type = WRAPPERS[wrapper]["text_config"]["model_type"]
+    assert "is a multimodal model; its text part cannot be trained inside it" in message
+    assert message.endswith(f"save that part as a {text_type} model first")
+
+
+def test_a_run_from_a_multimodal_model_ends_with_one_line(tmp_path: Path) -> None:
+    model = save_wrapper("gemma3", tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    tiny.make_rows(4, seed=2, path=rows, prompt_words=(1, 5), completion_words=(1, 5))
+    process = tiny.start("algos/dpo.py", tmp_path / "out", model=model, train_data=rows, max_steps=1)
+    assert process.wait(timeout=120) == 2
+    log = tiny.read_log(tmp_path / "out")
+    assert "is a multimodal model" in log
+    assert "Traceback" not in log

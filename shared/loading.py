@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from shared import UserError, first_line
 from shared.attention import ATTENTION_NAME, span_attention
@@ -95,7 +96,9 @@ def _unloadable(path: str, error: Exception) -> UserError:
 
 def load_policy(args: Any, ranks: Ranks) -> Policy:
     """The policy to train, from `args.model`. Raises UserError as `load_policy_from` does."""
-    return load_policy_from(args.model, ranks, args.activation_checkpointing)
+    policy = load_policy_from(args.model, ranks, args.activation_checkpointing)
+    _say_what_is_left_out(policy, args.model, ranks)
+    return policy
 
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
@@ -115,6 +118,7 @@ def load_reward_model(args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBa
     lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
     model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
     model.lm.config.pad_token_id = tokenizer.pad_token_id
+    _say_what_is_left_out(model, args.model, ranks)
     return model
 
 
@@ -128,6 +132,14 @@ def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) ->
     """A causal language model as transformers has it, to generate with. Raises UserError if it cannot be loaded."""
     lm = _from_pretrained(POLICY_CLASS, path, dtype=dtype)
     return lm.to(device).eval()
+
+
+def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) -> None:
+    """Print that a mixture of experts is trained without the loss that balances the load of its experts."""
+    coefficient = getattr(model.lm.config, "router_aux_loss_coef", None)
+    if coefficient and ranks.is_main:
+        left_out = f"its load-balancing loss (router_aux_loss_coef {coefficient}) is left out"
+        tqdm.write(f"model {path}: a mixture of experts; {left_out}")
 
 
 def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:

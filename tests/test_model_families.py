@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shared import UserError
 from shared.distributed import single_process
 from shared.groups import Groups, check_fit
-from shared.loading import NOT_IN_ROWS, load_policy_from, load_reward_model, load_tokenizer
+from shared.loading import NOT_IN_ROWS, load_policy, load_policy_from, load_reward_model, load_tokenizer
 
 SIZES: dict[str, object] = {
     "vocab_size": 400,
@@ -229,3 +229,21 @@ def test_a_run_from_a_multimodal_model_ends_with_one_line(tmp_path: Path) -> Non
     log = tiny.read_log(tmp_path / "out")
     assert "is a multimodal model" in log
     assert "Traceback" not in log
+
+
+# ---------------------------------------------------------------- mixtures of experts
+
+
+@pytest.mark.parametrize("coefficient, lines", [(0.02, 2), (0.0, 0)])
+def test_the_load_balancing_loss_is_said_to_be_left_out(
+    coefficient: float, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once for a policy that is trained, and once for a reward model."""
+    model = save_model("mixtral", tmp_path / "model", **EXPERTS, router_aux_loss_coef=coefficient)
+    args = SimpleNamespace(model=str(model), activation_checkpointing=False, seed=0)
+    with single_process("float32") as ranks:
+        load_policy(args, ranks)
+        load_reward_model(args, ranks, tiny.make_tokenizer())
+    printed = capsys.readouterr().out
+    assert printed.count("its load-balancing loss (router_aux_loss_coef 0.02) is left out") == lines
+    assert printed.count("load-balancing") == lines

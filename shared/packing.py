@@ -25,10 +25,10 @@ from shared.model import Policy, RewardModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LENGTHS = ((24, 17, 12), (5, 20, 9), (16, 6, 28))  # of each group: the tokens of its prompt and its two completions
-DIFFERENTIATED = ((0, 0), (2, 1))  # group and completion of the two values whose gradients are compared
+LENGTHS = ((10, 30, 20), (4, 16, 8), (7, 9, 24))  # of each group: the tokens of its prompt and its two completions
+COMPARED = ((0, 0), (2, 1))  # group and completion; other tokens stand before, between and behind what these two read
 VALUE_TOLERANCE = 1e-4  # of a value
-VALUE_FLOOR = 1e-3  # a value is a sum over up to 28 tokens
+VALUE_FLOOR = 1e-3  # a value is a sum over up to 30 tokens
 GRADIENT_TOLERANCE = 1e-2  # of a token's own gradient; rounding gives about 1e-5, another attention about 1
 GRADIENT_FLOOR = 1e-5  # of the largest gradient of any token
 
@@ -42,20 +42,19 @@ def check_packing(model: Policy | RewardModel) -> None:
     groups = _arbitrary_groups(model.lm.config.get_text_config())
     values, gradient = _of_packed_row(model, groups)
 
-    tokens = groups.tokens.long()
     stock_values = torch.zeros_like(values)
     stock_gradient = torch.zeros_like(gradient)
-    is_seen = torch.zeros(len(gradient), dtype=torch.bool)  # by a differentiated value
+    is_read = torch.zeros(len(gradient), dtype=torch.bool)
     with _stock_attention(model.lm):
-        for group, k, prompt, completion in _completions(groups):
+        for i, (group, k) in enumerate(COMPARED):
+            bounds = groups.offsets[group].tolist()
+            prompt = torch.arange(bounds[0], bounds[1])
+            completion = torch.arange(bounds[1 + k], bounds[2 + k])
             positions = torch.cat([prompt, completion])
-            value, gradient_of_tokens = _of_stock_pass(model, tokens[prompt], tokens[completion])
-            stock_values[group, k] = value
-            if (group, k) in DIFFERENTIATED:
-                stock_gradient[positions] = gradient_of_tokens
-                is_seen[positions] = True
+            is_read[positions] = True
+            stock_values[i], stock_gradient[positions] = _of_stock_pass(model, groups, prompt, completion)
 
-    if gradient[~is_seen].any():
+    if gradient[~is_read].any():
         raise ValueError("in a packed row, a completion depends on the tokens of another one")
     if not torch.allclose(values, stock_values, VALUE_TOLERANCE, VALUE_FLOOR):
         raise ValueError("packed rows give other values than it does")
@@ -83,15 +82,6 @@ def _arbitrary_groups(config: "PretrainedConfig") -> Groups:
     return Groups(tokens.int(), offsets, torch.arange(len(lengths)), {})
 
 
-def _completions(groups: Groups) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Of each completion: its group, its number in it, and the positions of the prompt and of the completion."""
-    for group, bounds in enumerate(groups.offsets.tolist()):
-        prompt = torch.arange(bounds[0], bounds[1])
-        for k in range(groups.num_completions):
-            completion = torch.arange(bounds[1 + k], bounds[2 + k])
-            yield group, k, prompt, completion
-
-
 @contextmanager
 def _stock_attention(lm: Any) -> Iterator[None]:
     """Inside, the model runs as transformers has it."""
@@ -104,20 +94,23 @@ def _stock_attention(lm: Any) -> Iterator[None]:
 
 
 def _of_packed_row(model: Policy | RewardModel, groups: Groups) -> tuple[Tensor, Tensor]:
-    """(n, K), the values of the completions, and (T, H), the gradient of the differentiated ones by the embeddings."""
+    """(2,), the compared values, and (T, H), the gradient of their sum by the embeddings."""
     ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
     batches = Batches(groups, len(groups), len(groups.tokens), None, ranks)
     (batch,) = batches.of_step(1)
     with _embeddings(model) as embeddings:
         values = model.values(batch)
-    differentiated = torch.stack([values[index] for index in DIFFERENTIATED])
-    return values.detach(), _gradient(differentiated.sum(), embeddings)
+    compared = torch.stack([values[index] for index in COMPARED])
+    return compared.detach(), _gradient(compared.sum(), embeddings)
 
 
-def _of_stock_pass(model: Policy | RewardModel, prompt: Tensor, completion: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of one completion, and its gradient by the embeddings (P + C, H)."""
+def _of_stock_pass(
+    model: Policy | RewardModel, groups: Groups, prompt: Tensor, completion: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The value of the completion at some positions, and its gradient by the embeddings (P + C, H)."""
+    tokens = groups.tokens.long()
     with _embeddings(model) as embeddings:
-        value = model.stock_value(prompt, completion)
+        value = model.stock_value(tokens[prompt], tokens[completion])
     return value.detach(), _gradient(value, embeddings)
 
 

@@ -291,7 +291,7 @@ def held_out_prompts(held_out: Batches | None, config, args: Args) -> dict[int, 
         return {}
 
     groups = held_out.groups
-    room = getattr(config, "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    room = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
     bounds = groups.offsets[: args.num_prompts, :2].tolist()
     prompts = {}
     for row, (start, end) in zip(groups.row_numbers.tolist(), bounds, strict=False):

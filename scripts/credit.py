@@ -157,7 +157,7 @@ def encode(path: str, summaries: Summaries) -> tuple[list[EncodedRow], Tensor]:
     Raises UserError unless each word of a summary is one token.
     """
     tokenizer, config = load_tokenizer(path)
-    room = getattr(config, "max_position_embeddings", sys.maxsize)
+    room = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
     has_eos = [[True] * len(texts) for texts in summaries.texts]
     rows = encode_completions(path, summaries.prompts, summaries.texts, has_eos, tokenizer, room)
 

@@ -81,7 +81,7 @@ def encode(args: Args, dropped: Counter[str]) -> tuple[list[EncodedRow], "PreTra
     room = sys.maxsize
     _, reference_config = load_tokenizer(args.reference)
     for model_config in (config, reference_config):
-        positions = getattr(model_config, "max_position_embeddings", None) or room
+        positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or room
         room = min(room, positions, full_attention_length(model_config))
 
     examples = read_comparisons(args, dropped)

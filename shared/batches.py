@@ -250,7 +250,7 @@ def load_batches(
 
 
 def _max_length(args: Any, config: "PretrainedConfig") -> int:
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and args.max_length and args.max_length > positions:
         raise UserError(f"--max-length {args.max_length}: the model has {positions} positions")
     return args.max_length or positions or sys.maxsize

@@ -432,6 +432,7 @@ def full_attention_length(config: "PretrainedConfig") -> int:
 
     Packed rows assume both.
     """
+    config = config.get_text_config()
     limits = [getattr(config, "sliding_window", None)]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -442,8 +443,9 @@ def full_attention_length(config: "PretrainedConfig") -> int:
 def check_fit(groups: Groups, config: "PretrainedConfig", source: str) -> None:
     """Raises UserError for a token without an embedding, and for a row that is too long for full attention."""
     largest_id = int(groups.tokens.max())
-    if largest_id >= config.vocab_size:
-        raise UserError(f"{source}: token id {largest_id}, but the model embeds {config.vocab_size}")
+    vocab_size = config.get_text_config().vocab_size
+    if largest_id >= vocab_size:
+        raise UserError(f"{source}: token id {largest_id}, but the model embeds {vocab_size}")
 
     limit = full_attention_length(config)
     if groups.longest > limit:

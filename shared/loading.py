@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from tqdm import tqdm
 
 from shared import UserError, first_line
 from shared.attention import ATTENTION_NAME, span_attention
-from shared.batches import Batches
 from shared.distributed import Ranks, from_main, shard
 from shared.files import bytes_of, is_complete
-from shared.groups import Groups
 from shared.last_layer import skip_unread
 from shared.model import Policy, RewardModel
+from shared.packing import check_packing
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 POLICY_CLASS = "AutoModelForCausalLM"
 REWARD_MODEL_CLASS = "AutoModelForSequenceClassification"
 REWARD_HEAD = "score.weight"
+NOT_IN_ROWS = (
+    "packed rows have no soft caps, sinks, position biases, latent attention, logit scales or recurrent layers"
+)
 
 AnyModel = TypeVar("AnyModel", Policy, RewardModel)
 
@@ -39,20 +42,46 @@ def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrained
     if reference is not None:
         reference_tokenizer, reference_config = _load_tokenizer_and_config(reference)
         same_tokens = reference_tokenizer.get_vocab() == tokenizer.get_vocab()
-        if not same_tokens or reference_config.vocab_size != config.vocab_size:
+        same_size = reference_config.get_text_config().vocab_size == config.get_text_config().vocab_size
+        if not same_tokens or not same_size:
             raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
     return tokenizer, config
 
 
 def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    _refuse_adapter(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
         raise _unloadable(path, error) from None
-    return tokenizer, config
+    return tokenizer, _load_config(path)
+
+
+def _load_config(path: str) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.get_text_config()  # raises an error if there are several
+    except Exception as error:
+        raise _unloadable(path, error) from None
+    return config
+
+
+def _refuse_adapter(path: str) -> None:
+    """Raises UserError for a directory or hub id that holds an adapter, which is not a model by itself."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        file = find_adapter_config_file(path)
+    except Exception:  # what is wrong with the path is said when its configuration is loaded
+        return
+    if file is not None:
+        adapter = json.loads(Path(file).read_text(encoding="utf-8"))
+        base = adapter.get("base_model_name_or_path") or "another model"
+        raise UserError(f"model {path}: is a LoRA adapter of {base}; merge it into its base model first")
 
 
 def _unloadable(path: str, error: Exception) -> UserError:
@@ -66,12 +95,14 @@ def _unloadable(path: str, error: Exception) -> UserError:
 
 
 def load_policy(args: Any, ranks: Ranks) -> Policy:
-    """The policy to train, from `args.model`. Raises UserError as `load_model` does."""
-    return load_policy_from(args.model, ranks, args.activation_checkpointing)
+    """The policy to train, from `args.model`. Raises UserError as `load_policy_from` does."""
+    policy = load_policy_from(args.model, ranks, args.activation_checkpointing)
+    _say_what_is_left_out(policy, args.model, ranks)
+    return policy
 
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
-    """Load a causal language model in float32, check it, and shard it. Raises UserError as `load_model` does."""
+    """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails."""
     lm = _load_lm(POLICY_CLASS, path)
     return _prepare(Policy(lm), path, ranks, activation_checkpointing)
 
@@ -87,6 +118,7 @@ def load_reward_model(args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBa
     lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
     model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
     model.lm.config.pad_token_id = tokenizer.pad_token_id
+    _say_what_is_left_out(model, args.model, ranks)
     return model
 
 
@@ -100,6 +132,14 @@ def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) ->
     """A causal language model as transformers has it, to generate with. Raises UserError if it cannot be loaded."""
     lm = _from_pretrained(POLICY_CLASS, path, dtype=dtype)
     return lm.to(device).eval()
+
+
+def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) -> None:
+    """Print that a mixture of experts is trained without the loss that balances the load of its experts."""
+    coefficient = getattr(model.lm.config, "router_aux_loss_coef", None)
+    if coefficient and ranks.is_main:
+        left_out = f"its load-balancing loss (router_aux_loss_coef {coefficient}) is left out"
+        tqdm.write(f"model {path}: a mixture of experts; {left_out}")
 
 
 def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
@@ -116,12 +156,13 @@ def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
 def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
     """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
 
-    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, or a tensor is missing
-    or not finite.
+    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, if it is quantised or
+    multimodal, or if a tensor is missing or not finite.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
+    _refuse_kind(path, _load_config(path))
     options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
     lm = _from_pretrained(auto_class, path, new_tensor, **options)
     for name, parameter in lm.named_parameters():
@@ -131,6 +172,17 @@ def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return lm.train()  # activation checkpointing works in training mode only
+
+
+def _refuse_kind(path: str, config: "PretrainedConfig") -> None:
+    """Raises UserError for a model that is quantised, or whose language model is only a part of it."""
+    text_config = config.get_text_config()
+    for part in (config, text_config):
+        if getattr(part, "quantization_config", None):
+            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
+    if text_config is not config:
+        remedy = f"its text part cannot be trained inside it; save that part as a {text_config.model_type} model first"
+        raise UserError(f"model {path}: is a multimodal model; {remedy}")
 
 
 def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
@@ -170,10 +222,11 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     try:
         layers = _layers(lm)
         skip_unread(layers[-1])
-        if ranks.is_main and not _packing_agrees(model):
-            raise ValueError("packed rows give other values than it does")
+        if ranks.is_main:
+            check_packing(model)
     except Exception as error:  # an architecture that does not fit fails in many ways
-        raise UserError(f"model {path}: {type(lm).__name__} is not supported ({first_line(error)})") from None
+        problem = f"{type(lm).__name__} is not supported; {NOT_IN_ROWS} ({first_line(error)})"
+        raise UserError(f"model {path}: {problem}") from None
 
     fingerprint = ""
     if ranks.is_main:
@@ -185,8 +238,9 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
 
 def _layers(lm: Any) -> list[nn.Module]:
     """The layers of a transformer, from the first to the last."""
+    num_layers = lm.config.get_text_config().num_hidden_layers
     for module in lm.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == lm.config.num_hidden_layers:
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     raise ValueError("it has no list of layers")
 
@@ -203,40 +257,3 @@ def _weights_hash(lm: Any) -> str:
             config[name] = value
     digest.update(json.dumps(config, default=str).encode())
     return digest.hexdigest()
-
-
-# ---------------------------------------------------------------- the check of packed rows
-
-
-@torch.no_grad()
-def _packing_agrees(model: Policy | RewardModel) -> bool:
-    """Whether a packed row gives the same values as stock forward passes.
-
-    It would not with sliding windows or soft-capped logits, for instance.
-    """
-    lm = model.lm
-    ids = torch.randint(lm.config.vocab_size, (16,), generator=torch.Generator().manual_seed(0))
-    offsets = torch.tensor([[0, 4, 7, 9], [9, 10, 11, 16]])  # two groups: prompts 4 and 1, completions 3, 2 and 1, 5
-    groups = Groups(ids.int(), offsets, torch.arange(2), {})
-    ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
-    (batch,) = Batches(groups, batch_size=2, micro_batch_tokens=64, seed=None, ranks=ranks).of_step(1)
-    packed = model.values(batch)
-
-    pad_token_id = lm.config.pad_token_id
-    lm.config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
-    lm.eval().set_attn_implementation("sdpa")
-    stock = _stock_values(model, ids, offsets)
-    lm.train().set_attn_implementation(ATTENTION_NAME)
-    lm.config.pad_token_id = pad_token_id
-    return torch.allclose(packed, stock, rtol=1e-4, atol=1e-3)
-
-
-def _stock_values(model: Policy | RewardModel, ids: Tensor, offsets: Tensor) -> Tensor:
-    """(n, K), the values of the completions by one stock forward pass each."""
-    values = torch.zeros(len(offsets), offsets.shape[1] - 2)
-    for row, (prompt_start, *bounds) in enumerate(offsets.tolist()):
-        prompt = ids[prompt_start : bounds[0]]
-        for k in range(len(bounds) - 1):
-            completion = ids[bounds[k] : bounds[k + 1]]
-            values[row, k] = model.stock_value(prompt, completion)
-    return values

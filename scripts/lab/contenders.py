@@ -316,7 +316,8 @@ class PlainLoop:
     def train_on(self, ranks: Ranks) -> Losses:
         """Train for one epoch."""
         tokenizer, config = load_tokenizer(self.spec.model)
-        groups = load_groups(self.spec.train_data, tokenizer, Requires("pair"), config.max_position_embeddings, None)
+        max_length = config.get_text_config().max_position_embeddings
+        groups = load_groups(self.spec.train_data, tokenizer, Requires("pair"), max_length, None)
         policy = self.load_model(ranks)
         reference = policy
         if not self.reference_once:
@@ -418,7 +419,8 @@ def train_and_save(spec: Spec) -> dict[str, float]:
     """Seconds and MB of a checkpoint, and by how many MB saving one lifts the peak memory of this process."""
     ranks = join_processes(spec.dtype, None)
     tokenizer, config = load_tokenizer(spec.model)
-    groups = load_groups(spec.train_data, tokenizer, Requires(), config.max_position_embeddings, None)
+    max_length = config.get_text_config().max_position_embeddings
+    groups = load_groups(spec.train_data, tokenizer, Requires(), max_length, None)
     batches = Batches(groups, spec.batch_size, spec.micro_batch_tokens, None, ranks)
     model = load_policy_from(spec.model, ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, fused=True)

@@ -136,7 +136,7 @@ def load_reward_models(paths: list[str], ranks: Ranks) -> RewardModels:
         if tokenizer.get_vocab() != tokenizers[0].get_vocab():
             raise UserError(f"model {path}: has another tokenizer than {paths[0]}; score with each by itself")
         models.append(load_scorer(path, ranks))
-        positions = getattr(config, "max_position_embeddings", None) or room
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or room
         room = min(room, positions, full_attention_length(config))
     if tokenizers[0].eos_token_id is None:
         raise UserError(f"model {paths[0]}: the tokenizer has no EOS token; set one so that completions can end")

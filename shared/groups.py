@@ -123,6 +123,7 @@ class GroupBuilder:
         self.scores = array("f")
 
         self.dropped: Counter[str] = Counter()
+        self.unused: set[str] = set()  # columns of the rows
         self.counts: Counter[str] = Counter()
         self.order_of_content: dict[int, int] = {}
 
@@ -377,7 +378,7 @@ def tokenise(
 ) -> GroupBuilder:
     """Stream a source into flat arrays; memory grows with the token ids, not with the file."""
     builder = GroupBuilder(Encoder(tokenizer), requires, max_length, max_prompt_length)
-    examples = parse_rows(source, builder.dropped)
+    examples = parse_rows(source, builder.dropped, unused=builder.unused)
     while chunk := list(islice(examples, CHUNK)):
         builder.add(chunk)
     return builder
@@ -388,6 +389,8 @@ def _write_groups(path: Path, builder: GroupBuilder) -> None:
     dropped = dict(builder.dropped)
     counts = +builder.counts  # without the zeros
     report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **counts}
+    if builder.unused:
+        report["not used"] = sorted(builder.unused)
 
     tensors = {
         "tokens": as_tensor(builder.tokens, torch.int32),
@@ -411,16 +414,18 @@ def as_tensor(values: array, dtype: torch.dtype) -> Tensor:
 
 
 def describe(report: dict) -> str:
-    """One line: rows 64, kept 61, dropped: identical completions 1, prompt too long 2; duplicates 2."""
+    """One line: rows 64, kept 61, dropped: prompt too long 3; duplicates 2; not used: id, source."""
     line = f"rows {report['rows']}, kept {report['kept']}"
     if report["dropped"]:
         reasons = [f"{reason} {number}" for reason, number in sorted(report["dropped"].items())]
         line += f", dropped: {', '.join(reasons)}"
 
-    others = report.keys() - {"source", "rows", "kept", "dropped", "sha256"}
+    others = report.keys() - {"source", "rows", "kept", "dropped", "not used", "sha256"}
     for name in sorted(others):
         if report[name]:
             line += f"; {name} {report[name]}"
+    if report.get("not used"):
+        line += f"; not used: {', '.join(report['not used'])}"
     return line
 
 

@@ -284,6 +284,15 @@ FORMS: dict[Form, Callable[[dict], Parsed]] = {
 # Sampling needs no completion.
 PROMPT_FORMS = FORMS | {("prompt",): _prompt_alone}
 
+# Columns that an example is made of, beside those of its form.
+USED_BESIDE_ALL = ("reference_samples", "reference_samples_finished")
+USED_BESIDE = {
+    "instruction": ("input",),
+    "completions": ("scores", "finished"),
+    "rejected": ("scores", "score_chosen", "score_rejected"),
+    "human_ref_B": ("scores", "score_chosen", "score_rejected"),
+}
+
 
 def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]]) -> Form:
     """The form that a source's first row has. Raises UserError, which names the nearest form, if it has none."""
@@ -310,17 +319,23 @@ def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]])
 
 
 def parse_rows(
-    source: str, dropped: Counter[str], forms: dict[Form, Callable[[dict], Parsed]] = FORMS
+    source: str,
+    dropped: Counter[str],
+    forms: dict[Form, Callable[[dict], Parsed]] = FORMS,
+    unused: set[str] | None = None,
 ) -> Iterator[Example]:
     """Yield the rows of a source as Examples.
 
-    A row that cannot be used adds its reason to `dropped`. Raises UserError, which names file and line, for a
-    malformed row and for a source without rows.
+    A row that cannot be used adds its reason to `dropped`. Columns that hold something, but that no example is made
+    of, are added to `unused`. Raises UserError, which names file and line, for a malformed row and for a source
+    without rows.
     """
     form = None
     for number, (location, row) in enumerate(read_rows(source), 1):
         if form is None:
             form = form_of(row, source, forms)
+        if unused is not None:
+            unused.update(_unused_columns(row, form))
         try:
             prompt, completions = _as_messages(*forms[form](row))
             example = _make_example(location, number, form, prompt, completions, row)
@@ -335,6 +350,24 @@ def parse_rows(
         yield example
     if form is None:
         raise UserError(f"{source}: no rows")
+
+
+def _unused_columns(row: dict, form: Form) -> list[str]:
+    """The columns of a row that hold something, but of which its example has nothing."""
+    used = {*form, *USED_BESIDE_ALL}
+    for name, beside in USED_BESIDE.items():
+        if name in form:
+            used.update(beside)
+    return [str(name) for name, value in row.items() if name not in used and not _is_empty(value)]
+
+
+def _is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, an empty text, or a list or an object of nothing."""
+    if isinstance(value, dict):
+        return all(_is_empty(part) for part in value.values())
+    if isinstance(value, list):
+        return all(_is_empty(part) for part in value)
+    return value is None or value == ""
 
 
 def _as_messages(prompt: Prompt, completions: list[Text]) -> Parsed:

@@ -117,6 +117,7 @@ class Encoder:
             conversations = [assistant_messages(completion) for completion in completions]
             before, texts = self._render_chat(_user_messages(prompt), conversations, has_eos)
         else:
+            _check_has_no_context(example)
             before, texts = self._render_plain(prompt, completions)
         return RenderedExample(example, before, texts)
 
@@ -258,9 +259,17 @@ class Encoder:
         return encoding["input_ids"]
 
 
+def _check_has_no_context(example: Example) -> None:
+    """Raises UserError for messages before a user turn, which plain text has no place for."""
+    prompt = example.prompt
+    if isinstance(prompt, UserTurn) and prompt.earlier:
+        name = "system" if prompt.earlier[0]["role"] == "system" else "history"
+        raise UserError(f"{example.location}: field {name!r} has no place in plain text; use a chat template")
+
+
 def _user_messages(prompt: Prompt) -> Messages:
     if isinstance(prompt, UserTurn):
-        return [{"role": "user", "content": prompt.text}]
+        return prompt.messages()
     return cast(Messages, prompt)
 
 

@@ -26,6 +26,11 @@ class UserTurn:
     """A prompt that is one user turn: a chat message if the tokenizer has a chat template, else plain text."""
 
     text: str
+    earlier: tuple[dict, ...] = ()  # messages before it, for which plain text has no place
+
+    def messages(self) -> Messages:
+        """The turn as chat messages, after those before it."""
+        return [*self.earlier, {"role": "user", "content": self.text}]
 
 
 Prompt = Text | UserTurn | None
@@ -285,7 +290,7 @@ FORMS: dict[Form, Callable[[dict], Parsed]] = {
 PROMPT_FORMS = FORMS | {("prompt",): _prompt_alone}
 
 # Columns that an example is made of, beside those of its form.
-USED_BESIDE_ALL = ("reference_samples", "reference_samples_finished")
+USED_BESIDE_ALL = ("system", "history", "reference_samples", "reference_samples_finished")
 USED_BESIDE = {
     "instruction": ("input",),
     "completions": ("scores", "finished"),
@@ -338,6 +343,7 @@ def parse_rows(
             unused.update(_unused_columns(row, form))
         try:
             prompt, completions = _as_messages(*forms[form](row))
+            prompt = _with_context(prompt, row, form)
             example = _make_example(location, number, form, prompt, completions, row)
             _check_encodable(example)
         except UnicodeEncodeError:
@@ -382,6 +388,50 @@ def _as_messages(prompt: Prompt, completions: list[Text]) -> Parsed:
         if isinstance(completion, list) and completion[0]["role"] != "assistant":
             raise ValueError("a completion must begin with a message of the assistant")
     return prompt, completions
+
+
+def _with_context(prompt: Prompt, row: dict, form: Form) -> Prompt:
+    """The prompt after the system message and the earlier turns of the columns `system` and `history`."""
+    system = _system(row)
+    history = []
+    if "history" not in form:
+        history = _history(row)
+    if not system and not history:
+        return prompt
+
+    if isinstance(prompt, UserTurn):
+        return UserTurn(prompt.text, (*system, *history))
+    if not isinstance(prompt, list):
+        name = "system" if system else "history"
+        raise ValueError(f"field {name!r} has no place before plain text; give the prompt as messages")
+
+    if prompt and prompt[0]["role"] == "system":
+        if system and system != prompt[:1]:
+            raise ValueError("field 'system' differs from the system message of the prompt")
+        system = prompt[:1]
+        prompt = prompt[1:]
+    return system + history + prompt
+
+
+def _system(row: dict) -> Messages:
+    if _is_empty(row.get("system")):
+        return []
+    return [{"role": "system", "content": _string(row, "system")}]
+
+
+def _history(row: dict) -> Messages:
+    """The turns of `history`, a list of [user, assistant] pairs."""
+    if _is_empty(row.get("history")):
+        return []
+
+    history = []
+    for pair in _list(row, "history"):
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        if not is_pair:
+            raise ValueError("field 'history' must hold pairs of texts, [user, assistant]")
+        user, assistant = pair
+        history += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return history
 
 
 def assistant_messages(text: Text) -> Messages:
@@ -451,6 +501,6 @@ def _check_encodable(example: Example) -> None:
     """Raises UnicodeEncodeError for a lone surrogate, which no UTF-8 text and no tokenizer can hold."""
     prompt = example.prompt
     if isinstance(prompt, UserTurn):
-        prompt = prompt.text
+        prompt = prompt.messages()
     texts = [prompt, example.completions, example.samples]
     json.dumps(texts, ensure_ascii=False).encode()

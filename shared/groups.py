@@ -165,8 +165,10 @@ class GroupBuilder:
         elif is_ranked_by_scores and not self.requires.scores and _has_ties(example.scores):
             raise Dropped("tied scores")
 
-        if any(not _last_words(completion).strip() for completion in example.completions):
+        if any(_is_blank(completion) for completion in example.completions):
             raise Dropped("empty completion")
+        if any(_has_weight_zero(completion) for completion in example.completions):
+            raise Dropped("weight 0")
 
         return replace(
             example,
@@ -297,11 +299,19 @@ def _has_ties(scores: list[list[float]]) -> bool:
     return len(sums) < len(scores)
 
 
-def _last_words(completion: Text) -> str:
-    """The text of a completion, or of its last message."""
+def _is_blank(completion: Text) -> bool:
+    """Whether a completion, or its last message, says and calls nothing."""
     if isinstance(completion, str):
-        return completion
-    return completion[-1]["content"]
+        return not completion.strip()
+    last = completion[-1]
+    return not last["content"].strip() and not last.get("tool_calls")
+
+
+def _has_weight_zero(completion: Text) -> bool:
+    """Whether a completion has a message whose `weight` says that nothing is learnt from it."""
+    if isinstance(completion, str):
+        return False
+    return any(message.get("weight") == 0 for message in completion)
 
 
 # ---------------------------------------------------------------- load
@@ -389,8 +399,9 @@ def _write_groups(path: Path, builder: GroupBuilder) -> None:
     dropped = dict(builder.dropped)
     counts = +builder.counts  # without the zeros
     report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **counts}
-    if builder.unused:
-        report["not used"] = sorted(builder.unused)
+    unused = builder.unused | builder.encoder.unused
+    if unused:
+        report["not used"] = sorted(unused)
 
     tensors = {
         "tokens": as_tensor(builder.tokens, torch.int32),

@@ -17,7 +17,10 @@ TRANSCRIPT_SPLITTER = "\n\nAssistant:"  # its last occurrence in an HH transcrip
 MIXED_PAIR = "fields 'chosen' and 'rejected' must both be text or both be messages"
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
-Messages = list[dict]  # of a chat, each {"role": …, "content": …}
+# Columns and parts of messages that no algorithm here reads.
+PICTURES = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+
+Messages = list[dict]  # of a chat, each {"role": …, "content": …} and perhaps more that its template renders
 Text = str | Messages
 
 
@@ -99,7 +102,7 @@ def _text(row: dict, name: str) -> Text:
 
 
 def _messages(values: list, name: str) -> Messages:
-    """Messages as {role, content}; `from`/`value` and the role names of ShareGPT are accepted too."""
+    """Messages with role and content; `from`/`value` and the role names of ShareGPT are accepted too."""
     if not values:
         raise ValueError(f"field {name!r} has no messages")
     return [_message(value, f"field {name!r}, message {i}") for i, value in enumerate(values)]
@@ -110,14 +113,59 @@ def _message(value: object, location: str) -> dict:
     if isinstance(value, dict):
         message = value
 
-    role = message.get("role", message.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{location}: unknown role {role!r}; known are {', '.join(ROLES)}")
+    role_name = "role"
+    if message.get("role") is None:
+        role_name = "from"
+    content_name = "content"
+    if message.get("content") is None and message.get("value") is not None:
+        content_name = "value"
 
-    content = message.get("content", message.get("value"))
+    role = _role(message.get(role_name), location)
+    content = _content(message.get(content_name), message, location)
+    # the other fields are for the chat template
+    for name, value in message.items():
+        if name in PICTURES and not is_empty(value):
+            raise ValueError(f"{location}: field {name!r} is not empty, but only text is read")
+    others = {name: value for name, value in message.items() if value is not None}
+    others.pop(role_name, None)
+    others.pop(content_name, None)
+    return {"role": role, "content": content, **others}
+
+
+def _role(role: object, location: str) -> str:
+    """A role as templates know it. One that is not in ROLES is left to the template."""
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"{location}: unknown role {role!r}; known are {', '.join(ROLES)} and those of the template")
+    if role in ROLES:
+        return ROLES[role]
+    if role.strip().lower() in ROLES:
+        raise ValueError(f"{location}: unknown role {role!r}; write {role.strip().lower()!r}")
+    return role
+
+
+def _content(content: object, message: dict, location: str) -> str:
+    """The text of a message: a string, or the joined parts of a list."""
+    if not content and message.get("tool_calls"):
+        return ""
+    if isinstance(content, list) and content:
+        return "".join(_text_part(part, location) for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{location}: content must be text, not {type(content).__name__}")
-    return {"role": ROLES[role], "content": content}
+    return content
+
+
+def _text_part(part: object, location: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise ValueError(f"{location}: a part of content must be text, not {type(part).__name__}")
+
+    text = part.get("text")
+    others = [name for name, value in part.items() if name not in ("type", "text") and not is_empty(value)]
+    if part.get("type") != "text" or not isinstance(text, str) or others:
+        problem = f"a part of content has type {part.get('type')!r} and fields {', '.join(map(str, part))}"
+        raise ValueError(f"{location}: {problem}; only parts of text are read")
+    return text
 
 
 def _booleans(row: dict, name: str, length: int) -> list[bool]:
@@ -364,15 +412,15 @@ def _unused_columns(row: dict, form: Form) -> list[str]:
     for name, beside in USED_BESIDE.items():
         if name in form:
             used.update(beside)
-    return [str(name) for name, value in row.items() if name not in used and not _is_empty(value)]
+    return [str(name) for name, value in row.items() if name not in used and not is_empty(value)]
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a field holds nothing: null, an empty text, or a list or an object of nothing."""
     if isinstance(value, dict):
-        return all(_is_empty(part) for part in value.values())
+        return all(is_empty(part) for part in value.values())
     if isinstance(value, list):
-        return all(_is_empty(part) for part in value)
+        return all(is_empty(part) for part in value)
     return value is None or value == ""
 
 
@@ -414,14 +462,14 @@ def _with_context(prompt: Prompt, row: dict, form: Form) -> Prompt:
 
 
 def _system(row: dict) -> Messages:
-    if _is_empty(row.get("system")):
+    if is_empty(row.get("system")):
         return []
     return [{"role": "system", "content": _string(row, "system")}]
 
 
 def _history(row: dict) -> Messages:
     """The turns of `history`, a list of [user, assistant] pairs."""
-    if _is_empty(row.get("history")):
+    if is_empty(row.get("history")):
         return []
 
     history = []
@@ -503,4 +551,4 @@ def _check_encodable(example: Example) -> None:
     if isinstance(prompt, UserTurn):
         prompt = prompt.messages()
     texts = [prompt, example.completions, example.samples]
-    json.dumps(texts, ensure_ascii=False).encode()
+    json.dumps(texts, ensure_ascii=False, default=str).encode()

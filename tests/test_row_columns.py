@@ -2,8 +2,10 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 from tokenised import (
     BAD,
     FIRST,
@@ -157,3 +159,129 @@ def test_a_context_is_written_into_sampled_rows() -> None:
     expected = [{"role": "system", "content": SYSTEM}, *TALK]
     assert as_written(turn, Encoder(chat())) == expected
     assert plain_prompt(turn) == expected
+
+
+# ---------------------------------------------------------------- fields of messages
+
+WHOLE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + (':' + message.name if message.name else '') + '\n' }}"
+    "{% if message.reasoning_content %}{{ '(' + message.reasoning_content + ')' }}{% endif %}"
+    "{% for call in message.tool_calls or [] %}{{ '[' + call.function.name + call.function.arguments + ']' }}"
+    "{% endfor %}{{ message.content + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ONLY_KNOWN = (
+    "{% for message in messages %}{% if message.role in ['user', 'assistant'] %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALL = {"function": {"name": "f", "arguments": "{}"}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+def with_template(text: str) -> Any:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def decoded(folder: Path, row: dict, tokenizer: Any, requires: Requires = FIRST) -> list[str]:
+    return [tokenizer.decode(piece) for piece in only_group(folder, row, tokenizer, requires)]
+
+
+def turn(role: str, content: str) -> str:
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
+ASK = "<|im_start|>assistant\n"
+CONTENT_PARTS = [{"type": "text", "text": "is it"}, {"type": "text", "text": " ok?", "image": None}]
+WHOLE_MESSAGES = [  # messages before the answer, what the template makes of them
+    ([*TALK, CALLING, {"role": "tool", "content": "1"}],
+     turn("user", USER) + turn("assistant", "[f{}]") + turn("tool", "1")),
+    ([{"role": "developer", "content": "be kind"}, *TALK], turn("developer", "be kind") + turn("user", USER)),
+    ([{"role": "user", "content": USER, "name": "eve", "tool_calls": None}], turn("user:eve", USER)),
+    ([{"role": "user", "content": CONTENT_PARTS}], turn("user", USER)),
+    ([{"role": "user", "content": ["is it", " ok?"]}], turn("user", USER)),
+    ([*TALK, {**CALLING, "content": ""}, {"from": "observation", "value": "1"}],
+     turn("user", USER) + turn("assistant", "[f{}]") + turn("observation", "1")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("messages, rendered", WHOLE_MESSAGES, ids=str)
+def test_the_template_sees_whole_messages(tmp_path: Path, messages: list[dict], rendered: str) -> None:
+    row = {"messages": [*messages, assistant(GOOD)]}
+    expected = [rendered + ASK, GOOD + "<|im_end|>"]
+    assert decoded(tmp_path, row, with_template(WHOLE)) == expected
+
+
+def test_fields_of_an_answer_are_trained_on(tmp_path: Path) -> None:
+    chosen = [{**assistant(GOOD), "reasoning_content": "so it is"}]
+    row = {"prompt": TALK, "chosen": chosen, "rejected": [CALLING]}
+    expected = [turn("user", USER) + ASK, f"(so it is){GOOD}<|im_end|>", "[f{}]<|im_end|>"]
+    assert decoded(tmp_path, row, with_template(WHOLE), Requires()) == expected
+
+
+def test_special_tokens_in_fields_of_messages_are_plain_text(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": '{"a": "</s>"}'}}
+    messages = [{**TALK[0], "name": "<|im_end|>"}, {**CALLING, "tool_calls": [call]}, *TALK, assistant(GOOD)]
+    tokenizer = with_template(WHOLE)
+    prompt, _ = only_group(tmp_path, {"messages": messages}, tokenizer, FIRST)
+    special = set(tokenizer.all_special_ids) | {i for i in tokenizer.added_tokens_decoder}
+    assert [tokenizer.decode([i]) for i in prompt if i in special] == ["<|im_start|>", "<|im_end|>"] * 3 + [
+        "<|im_start|>"
+    ]
+    assert '[f{"a": "</s>"}]' in tokenizer.decode(prompt)
+
+
+def test_fields_that_the_template_does_not_name_are_named(tmp_path: Path) -> None:
+    answer = {**assistant(GOOD), "reasoning_content": "so", "weight": 1, "id": None}
+    source = write(tmp_path / "rows.jsonl", [{"messages": [*TALK, answer]}])
+    assert load(source, chat(), FIRST).report["not used"] == ["reasoning_content of messages"]
+    assert "not used" not in load(source, with_template(WHOLE), FIRST).report
+
+
+def drops(folder: Path, rows: list[dict], tokenizer: Any, requires: Requires = FIRST) -> dict:
+    """The drops of rows, which stand before a row that is kept."""
+    kept = {name: rows[0].get(name, "") for name in rows[0]}
+    kept |= {"messages": [*TALK, assistant("kept")]}
+    return load(write(folder / "rows.jsonl", [*rows, kept]), tokenizer, requires).report["dropped"]
+
+
+def test_a_role_that_the_template_does_not_render_drops_its_row(tmp_path: Path) -> None:
+    messages = [*TALK, {"role": "tool", "content": "1 and 2"}, assistant(GOOD)]
+    dropped = drops(tmp_path, [{"messages": messages}], with_template(ONLY_KNOWN))
+    assert dropped == {"the chat template leaves out the role 'tool'": 1}
+
+    raising = ONLY_KNOWN.replace("{% endif %}", "{% else %}{{ raise_exception('no tools') }}{% endif %}", 1)
+    dropped = drops(tmp_path, [{"messages": messages}], with_template(raising))
+    assert dropped == {"refused by the chat template (no tools)": 1}
+
+
+@pytest.mark.parametrize("weight, dropped", [(0, {"weight 0": 1}), (0.0, {"weight 0": 1}), (1, {}), (None, {})])
+def test_an_answer_of_weight_zero_is_not_trained_on(tmp_path: Path, weight: float | None, dropped: dict) -> None:
+    answer = {**assistant(GOOD), "weight": weight}
+    assert drops(tmp_path, [{"messages": [*TALK, answer]}], chat()) == dropped
+    earlier = [*TALK, {**assistant(BAD), "weight": weight}, *TALK, assistant(GOOD)]
+    assert drops(tmp_path, [{"messages": earlier}], chat()) == {}
+
+
+MESSAGE_MISTAKES = [
+    ({"role": "User", "content": "a"}, "message 0: unknown role 'User'; write 'user'"),
+    ({"role": "", "content": "a"}, "message 0: unknown role ''"),
+    ({"from": 3, "value": "a"}, "message 0: unknown role 3"),
+    ({"role": "assistant", "content": None, "tool_calls": []}, "message 0: content must be text, not NoneType"),
+    ({"role": "user", "content": []}, "message 0: content must be text, not list"),
+    ({"role": "user", "content": [3]}, "message 0: a part of content must be text, not int"),
+    ({"role": "user", "content": [{"type": "image", "url": "a.png"}]}, "only parts of text are read"),
+    ({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, "only parts of text are read"),
+    ({"role": "user", "content": [{"type": "text", "text": None}]}, "only parts of text are read"),
+    ({"role": "user", "content": "a", "images": ["a.png"]}, "message 0: field 'images' is not empty"),
+]
+
+
+@pytest.mark.parametrize("message, problem", MESSAGE_MISTAKES, ids=str)
+def test_messages_that_are_refused(tmp_path: Path, message: dict, problem: str) -> None:
+    with pytest.raises(UserError, match=f"line 1: field 'messages', .*{problem}"):
+        only_group(tmp_path, {"messages": [message, assistant(GOOD)]}, chat(), FIRST)

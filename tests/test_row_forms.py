@@ -179,7 +179,7 @@ MISTAKES = [
     ('["a"]', "row 1: a row must be an object"),
     ("", "no rows"),
     ('{"messages": []}', "field 'messages' has no messages"),
-    ('{"messages": [{"role": "robot", "content": "a"}]}', "message 0: unknown role 'robot'"),
+    ('{"messages": [{"role": "User", "content": "a"}]}', "message 0: unknown role 'User'; write 'user'"),
     ('{"messages": [{"role": ["user"], "content": "a"}]}', "message 0: unknown role ['user']"),
     ('{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "human", "value": "b"}, '
      '"rejected": {"from": "gpt", "value": "c"}}', "line 1: a completion must begin with a message of the assistant"),

@@ -390,6 +390,7 @@ def parse_rows(
         if unused is not None:
             unused.update(_unused_columns(row, form))
         try:
+            _check_pictures(row)
             prompt, completions = _as_messages(*forms[form](row))
             prompt = _with_context(prompt, row, form)
             example = _make_example(location, number, form, prompt, completions, row)
@@ -436,6 +437,12 @@ def _as_messages(prompt: Prompt, completions: list[Text]) -> Parsed:
         if isinstance(completion, list) and completion[0]["role"] != "assistant":
             raise ValueError("a completion must begin with a message of the assistant")
     return prompt, completions
+
+
+def _check_pictures(row: dict) -> None:
+    for name in PICTURES:
+        if not is_empty(row.get(name)):
+            raise ValueError(f"field {name!r} is not empty, but only text is read")
 
 
 def _with_context(prompt: Prompt, row: dict, form: Form) -> Prompt:

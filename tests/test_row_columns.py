@@ -285,3 +285,20 @@ MESSAGE_MISTAKES = [
 def test_messages_that_are_refused(tmp_path: Path, message: dict, problem: str) -> None:
     with pytest.raises(UserError, match=f"line 1: field 'messages', .*{problem}"):
         only_group(tmp_path, {"messages": [message, assistant(GOOD)]}, chat(), FIRST)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("name, value", [("images", ["a.png"]), ("image", {"bytes": "00"}), ("videos", "a.mp4")])
+@pytest.mark.parametrize("row", [PAIR, {"messages": [*TALK, assistant(GOOD)]}, {"text": "ok"}], ids=str)
+def test_pictures_end_the_run(tmp_path: Path, row: dict, name: str, value: object) -> None:
+    source = write(tmp_path / "rows.jsonl", [row, {**row, name: value}])
+    with pytest.raises(UserError, match=f"line 2: field '{name}' is not empty, but only text is read"):
+        load(source, chat(), FIRST)
+
+
+@pytest.mark.parametrize("value", [None, [], [None], "", {"bytes": None, "path": None}])
+def test_no_pictures_are_fine(tmp_path: Path, value: object) -> None:
+    row = {**PAIR, "images": value, "image": value}
+    assert only_group(tmp_path, row, plain()) == only_group(tmp_path, PAIR, plain())

@@ -155,6 +155,8 @@ class GroupBuilder:
         if self.requires.samples == "unused":
             example = replace(example, samples=[], samples_have_eos=[])
         self._check(example)
+        if len(example.completions) == 1 and example.row.get("label") is False:
+            raise Dropped("label is false")
 
         is_ranked_by_scores = bool(example.scores) and not example.ranked
         if is_ranked_by_scores:

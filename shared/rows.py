@@ -101,6 +101,14 @@ def _text(row: dict, name: str) -> Text:
     raise _wrong_type(row, name, "text or a list of messages")
 
 
+def _answer(row: dict, name: str) -> Text:
+    """As `_text`, or one message alone."""
+    value = row.get(name)
+    if isinstance(value, dict):
+        return _messages([value], name)
+    return _text(row, name)
+
+
 def _messages(values: list, name: str) -> Messages:
     """Messages with role and content; `from`/`value` and the role names of ShareGPT are accepted too."""
     if not values:
@@ -182,10 +190,23 @@ def _booleans(row: dict, name: str, length: int) -> list[bool]:
 
 
 def _conversation_pair(row: dict) -> Parsed:
-    prompt = _messages(_list(row, "conversations"), "conversations")
-    chosen = _messages([row.get("chosen")], "chosen")
-    rejected = _messages([row.get("rejected")], "rejected")
-    return prompt, [chosen, rejected]
+    return _messages_pair(row, "conversations")
+
+
+def _chat_pair(row: dict) -> Parsed:
+    return _messages_pair(row, "messages")
+
+
+def _messages_pair(row: dict, name: str) -> Parsed:
+    """chosen and rejected beside messages, which are the prompt, or one of the two conversations again."""
+    messages = _messages(_list(row, name), name)
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and messages in (chosen, rejected):
+        return _split_messages(chosen, rejected)
+    if all(isinstance(text, str) and TRANSCRIPT_SPLITTER in text for text in (chosen, rejected)):
+        return _transcripts(row)
+    return _pair_after(messages, name, row)
 
 
 def _instruction_pair(row: dict) -> Parsed:
@@ -207,33 +228,59 @@ def _instruction(row: dict) -> UserTurn:
 
 def _prompt_pair(row: dict) -> Parsed:
     """prompt, chosen and rejected, where messages of the pair may repeat those of the prompt."""
-    prompt = _text(row, "prompt")
-    chosen = _text(row, "chosen")
-    rejected = _text(row, "rejected")
+    return _pair_after(_text(row, "prompt"), "prompt", row)
+
+
+def _pair_after(prompt: Text, name: str, row: dict) -> Parsed:
+    """chosen and rejected after the prompt, which stands in the column `name`."""
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, [chosen, rejected]
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise ValueError(MIXED_PAIR)
-    if chosen[0]["role"] == "assistant":
+    if chosen[0]["role"] == "assistant" or isinstance(row["chosen"], dict):
         return prompt, [chosen, rejected]
 
     repeated, pair = _split_messages(chosen, rejected)
-    if isinstance(prompt, str) or prompt == repeated[: len(prompt)]:
+    if isinstance(prompt, str):
+        questions = [message["content"].strip() for message in repeated if message["role"] == "user"]
+        if prompt.strip() and prompt.strip() not in questions:
+            raise ValueError(f"fields 'chosen' and 'rejected' have no turn of the user like {name!r}")
+        return repeated, pair
+
+    if prompt == repeated[: len(prompt)]:
         return repeated, pair
     if repeated != prompt[-len(repeated) :]:
-        raise ValueError("fields 'chosen' and 'rejected' begin with other messages than 'prompt'")
+        raise ValueError(f"fields 'chosen' and 'rejected' begin with other messages than {name!r}")
     return prompt, pair
 
 
 def _transcripts(row: dict) -> Parsed:
     """chosen and rejected with the prompt inside."""
-    chosen = _text(row, "chosen")
-    rejected = _text(row, "rejected")
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
+        if TRANSCRIPT_SPLITTER not in chosen + rejected:
+            _look_for_prompt(row)
         return _split_transcripts(chosen, rejected)
+
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise ValueError(MIXED_PAIR)
+    if chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        _look_for_prompt(row)
+        raise ValueError("chosen has no prompt")
     return _split_messages(chosen, rejected)
+
+
+def _look_for_prompt(row: dict) -> None:
+    """Raises ValueError if other columns of text or messages may hold the prompt."""
+    names = []
+    for name in _unused_columns(row, ("chosen", "rejected")):
+        if isinstance(row.get(name), str | list):
+            names.append(f"`{name}`")
+    if names:
+        raise ValueError(f"chosen has no prompt; is it in {' or '.join(names)}?")
 
 
 def _split_transcripts(chosen: str, rejected: str) -> Parsed:
@@ -301,7 +348,7 @@ def _stanford_human_preferences(row: dict) -> Parsed:
 
 def _prompt_completion(row: dict) -> Parsed:
     prompt = _text(row, "prompt")
-    return prompt, [_text(row, "completion")]
+    return prompt, [_answer(row, "completion")]
 
 
 def _chat(row: dict) -> Parsed:
@@ -325,6 +372,7 @@ FORMS: dict[Form, Callable[[dict], Parsed]] = {
     ("conversations", "chosen", "rejected"): _conversation_pair,
     ("instruction", "chosen", "rejected"): _instruction_pair,
     ("prompt", "chosen", "rejected"): _prompt_pair,
+    ("messages", "chosen", "rejected"): _chat_pair,
     ("chosen", "rejected"): _transcripts,
     ("prompt", "completions"): _prompt_completions,
     ("history", "human_ref_A", "human_ref_B", "labels"): _stanford_human_preferences,
@@ -345,6 +393,14 @@ USED_BESIDE = {
     "rejected": ("scores", "score_chosen", "score_rejected"),
     "human_ref_B": ("scores", "score_chosen", "score_rejected"),
 }
+# Forms of one completion, which a `label` of false says not to train on.
+DEMONSTRATIONS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("conversations",),
+    ("instruction", "output"),
+    ("text",),
+)
 
 
 def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]]) -> Form:
@@ -392,6 +448,7 @@ def parse_rows(
         try:
             _check_pictures(row)
             prompt, completions = _as_messages(*forms[form](row))
+            _check_end(prompt, form)
             prompt = _with_context(prompt, row, form)
             example = _make_example(location, number, form, prompt, completions, row)
             _check_encodable(example)
@@ -410,6 +467,9 @@ def parse_rows(
 def _unused_columns(row: dict, form: Form) -> list[str]:
     """The columns of a row that hold something, but of which its example has nothing."""
     used = {*form, *USED_BESIDE_ALL}
+    is_labelled = isinstance(row.get("label"), bool)
+    if is_labelled and form in DEMONSTRATIONS:
+        used.add("label")
     for name, beside in USED_BESIDE.items():
         if name in form:
             used.update(beside)
@@ -443,6 +503,13 @@ def _check_pictures(row: dict) -> None:
     for name in PICTURES:
         if not is_empty(row.get(name)):
             raise ValueError(f"field {name!r} is not empty, but only text is read")
+
+
+def _check_end(prompt: Prompt, form: Form) -> None:
+    """The prompt of a column of its own must ask for an answer, not begin it."""
+    has_column = "prompt" in form or ("rejected" in form and len(form) > 2)
+    if has_column and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends with a message of the assistant; an answer that has begun is not continued")
 
 
 def _with_context(prompt: Prompt, row: dict, form: Form) -> Prompt:

@@ -302,3 +302,92 @@ def test_pictures_end_the_run(tmp_path: Path, row: dict, name: str, value: objec
 def test_no_pictures_are_fine(tmp_path: Path, value: object) -> None:
     row = {**PAIR, "images": value, "image": value}
     assert only_group(tmp_path, row, plain()) == only_group(tmp_path, PAIR, plain())
+
+
+# ---------------------------------------------------------------- prompts and answers under other names
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": USER, "completion": GOOD},
+        {"messages": [*TALK, assistant(GOOD)]},
+        {"instruction": USER, "output": GOOD},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("label, dropped", [(False, {"label is false": 1}), (True, {}), (0, {}), (None, {})])
+def test_an_answer_labelled_false_is_not_trained_on(tmp_path: Path, row: dict, label: object, dropped: dict) -> None:
+    source = write(tmp_path / "rows.jsonl", [{**row, "label": label}, row])
+    report = load(source, chat(), FIRST).report
+    assert report["dropped"] == dropped
+    assert report.get("not used") == (["label"] if label == 0 and label is not False else None)
+
+
+SECOND = {"role": "user", "content": "and?"}
+WHOLE_PAIR = {"chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]}
+LONE_PAIR = {"chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]}
+DICT_PAIR = {"chosen": assistant(GOOD), "rejected": assistant(BAD)}
+TEXT_PAIR = {"chosen": GOOD, "rejected": BAD}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK, **LONE_PAIR},
+        {"messages": TALK, **DICT_PAIR},
+        {"messages": TALK, **TEXT_PAIR},
+        {"messages": TALK, **WHOLE_PAIR},
+        {"messages": WHOLE_PAIR["chosen"], **WHOLE_PAIR},
+        {"messages": WHOLE_PAIR["rejected"], **WHOLE_PAIR},
+        {"conversations": SHARE_GPT, **LONE_PAIR},
+        {"conversations": SHARE_GPT, **TEXT_PAIR},
+        {"prompt": TALK, **DICT_PAIR},
+        {"prompt": USER, **DICT_PAIR},
+        {"prompt": f"{USER}\n", **WHOLE_PAIR},
+        {"prompt": "", **WHOLE_PAIR},
+        WHOLE_PAIR,
+    ],
+    ids=str,
+)
+def test_the_prompt_of_a_pair(tmp_path: Path, row: dict) -> None:
+    expected = [question(chat()), ended(chat(), GOOD), ended(chat(), BAD)]
+    assert only_group(tmp_path, row, chat()) == expected
+
+
+def test_transcripts_beside_messages_hold_their_prompt(tmp_path: Path) -> None:
+    talk = "\n\nHuman: a\n\nAssistant:"
+    row = {"chosen": f"{talk} ok", "rejected": f"{talk} no"}
+    assert only_group(tmp_path, {"messages": TALK, **row}, chat()) == only_group(tmp_path, row, chat())
+
+
+def test_a_text_prompt_may_be_any_turn_of_the_user(tmp_path: Path) -> None:
+    talk = [*TALK, assistant("ok"), SECOND]
+    pair = {"chosen": [*talk, assistant(GOOD)], "rejected": [*talk, assistant(BAD)]}
+    expected = only_group(tmp_path, pair, chat())
+    for prompt in (USER, "and?"):
+        assert only_group(tmp_path, {"prompt": prompt, **pair}, chat()) == expected
+
+
+PREFILLED = [*TALK, assistant("Sure,")]
+PROMPT_MISTAKES = [
+    ({"prompt": "other?", **WHOLE_PAIR}, "'chosen' and 'rejected' have no turn of the user like 'prompt'"),
+    ({"prompt": GOOD, **WHOLE_PAIR}, "'chosen' and 'rejected' have no turn of the user like 'prompt'"),
+    ({"prompt": PREFILLED, **LONE_PAIR}, "line 1: the prompt ends with a message of the assistant"),
+    ({"messages": PREFILLED, **TEXT_PAIR}, "line 1: the prompt ends with a message of the assistant"),
+    ({"prompt": PREFILLED, "completions": [GOOD, BAD]}, "line 1: the prompt ends with a message of the assistant"),
+    ({"prompt": PREFILLED, "completion": GOOD}, "line 1: the prompt ends with a message of the assistant"),
+    ({"question": USER, **LONE_PAIR}, "line 1: chosen has no prompt; is it in `question`?"),
+    ({"question": USER, **DICT_PAIR}, "line 1: chosen has no prompt; is it in `question`?"),
+    ({"input": TALK, "id": 7, **LONE_PAIR}, "line 1: chosen has no prompt; is it in `input`?"),
+    ({"system": SYSTEM, "question": USER, **TEXT_PAIR}, "line 1: chosen has no prompt; is it in `question`?"),
+    ({"query": USER, "source": "web", **TEXT_PAIR}, "line 1: chosen has no prompt; is it in `query` or `source`?"),
+    (LONE_PAIR, r"line 1: chosen has no prompt \(form"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, message", PROMPT_MISTAKES, ids=str)
+def test_prompts_that_are_refused(tmp_path: Path, row: dict, message: str) -> None:
+    source = write(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        load(source, chat(), FIRST)

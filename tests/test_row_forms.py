@@ -54,6 +54,7 @@ CHAT_PAIRS = [
         "chosen": {"from": "gpt", "value": GOOD},
         "rejected": {"from": "gpt", "value": BAD},
     },
+    {"messages": TALK, "chosen": assistant(GOOD), "rejected": assistant(BAD)},
     {"instruction": USER, "input": "", "chosen": GOOD, "rejected": BAD},
 ]
 PLAIN_DEMONSTRATIONS = [

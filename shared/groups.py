@@ -116,6 +116,7 @@ class GroupBuilder:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.shape: Shape | None = None  # of the first row
+        self.has_scores: bool | None = None  # whether the first ranking has
 
         self.tokens = array("i")
         self.offsets = array("q")
@@ -209,6 +210,18 @@ class GroupBuilder:
             expected = getattr(self.shape, name)
             if number != expected:
                 raise UserError(f"{example.location}: {number} {words} where earlier rows have {expected}")
+        if not example.ranked and len(example.completions) > 1:
+            self._check_scores(example)
+
+    def _check_scores(self, example: Example) -> None:
+        """Scores rank the completions of every row, or of none: without them the order is the ranking."""
+        has_scores = bool(example.scores)
+        if self.has_scores is None:
+            self.has_scores = has_scores
+        if self.has_scores and not has_scores:
+            raise UserError(f"{example.location}: no scores, but earlier rows have them")
+        if has_scores and not self.has_scores:
+            raise UserError(f"{example.location}: scores, but earlier rows have none")
 
     # ------------------------------------------------------------ append
 
@@ -226,6 +239,8 @@ class GroupBuilder:
             raise Dropped("prompt too long")
         self.counts["prompts cut"] += int(len(prompt) < len(encoded.prompt))
         self._count_repeats(prompt, ranked)
+        if example.ranked and example.scores:
+            self._count_disagreement(example.scores)
 
         completions = self._end_and_truncate_all(encoded, room)
         self.row_numbers.append(example.number)
@@ -270,6 +285,12 @@ class GroupBuilder:
             raise Dropped("empty sample")
         self.counts["completions cut"] += sum(length > room for length in whole_lengths)
         return completions
+
+    def _count_disagreement(self, scores: list[list[float]]) -> None:
+        """Count pairs whose scores do not prefer the first one."""
+        first, second = map(math.fsum, scores)
+        self.counts["tied scores"] += int(first == second)
+        self.counts["scores against the order"] += int(first < second)
 
     def _count_repeats(self, prompt: TokenIds, completions: list[TokenIds]) -> None:
         """Count rows that repeat an earlier one, and those that rank the completions of an earlier one otherwise."""

@@ -581,8 +581,9 @@ def _add_scores(example: Example, row: dict) -> None:
     num_completions = len(example.completions)
     if row.get("scores") is not None and num_completions > 1:
         scores = [_as_list(value) for value in _list(row, "scores")]
-    elif row.get("score_chosen") is not None and row.get("score_rejected") is not None:
-        scores = [[row["score_chosen"]], [row["score_rejected"]]]
+    elif example.ranked and num_completions == 2:
+        example.scores = _pair_scores(row)
+        return
     else:
         return
 
@@ -595,6 +596,17 @@ def _add_scores(example: Example, row: dict) -> None:
     example.scores = scores
 
 
+def _pair_scores(row: dict) -> list[list[float]]:
+    """The scores of chosen and rejected, or none if either is missing."""
+    names = ("score_chosen", "score_rejected")
+    if any(row.get(name) is None for name in names):
+        return []
+    for name in names:
+        if not _is_float32(row[name]):
+            raise ValueError(f"field {name!r} must be a finite number of float32")
+    return [[row[name]] for name in names]
+
+
 def _as_list(value: object) -> list:
     if isinstance(value, list):
         return value
@@ -602,7 +614,8 @@ def _as_list(value: object) -> list:
 
 
 def _is_float32(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < LARGEST
 
 
 def _add_samples(example: Example, row: dict) -> None:

@@ -391,3 +391,69 @@ def test_prompts_that_are_refused(tmp_path: Path, row: dict, message: str) -> No
     source = write(tmp_path / "rows.jsonl", [row])
     with pytest.raises(UserError, match=message.replace("?", r"\?")):
         load(source, chat(), FIRST)
+
+
+# ---------------------------------------------------------------- scores
+
+SCORED = {"prompt": USER, "completions": [BAD, GOOD], "scores": [0, 1]}
+UNSCORED = {"prompt": "a", "completions": [BAD, GOOD], "scores": None}
+NO_COLUMN = {"prompt": "a", "completions": [BAD, GOOD]}
+
+
+@pytest.mark.parametrize("requires", [Requires(), Requires("pair"), FIRST], ids=str)
+@pytest.mark.parametrize("rows", [[SCORED, UNSCORED], [SCORED, NO_COLUMN], [SCORED, SCORED, UNSCORED]], ids=str)
+def test_scores_missing_in_one_row(tmp_path: Path, rows: list[dict], requires: Requires) -> None:
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=f"line {len(rows)}: no scores, but earlier rows have them"):
+        load(source, plain(), requires)
+
+
+@pytest.mark.parametrize("rows", [[UNSCORED, SCORED], [NO_COLUMN, NO_COLUMN, SCORED]], ids=str)
+def test_scores_in_one_row_only(tmp_path: Path, rows: list[dict]) -> None:
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match=f"line {len(rows)}: scores, but earlier rows have none"):
+        load(source, plain())
+
+
+def test_the_order_of_a_pair_needs_no_scores(tmp_path: Path) -> None:
+    rows = [{**PAIR, "score_chosen": 2, "score_rejected": 1}, {**PAIR, "prompt": "a", "score_chosen": None}]
+    assert len(load(write(tmp_path / "rows.jsonl", rows), plain())) == 2
+
+
+@pytest.mark.parametrize(
+    "columns, name",
+    [
+        ({"score_chosen": "8.5", "score_rejected": "3"}, "score_chosen"),
+        ({"score_chosen": 8.5, "score_rejected": float("nan")}, "score_rejected"),
+        ({"score_chosen": True, "score_rejected": False}, "score_chosen"),
+        ({"score_chosen": 1, "score_rejected": 1e39}, "score_rejected"),
+    ],
+    ids=str,
+)
+def test_a_score_of_a_pair_is_named(tmp_path: Path, columns: dict, name: str) -> None:
+    with pytest.raises(UserError, match=f"line 1: field '{name}' must be a finite number of float32"):
+        only_group(tmp_path, {**PAIR, **columns}, plain())
+
+
+def test_booleans_are_no_scores(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="line 1: field 'scores' must hold finite numbers"):
+        only_group(tmp_path, {**SCORED, "scores": [True, False]}, plain())
+
+
+def test_ties_and_reversals_of_pairs_are_counted_and_kept(tmp_path: Path) -> None:
+    scores = [(5, 5), (1, 9), (2, 9), (9, 1), (None, 1)]
+    rows = []
+    for number, (chosen, rejected) in enumerate(scores):
+        rows.append({**PAIR, "prompt": f"{number}", "score_chosen": chosen, "score_rejected": rejected})
+    rows.append({**PAIR, "scores": [[1, 2], [2, 2]]})
+    source = write(tmp_path / "rows.jsonl", rows)
+
+    report = load(source, plain()).report
+    assert describe(report) == "rows 6, kept 6; scores against the order 3; tied scores 1"
+    assert report["tied scores"] == 1
+    assert load(source, plain(), FIRST).report["scores against the order"] == 3
+
+
+def test_scores_in_the_order_of_a_pair_are_not_counted(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{**PAIR, "score_chosen": 9, "score_rejected": 1}])
+    assert describe(load(source, plain()).report) == "rows 1, kept 1"

@@ -403,7 +403,7 @@ DEMONSTRATIONS = (
 )
 
 
-def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]]) -> Form:
+def form_of(row: dict, location: str, forms: dict[Form, Callable[[dict], Parsed]]) -> Form:
     """The form that a source's first row has. Raises UserError, which names the nearest form, if it has none."""
     for columns in forms:
         if all(name in row for name in columns):
@@ -421,7 +421,7 @@ def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]])
 
     columns_of_row = ", ".join(str(name) for name in row)
     known = "; ".join(" + ".join(columns) for columns in forms)
-    raise UserError(f"{source}: unknown columns {columns_of_row}{hint}. Known forms: {known}")
+    raise UserError(f"{location}: unknown columns {columns_of_row}{hint}. Known forms: {known}")
 
 
 # ---------------------------------------------------------------- examples
@@ -442,7 +442,7 @@ def parse_rows(
     form = None
     for number, (location, row) in enumerate(read_rows(source), 1):
         if form is None:
-            form = form_of(row, source, forms)
+            form = form_of(row, location, forms)
         if unused is not None:
             unused.update(_unused_columns(row, form))
         try:

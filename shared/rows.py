@@ -614,8 +614,9 @@ def _as_list(value: object) -> list:
 
 
 def _is_float32(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) < LARGEST
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < LARGEST
 
 
 def _add_samples(example: Example, row: dict) -> None:

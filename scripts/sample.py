@@ -113,12 +113,13 @@ def main(args: Args) -> None:
                 yield row.example.row | columns
 
     dropped: Counter[str] = Counter()
-    examples = read_examples(args.rows, dropped, args.max_rows)
+    unused: set[str] = set()
+    examples = read_examples(args.rows, dropped, args.max_rows, unused)
     rows = encode_rows(examples, tokenizer, dropped, room)
     window_size = max(1, WINDOW_BATCHES * args.batch_size // count)
     kept = write_windows(args.output, settings, rows, window_size, compute, total)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(summary(args.rows, kept, dropped))
+        print(summary(args.rows, kept, dropped, unused))
 
 
 def check_combinations(args: Args) -> None:

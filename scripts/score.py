@@ -66,13 +66,14 @@ def main(args: Args) -> None:
     total = count_comparable(args)
     settings = settings_of(args, *args.reward_models)
     dropped: Counter[str] = Counter()
-    examples = read_examples(args.rows, dropped, args.max_rows)
+    unused: set[str] = set()
+    examples = read_examples(args.rows, dropped, args.max_rows, unused)
     if args.reward:
         kept = write_windows(args.output, settings, examples, WINDOW_SIZE, compute_with_oracle, total)
     else:
         kept = write_model_scores(args, settings, examples, dropped, total)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(summary(args.rows, kept, dropped))
+        print(summary(args.rows, kept, dropped, unused))
 
 
 def count_comparable(args: Args) -> int:

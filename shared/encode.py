@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from shared import UserError, first_line
-from shared.rows import Dropped, Example, Messages, Prompt, Text, UserTurn, assistant_messages
+from shared.rows import Dropped, Example, Messages, Prompt, Text, UserTurn, assistant_messages, is_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
+        self.names_in_template = set(re.findall(r"\w+", str(tokenizer.chat_template)))
+        self.unused: set[str] = set()  # fields of messages that the template does not name
 
         added = tokenizer.added_tokens_decoder
         names = {i: token.content for i, token in added.items() if token.special}
@@ -117,6 +119,7 @@ class Encoder:
             conversations = [assistant_messages(completion) for completion in completions]
             before, texts = self._render_chat(_user_messages(prompt), conversations, has_eos)
         else:
+            _check_has_no_context(example)
             before, texts = self._render_plain(prompt, completions)
         return RenderedExample(example, before, texts)
 
@@ -164,14 +167,37 @@ class Encoder:
         return before, answers
 
     def _apply_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        protected = [{**message, "content": self.protect(message["content"])} for message in messages]
+        protected = [self._protect_message(message) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 protected, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # templates raise what their authors chose (jinja2's TemplateError)
             raise Dropped(f"refused by the chat template ({first_line(error)})") from None
+        for message in protected:
+            is_known = message["role"] in ("system", "user", "assistant")
+            if not is_known and message["content"].strip() not in text:
+                raise Dropped(f"the chat template leaves out the role {message['role']!r}")
         return cast(str, text)
+
+    def _protect_message(self, message: dict) -> dict:
+        """A message whose texts are protected; templates compare roles, which are names."""
+        protected = {}
+        for name, value in message.items():
+            protected[name] = self._protect_all(value)
+            is_weight = name == "weight" and value in (0, 1)  # which says whether a completion is trained on
+            if name not in self.names_in_template | {"role", "content"} and not is_weight and not is_empty(value):
+                self.unused.add(f"{name} of messages")
+        return protected
+
+    def _protect_all(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.protect(value)
+        if isinstance(value, list):
+            return [self._protect_all(part) for part in value]
+        if isinstance(value, dict):
+            return {name: self._protect_all(part) for name, part in value.items()}
+        return value
 
     def _until_eos(self, answer: str) -> str:
         """A rendered answer up to its last EOS; the template, not the model, writes what follows."""
@@ -258,9 +284,17 @@ class Encoder:
         return encoding["input_ids"]
 
 
+def _check_has_no_context(example: Example) -> None:
+    """Raises UserError for messages before a user turn, which plain text has no place for."""
+    prompt = example.prompt
+    if isinstance(prompt, UserTurn) and prompt.earlier:
+        name = "system" if prompt.earlier[0]["role"] == "system" else "history"
+        raise UserError(f"{example.location}: field {name!r} has no place in plain text; use a chat template")
+
+
 def _user_messages(prompt: Prompt) -> Messages:
     if isinstance(prompt, UserTurn):
-        return [{"role": "user", "content": prompt.text}]
+        return prompt.messages()
     return cast(Messages, prompt)
 
 

@@ -116,6 +116,7 @@ class GroupBuilder:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.shape: Shape | None = None  # of the first row
+        self.has_scores: bool | None = None  # whether the first ranking has
 
         self.tokens = array("i")
         self.offsets = array("q")
@@ -123,6 +124,7 @@ class GroupBuilder:
         self.scores = array("f")
 
         self.dropped: Counter[str] = Counter()
+        self.unused: set[str] = set()  # columns of the rows
         self.counts: Counter[str] = Counter()
         self.order_of_content: dict[int, int] = {}
 
@@ -154,6 +156,8 @@ class GroupBuilder:
         if self.requires.samples == "unused":
             example = replace(example, samples=[], samples_have_eos=[])
         self._check(example)
+        if len(example.completions) == 1 and example.row.get("label") is False:
+            raise Dropped("label is false")
 
         is_ranked_by_scores = bool(example.scores) and not example.ranked
         if is_ranked_by_scores:
@@ -164,8 +168,10 @@ class GroupBuilder:
         elif is_ranked_by_scores and not self.requires.scores and _has_ties(example.scores):
             raise Dropped("tied scores")
 
-        if any(not _last_words(completion).strip() for completion in example.completions):
+        if any(_is_blank(completion) for completion in example.completions):
             raise Dropped("empty completion")
+        if any(_has_weight_zero(completion) for completion in example.completions):
+            raise Dropped("weight 0")
 
         return replace(
             example,
@@ -204,6 +210,18 @@ class GroupBuilder:
             expected = getattr(self.shape, name)
             if number != expected:
                 raise UserError(f"{example.location}: {number} {words} where earlier rows have {expected}")
+        if not example.ranked and len(example.completions) > 1:
+            self._check_scores(example)
+
+    def _check_scores(self, example: Example) -> None:
+        """Scores rank the completions of every row, or of none: without them the order is the ranking."""
+        has_scores = bool(example.scores)
+        if self.has_scores is None:
+            self.has_scores = has_scores
+        if self.has_scores and not has_scores:
+            raise UserError(f"{example.location}: no scores, but earlier rows have them")
+        if has_scores and not self.has_scores:
+            raise UserError(f"{example.location}: scores, but earlier rows have none")
 
     # ------------------------------------------------------------ append
 
@@ -221,6 +239,8 @@ class GroupBuilder:
             raise Dropped("prompt too long")
         self.counts["prompts cut"] += int(len(prompt) < len(encoded.prompt))
         self._count_repeats(prompt, ranked)
+        if example.ranked and example.scores:
+            self._count_disagreement(example.scores)
 
         completions = self._end_and_truncate_all(encoded, room)
         self.row_numbers.append(example.number)
@@ -266,6 +286,12 @@ class GroupBuilder:
         self.counts["completions cut"] += sum(length > room for length in whole_lengths)
         return completions
 
+    def _count_disagreement(self, scores: list[list[float]]) -> None:
+        """Count pairs whose scores do not prefer the first one."""
+        first, second = map(math.fsum, scores)
+        self.counts["tied scores"] += int(first == second)
+        self.counts["scores against the order"] += int(first < second)
+
     def _count_repeats(self, prompt: TokenIds, completions: list[TokenIds]) -> None:
         """Count rows that repeat an earlier one, and those that rank the completions of an earlier one otherwise."""
         ranking = tuple(tuple(ids) for ids in completions)
@@ -296,11 +322,19 @@ def _has_ties(scores: list[list[float]]) -> bool:
     return len(sums) < len(scores)
 
 
-def _last_words(completion: Text) -> str:
-    """The text of a completion, or of its last message."""
+def _is_blank(completion: Text) -> bool:
+    """Whether a completion, or its last message, says and calls nothing."""
     if isinstance(completion, str):
-        return completion
-    return completion[-1]["content"]
+        return not completion.strip()
+    last = completion[-1]
+    return not last["content"].strip() and not last.get("tool_calls")
+
+
+def _has_weight_zero(completion: Text) -> bool:
+    """Whether a completion has a message whose `weight` says that nothing is learnt from it."""
+    if isinstance(completion, str):
+        return False
+    return any(message.get("weight") == 0 for message in completion)
 
 
 # ---------------------------------------------------------------- load
@@ -377,7 +411,7 @@ def tokenise(
 ) -> GroupBuilder:
     """Stream a source into flat arrays; memory grows with the token ids, not with the file."""
     builder = GroupBuilder(Encoder(tokenizer), requires, max_length, max_prompt_length)
-    examples = parse_rows(source, builder.dropped)
+    examples = parse_rows(source, builder.dropped, unused=builder.unused)
     while chunk := list(islice(examples, CHUNK)):
         builder.add(chunk)
     return builder
@@ -388,6 +422,9 @@ def _write_groups(path: Path, builder: GroupBuilder) -> None:
     dropped = dict(builder.dropped)
     counts = +builder.counts  # without the zeros
     report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **counts}
+    unused = builder.unused | builder.encoder.unused
+    if unused:
+        report["not used"] = sorted(unused)
 
     tensors = {
         "tokens": as_tensor(builder.tokens, torch.int32),
@@ -411,16 +448,18 @@ def as_tensor(values: array, dtype: torch.dtype) -> Tensor:
 
 
 def describe(report: dict) -> str:
-    """One line: rows 64, kept 61, dropped: identical completions 1, prompt too long 2; duplicates 2."""
+    """One line: rows 64, kept 61, dropped: prompt too long 3; duplicates 2; not used: id, source."""
     line = f"rows {report['rows']}, kept {report['kept']}"
     if report["dropped"]:
         reasons = [f"{reason} {number}" for reason, number in sorted(report["dropped"].items())]
         line += f", dropped: {', '.join(reasons)}"
 
-    others = report.keys() - {"source", "rows", "kept", "dropped", "sha256"}
+    others = report.keys() - {"source", "rows", "kept", "dropped", "not used", "sha256"}
     for name in sorted(others):
         if report[name]:
             line += f"; {name} {report[name]}"
+    if report.get("not used"):
+        line += f"; not used: {', '.join(report['not used'])}"
     return line
 
 

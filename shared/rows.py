@@ -17,7 +17,10 @@ TRANSCRIPT_SPLITTER = "\n\nAssistant:"  # its last occurrence in an HH transcrip
 MIXED_PAIR = "fields 'chosen' and 'rejected' must both be text or both be messages"
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
-Messages = list[dict]  # of a chat, each {"role": …, "content": …}
+# Columns and parts of messages that no algorithm here reads.
+PICTURES = ("image", "images", "image_url", "video", "videos", "audio", "audios")
+
+Messages = list[dict]  # of a chat, each {"role": …, "content": …} and perhaps more that its template renders
 Text = str | Messages
 
 
@@ -26,6 +29,11 @@ class UserTurn:
     """A prompt that is one user turn: a chat message if the tokenizer has a chat template, else plain text."""
 
     text: str
+    earlier: tuple[dict, ...] = ()  # messages before it, for which plain text has no place
+
+    def messages(self) -> Messages:
+        """The turn as chat messages, after those before it."""
+        return [*self.earlier, {"role": "user", "content": self.text}]
 
 
 Prompt = Text | UserTurn | None
@@ -93,8 +101,16 @@ def _text(row: dict, name: str) -> Text:
     raise _wrong_type(row, name, "text or a list of messages")
 
 
+def _answer(row: dict, name: str) -> Text:
+    """As `_text`, or one message alone."""
+    value = row.get(name)
+    if isinstance(value, dict):
+        return _messages([value], name)
+    return _text(row, name)
+
+
 def _messages(values: list, name: str) -> Messages:
-    """Messages as {role, content}; `from`/`value` and the role names of ShareGPT are accepted too."""
+    """Messages with role and content; `from`/`value` and the role names of ShareGPT are accepted too."""
     if not values:
         raise ValueError(f"field {name!r} has no messages")
     return [_message(value, f"field {name!r}, message {i}") for i, value in enumerate(values)]
@@ -105,14 +121,59 @@ def _message(value: object, location: str) -> dict:
     if isinstance(value, dict):
         message = value
 
-    role = message.get("role", message.get("from"))
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{location}: unknown role {role!r}; known are {', '.join(ROLES)}")
+    role_name = "role"
+    if message.get("role") is None:
+        role_name = "from"
+    content_name = "content"
+    if message.get("content") is None and message.get("value") is not None:
+        content_name = "value"
 
-    content = message.get("content", message.get("value"))
+    role = _role(message.get(role_name), location)
+    content = _content(message.get(content_name), message, location)
+    # the other fields are for the chat template
+    for name, value in message.items():
+        if name in PICTURES and not is_empty(value):
+            raise ValueError(f"{location}: field {name!r} is not empty, but only text is read")
+    others = {name: value for name, value in message.items() if value is not None}
+    others.pop(role_name, None)
+    others.pop(content_name, None)
+    return {"role": role, "content": content, **others}
+
+
+def _role(role: object, location: str) -> str:
+    """A role as templates know it. One that is not in ROLES is left to the template."""
+    if not isinstance(role, str) or not role:
+        raise ValueError(f"{location}: unknown role {role!r}; known are {', '.join(ROLES)} and those of the template")
+    if role in ROLES:
+        return ROLES[role]
+    if role.strip().lower() in ROLES:
+        raise ValueError(f"{location}: unknown role {role!r}; write {role.strip().lower()!r}")
+    return role
+
+
+def _content(content: object, message: dict, location: str) -> str:
+    """The text of a message: a string, or the joined parts of a list."""
+    if not content and message.get("tool_calls"):
+        return ""
+    if isinstance(content, list) and content:
+        return "".join(_text_part(part, location) for part in content)
     if not isinstance(content, str):
         raise ValueError(f"{location}: content must be text, not {type(content).__name__}")
-    return {"role": ROLES[role], "content": content}
+    return content
+
+
+def _text_part(part: object, location: str) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise ValueError(f"{location}: a part of content must be text, not {type(part).__name__}")
+
+    text = part.get("text")
+    others = [name for name, value in part.items() if name not in ("type", "text") and not is_empty(value)]
+    if part.get("type") != "text" or not isinstance(text, str) or others:
+        problem = f"a part of content has type {part.get('type')!r} and fields {', '.join(map(str, part))}"
+        raise ValueError(f"{location}: {problem}; only parts of text are read")
+    return text
 
 
 def _booleans(row: dict, name: str, length: int) -> list[bool]:
@@ -129,10 +190,23 @@ def _booleans(row: dict, name: str, length: int) -> list[bool]:
 
 
 def _conversation_pair(row: dict) -> Parsed:
-    prompt = _messages(_list(row, "conversations"), "conversations")
-    chosen = _messages([row.get("chosen")], "chosen")
-    rejected = _messages([row.get("rejected")], "rejected")
-    return prompt, [chosen, rejected]
+    return _messages_pair(row, "conversations")
+
+
+def _chat_pair(row: dict) -> Parsed:
+    return _messages_pair(row, "messages")
+
+
+def _messages_pair(row: dict, name: str) -> Parsed:
+    """chosen and rejected beside messages, which are the prompt, or one of the two conversations again."""
+    messages = _messages(_list(row, name), name)
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
+    if isinstance(chosen, list) and isinstance(rejected, list) and messages in (chosen, rejected):
+        return _split_messages(chosen, rejected)
+    if all(isinstance(text, str) and TRANSCRIPT_SPLITTER in text for text in (chosen, rejected)):
+        return _transcripts(row)
+    return _pair_after(messages, name, row)
 
 
 def _instruction_pair(row: dict) -> Parsed:
@@ -154,33 +228,59 @@ def _instruction(row: dict) -> UserTurn:
 
 def _prompt_pair(row: dict) -> Parsed:
     """prompt, chosen and rejected, where messages of the pair may repeat those of the prompt."""
-    prompt = _text(row, "prompt")
-    chosen = _text(row, "chosen")
-    rejected = _text(row, "rejected")
+    return _pair_after(_text(row, "prompt"), "prompt", row)
+
+
+def _pair_after(prompt: Text, name: str, row: dict) -> Parsed:
+    """chosen and rejected after the prompt, which stands in the column `name`."""
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         return prompt, [chosen, rejected]
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise ValueError(MIXED_PAIR)
-    if chosen[0]["role"] == "assistant":
+    if chosen[0]["role"] == "assistant" or isinstance(row["chosen"], dict):
         return prompt, [chosen, rejected]
 
     repeated, pair = _split_messages(chosen, rejected)
-    if isinstance(prompt, str) or prompt == repeated[: len(prompt)]:
+    if isinstance(prompt, str):
+        questions = [message["content"].strip() for message in repeated if message["role"] == "user"]
+        if prompt.strip() and prompt.strip() not in questions:
+            raise ValueError(f"fields 'chosen' and 'rejected' have no turn of the user like {name!r}")
+        return repeated, pair
+
+    if prompt == repeated[: len(prompt)]:
         return repeated, pair
     if repeated != prompt[-len(repeated) :]:
-        raise ValueError("fields 'chosen' and 'rejected' begin with other messages than 'prompt'")
+        raise ValueError(f"fields 'chosen' and 'rejected' begin with other messages than {name!r}")
     return prompt, pair
 
 
 def _transcripts(row: dict) -> Parsed:
     """chosen and rejected with the prompt inside."""
-    chosen = _text(row, "chosen")
-    rejected = _text(row, "rejected")
+    chosen = _answer(row, "chosen")
+    rejected = _answer(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
+        if TRANSCRIPT_SPLITTER not in chosen + rejected:
+            _look_for_prompt(row)
         return _split_transcripts(chosen, rejected)
+
     if isinstance(chosen, str) or isinstance(rejected, str):
         raise ValueError(MIXED_PAIR)
+    if chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        _look_for_prompt(row)
+        raise ValueError("chosen has no prompt")
     return _split_messages(chosen, rejected)
+
+
+def _look_for_prompt(row: dict) -> None:
+    """Raises ValueError if other columns of text or messages may hold the prompt."""
+    names = []
+    for name in _unused_columns(row, ("chosen", "rejected")):
+        if isinstance(row.get(name), str | list):
+            names.append(f"`{name}`")
+    if names:
+        raise ValueError(f"chosen has no prompt; is it in {' or '.join(names)}?")
 
 
 def _split_transcripts(chosen: str, rejected: str) -> Parsed:
@@ -248,7 +348,7 @@ def _stanford_human_preferences(row: dict) -> Parsed:
 
 def _prompt_completion(row: dict) -> Parsed:
     prompt = _text(row, "prompt")
-    return prompt, [_text(row, "completion")]
+    return prompt, [_answer(row, "completion")]
 
 
 def _chat(row: dict) -> Parsed:
@@ -272,6 +372,7 @@ FORMS: dict[Form, Callable[[dict], Parsed]] = {
     ("conversations", "chosen", "rejected"): _conversation_pair,
     ("instruction", "chosen", "rejected"): _instruction_pair,
     ("prompt", "chosen", "rejected"): _prompt_pair,
+    ("messages", "chosen", "rejected"): _chat_pair,
     ("chosen", "rejected"): _transcripts,
     ("prompt", "completions"): _prompt_completions,
     ("history", "human_ref_A", "human_ref_B", "labels"): _stanford_human_preferences,
@@ -284,8 +385,25 @@ FORMS: dict[Form, Callable[[dict], Parsed]] = {
 # Sampling needs no completion.
 PROMPT_FORMS = FORMS | {("prompt",): _prompt_alone}
 
+# Columns that an example is made of, beside those of its form.
+USED_BESIDE_ALL = ("system", "history", "reference_samples", "reference_samples_finished")
+USED_BESIDE = {
+    "instruction": ("input",),
+    "completions": ("scores", "finished"),
+    "rejected": ("scores", "score_chosen", "score_rejected"),
+    "human_ref_B": ("scores", "score_chosen", "score_rejected"),
+}
+# Forms of one completion, which a `label` of false says not to train on.
+DEMONSTRATIONS = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("conversations",),
+    ("instruction", "output"),
+    ("text",),
+)
 
-def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]]) -> Form:
+
+def form_of(row: dict, location: str, forms: dict[Form, Callable[[dict], Parsed]]) -> Form:
     """The form that a source's first row has. Raises UserError, which names the nearest form, if it has none."""
     for columns in forms:
         if all(name in row for name in columns):
@@ -303,26 +421,35 @@ def form_of(row: dict, source: str, forms: dict[Form, Callable[[dict], Parsed]])
 
     columns_of_row = ", ".join(str(name) for name in row)
     known = "; ".join(" + ".join(columns) for columns in forms)
-    raise UserError(f"{source}: unknown columns {columns_of_row}{hint}. Known forms: {known}")
+    raise UserError(f"{location}: unknown columns {columns_of_row}{hint}. Known forms: {known}")
 
 
 # ---------------------------------------------------------------- examples
 
 
 def parse_rows(
-    source: str, dropped: Counter[str], forms: dict[Form, Callable[[dict], Parsed]] = FORMS
+    source: str,
+    dropped: Counter[str],
+    forms: dict[Form, Callable[[dict], Parsed]] = FORMS,
+    unused: set[str] | None = None,
 ) -> Iterator[Example]:
     """Yield the rows of a source as Examples.
 
-    A row that cannot be used adds its reason to `dropped`. Raises UserError, which names file and line, for a
-    malformed row and for a source without rows.
+    A row that cannot be used adds its reason to `dropped`. Columns that hold something, but that no example is made
+    of, are added to `unused`. Raises UserError, which names file and line, for a malformed row and for a source
+    without rows.
     """
     form = None
     for number, (location, row) in enumerate(read_rows(source), 1):
         if form is None:
-            form = form_of(row, source, forms)
+            form = form_of(row, location, forms)
+        if unused is not None:
+            unused.update(_unused_columns(row, form))
         try:
+            _check_pictures(row)
             prompt, completions = _as_messages(*forms[form](row))
+            _check_end(prompt, form)
+            prompt = _with_context(prompt, row, form)
             example = _make_example(location, number, form, prompt, completions, row)
             _check_encodable(example)
         except UnicodeEncodeError:
@@ -337,6 +464,27 @@ def parse_rows(
         raise UserError(f"{source}: no rows")
 
 
+def _unused_columns(row: dict, form: Form) -> list[str]:
+    """The columns of a row that hold something, but of which its example has nothing."""
+    used = {*form, *USED_BESIDE_ALL}
+    is_labelled = isinstance(row.get("label"), bool)
+    if is_labelled and form in DEMONSTRATIONS:
+        used.add("label")
+    for name, beside in USED_BESIDE.items():
+        if name in form:
+            used.update(beside)
+    return [str(name) for name, value in row.items() if name not in used and not is_empty(value)]
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, an empty text, or a list or an object of nothing."""
+    if isinstance(value, dict):
+        return all(is_empty(part) for part in value.values())
+    if isinstance(value, list):
+        return all(is_empty(part) for part in value)
+    return value is None or value == ""
+
+
 def _as_messages(prompt: Prompt, completions: list[Text]) -> Parsed:
     """If either the prompt or a completion is chat messages, both become messages."""
     has_messages = any(isinstance(completion, list) for completion in completions)
@@ -349,6 +497,63 @@ def _as_messages(prompt: Prompt, completions: list[Text]) -> Parsed:
         if isinstance(completion, list) and completion[0]["role"] != "assistant":
             raise ValueError("a completion must begin with a message of the assistant")
     return prompt, completions
+
+
+def _check_pictures(row: dict) -> None:
+    for name in PICTURES:
+        if not is_empty(row.get(name)):
+            raise ValueError(f"field {name!r} is not empty, but only text is read")
+
+
+def _check_end(prompt: Prompt, form: Form) -> None:
+    """The prompt of a column of its own must ask for an answer, not begin it."""
+    has_column = "prompt" in form or ("rejected" in form and len(form) > 2)
+    if has_column and isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise ValueError("the prompt ends with a message of the assistant; an answer that has begun is not continued")
+
+
+def _with_context(prompt: Prompt, row: dict, form: Form) -> Prompt:
+    """The prompt after the system message and the earlier turns of the columns `system` and `history`."""
+    system = _system(row)
+    history = []
+    if "history" not in form:
+        history = _history(row)
+    if not system and not history:
+        return prompt
+
+    if isinstance(prompt, UserTurn):
+        return UserTurn(prompt.text, (*system, *history))
+    if not isinstance(prompt, list):
+        name = "system" if system else "history"
+        raise ValueError(f"field {name!r} has no place before plain text; give the prompt as messages")
+
+    if prompt and prompt[0]["role"] == "system":
+        if system and system != prompt[:1]:
+            raise ValueError("field 'system' differs from the system message of the prompt")
+        system = prompt[:1]
+        prompt = prompt[1:]
+    return system + history + prompt
+
+
+def _system(row: dict) -> Messages:
+    if is_empty(row.get("system")):
+        return []
+    return [{"role": "system", "content": _string(row, "system")}]
+
+
+def _history(row: dict) -> Messages:
+    """The turns of `history`, a list of [user, assistant] pairs."""
+    if is_empty(row.get("history")):
+        return []
+
+    history = []
+    for pair in _list(row, "history"):
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        if not is_pair:
+            raise ValueError("field 'history' must hold pairs of texts, [user, assistant]")
+        user, assistant = pair
+        history += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return history
 
 
 def assistant_messages(text: Text) -> Messages:
@@ -376,8 +581,9 @@ def _add_scores(example: Example, row: dict) -> None:
     num_completions = len(example.completions)
     if row.get("scores") is not None and num_completions > 1:
         scores = [_as_list(value) for value in _list(row, "scores")]
-    elif row.get("score_chosen") is not None and row.get("score_rejected") is not None:
-        scores = [[row["score_chosen"]], [row["score_rejected"]]]
+    elif example.ranked and num_completions == 2:
+        example.scores = _pair_scores(row)
+        return
     else:
         return
 
@@ -390,6 +596,17 @@ def _add_scores(example: Example, row: dict) -> None:
     example.scores = scores
 
 
+def _pair_scores(row: dict) -> list[list[float]]:
+    """The scores of chosen and rejected, or none if either is missing."""
+    names = ("score_chosen", "score_rejected")
+    if any(row.get(name) is None for name in names):
+        return []
+    for name in names:
+        if not _is_float32(row[name]):
+            raise ValueError(f"field {name!r} must be a finite number of float32")
+    return [[row[name]] for name in names]
+
+
 def _as_list(value: object) -> list:
     if isinstance(value, list):
         return value
@@ -397,7 +614,9 @@ def _as_list(value: object) -> list:
 
 
 def _is_float32(value: object) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < LARGEST
 
 
 def _add_samples(example: Example, row: dict) -> None:
@@ -418,6 +637,6 @@ def _check_encodable(example: Example) -> None:
     """Raises UnicodeEncodeError for a lone surrogate, which no UTF-8 text and no tokenizer can hold."""
     prompt = example.prompt
     if isinstance(prompt, UserTurn):
-        prompt = prompt.text
+        prompt = prompt.messages()
     texts = [prompt, example.completions, example.samples]
-    json.dumps(texts, ensure_ascii=False).encode()
+    json.dumps(texts, ensure_ascii=False, default=str).encode()

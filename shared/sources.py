@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +20,29 @@ if TYPE_CHECKING:
 
 ENDINGS = (".jsonl", ".json", ".parquet")
 MARKERS = ("dataset_info.json", "dataset_dict.json")  # one of them is in the directory of every saved dataset
+# Words of a file's name that say which split its rows are.
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "eval": "eval",
+    "evaluation": "eval",
+    "dev": "dev",
+    "held": "held_out",
+    "heldout": "held_out",
+    "holdout": "held_out",
+}
 BinaryFile = io.BufferedReader | gzip.GzipFile
 
 
 def read_rows(source: str) -> Iterator[tuple[str, dict]]:
     """Yield (location, row) of every row of a source; the location is "FILE, line N" for error messages.
 
-    A source is a file, a directory of files, a saved dataset or a hub id; the last two also as `path:split`. Raises
+    A source is a file, a directory of files, a saved dataset or a hub id; all but a file also as `path:split`. Raises
     UserError where it cannot be read.
     """
     for part in files_of(source):
@@ -48,9 +65,7 @@ def files_of(source: str) -> "list[Path] | list[Dataset]":
 
     is_saved_dataset = any((location / marker).exists() for marker in MARKERS)
     if location.is_dir() and not is_saved_dataset:
-        if split:
-            raise UserError(f"{source}: a directory of files has no splits; name one of its files")
-        return _files_in(location)
+        return _files_of_split(location, split)
 
     return [_open_dataset(path, split)]
 
@@ -80,6 +95,36 @@ def _path_and_split(source: str) -> tuple[str, str | None]:
 
 
 # ---------------------------------------------------------------- directories and datasets
+
+
+def _files_of_split(directory: Path, split: str | None) -> list[Path]:
+    """The files of a split, told by their names, or all files if they look like one split."""
+    files = _files_in(directory)
+    names_of_splits = {path.name: _split_in_name(path.name) for path in files}
+    splits = sorted({name for name in names_of_splits.values() if name})
+    if split is None:
+        held_out = set(splits) - {"train"}
+        if held_out and len(set(names_of_splits.values())) > 1:
+            names = ", ".join(names_of_splits)
+            choices = " or ".join(f"{directory}:{name}" for name in splits)
+            raise UserError(f"{directory}: the files look like different splits ({names}); give one file, or {choices}")
+        return files
+
+    if not splits:
+        raise UserError(f"{directory}:{split}: a directory of files has no splits; name one of its files")
+    wanted = SPLITS.get(split.lower(), split)
+    of_split = [path for path in files if names_of_splits[path.name] == wanted]
+    if not of_split:
+        raise UserError(f"{directory}:{split}: no file of this split; there are {', '.join(splits)}")
+    return of_split
+
+
+def _split_in_name(name: str) -> str | None:
+    """The split whose name is a word of a file's name."""
+    for word in re.split(r"[^a-z]+", name.lower()):
+        if word in SPLITS:
+            return SPLITS[word]
+    return None
 
 
 def _files_in(directory: Path) -> list[Path]:

@@ -54,6 +54,7 @@ CHAT_PAIRS = [
         "chosen": {"from": "gpt", "value": GOOD},
         "rejected": {"from": "gpt", "value": BAD},
     },
+    {"messages": TALK, "chosen": assistant(GOOD), "rejected": assistant(BAD)},
     {"instruction": USER, "input": "", "chosen": GOOD, "rejected": BAD},
 ]
 PLAIN_DEMONSTRATIONS = [
@@ -179,7 +180,7 @@ MISTAKES = [
     ('["a"]', "row 1: a row must be an object"),
     ("", "no rows"),
     ('{"messages": []}', "field 'messages' has no messages"),
-    ('{"messages": [{"role": "robot", "content": "a"}]}', "message 0: unknown role 'robot'"),
+    ('{"messages": [{"role": "User", "content": "a"}]}', "message 0: unknown role 'User'; write 'user'"),
     ('{"messages": [{"role": ["user"], "content": "a"}]}', "message 0: unknown role ['user']"),
     ('{"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "human", "value": "b"}, '
      '"rejected": {"from": "gpt", "value": "c"}}', "line 1: a completion must begin with a message of the assistant"),

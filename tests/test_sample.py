@@ -192,7 +192,11 @@ PROMPTS_ALONE = {
 }
 PAIRS = {
     "pair": {"prompt": "bade lo, ", "chosen": "a", "rejected": "b"},
-    "messages that repeat the prompt": {"prompt": "x", "chosen": [USER, ANSWER], "rejected": [USER, OTHER_ANSWER]},
+    "messages that repeat the prompt": {
+        "prompt": USER["content"],
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, OTHER_ANSWER],
+    },
     "HH": {"chosen": f"{TRANSCRIPT} a", "rejected": f"{TRANSCRIPT} b"},
     "message lists": {"chosen": [USER, ANSWER], "rejected": [USER, OTHER_ANSWER]},
     "SHP": {"history": "lo", "human_ref_A": "a", "human_ref_B": "b", "labels": 0},

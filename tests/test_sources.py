@@ -9,6 +9,7 @@ import tiny
 from tokenised import FIRST, ended, ids, load, pieces, plain
 
 from shared import UserError
+from shared.sources import read_rows, source_hash
 
 
 def write_containers(folder: Path, rows: list[dict]) -> list[str]:
@@ -92,3 +93,77 @@ def test_what_cannot_be_read_is_one_clear_line(unreadable: Path, name: str, mess
     with pytest.raises(UserError, match=message) as error:
         load(str(unreadable / name), plain(), FIRST)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------- splits in one directory
+
+
+def write_files(folder: Path, *names: str) -> str:
+    """A directory of files of one row, whose text is the file's name; its path."""
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text(json.dumps({"text": name}) + "\n")
+    return str(folder)
+
+
+def texts_of(source: str) -> list[str]:
+    return [row["text"] for _, row in read_rows(source)]
+
+
+@pytest.mark.parametrize(
+    "names, splits",
+    [
+        (["test.jsonl", "train.jsonl"], "dir:test or dir:train"),
+        (["a-eval.json", "a-train-00000-of-00002.json", "a-train-00001-of-00002.json"], "dir:eval or dir:train"),
+        (["Validation_prefs.jsonl", "train_prefs.jsonl"], "dir:train or dir:validation"),
+        (["dev.jsonl", "test.jsonl"], "dir:dev or dir:test"),
+        (["rows.jsonl", "test.jsonl"], "dir:test"),
+        (["held_out.jsonl", "sft.jsonl"], "dir:held_out"),
+    ],
+    ids=str,
+)
+def test_files_of_different_splits_are_refused(tmp_path: Path, names: list[str], splits: str) -> None:
+    source = write_files(tmp_path / "dir", *names)
+    expected = f"{source}: the files look like different splits ({', '.join(names)}); give one file, or "
+    with pytest.raises(UserError) as error:
+        texts_of(source)
+    assert str(error.value) == expected + splits.replace("dir:", f"{source}:")
+
+    with pytest.raises(UserError, match="look like different splits"):
+        source_hash(source)
+
+
+@pytest.mark.parametrize(
+    "split, names",
+    [
+        ("train", ["a-train-1.jsonl", "a-train-2.jsonl"]),
+        ("test", ["a-test.jsonl"]),
+        ("val", ["a-valid.jsonl"]),
+        ("validation", ["a-valid.jsonl"]),
+    ],
+)
+def test_the_files_of_one_split(tmp_path: Path, split: str, names: list[str]) -> None:
+    everything = ["a-train-1.jsonl", "a-train-2.jsonl", "a-test.jsonl", "a-valid.jsonl", "latest.jsonl"]
+    source = write_files(tmp_path / "dir", *everything)
+    assert texts_of(f"{source}:{split}") == names
+    assert source_hash(f"{source}:{split}") != source_hash(f"{source}/latest.jsonl")
+
+
+def test_a_split_without_files_is_refused(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "dir", "train.jsonl", "test.jsonl")
+    with pytest.raises(UserError, match="dir:eval: no file of this split; there are test, train"):
+        texts_of(f"{source}:eval")
+
+
+@pytest.mark.parametrize(
+    "names", [["a.jsonl", "b.json"], ["more.jsonl", "train.jsonl"], ["test-1.jsonl", "test-2.jsonl"]]
+)
+def test_files_of_one_split_are_read_together(tmp_path: Path, names: list[str]) -> None:
+    assert texts_of(write_files(tmp_path / "dir", *names)) == names
+
+
+def test_unknown_columns_name_the_file(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "dir", "infos.jsonl", "train.jsonl")
+    (tmp_path / "dir" / "infos.jsonl").write_text('{"default": 1}\n')
+    with pytest.raises(UserError, match="infos.jsonl, line 1: unknown columns default"):
+        load(source, plain(), FIRST)

@@ -235,6 +235,8 @@ def rewards_of_samples(reward: str, prompts: Sequence[Prompt], samples: Samples)
 
 def plain_prompt(prompt: Prompt) -> Text | None:
     """The prompt as JSON can hold it."""
+    if isinstance(prompt, UserTurn) and prompt.earlier:
+        return prompt.messages()
     if isinstance(prompt, UserTurn):
         return prompt.text
     return prompt

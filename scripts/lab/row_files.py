@@ -69,9 +69,14 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 # ---------------------------------------------------------------- in
 
 
-def read_examples(source: str, dropped: Counter[str], max_rows: int | None = None) -> Iterator[Example]:
-    """The first `max_rows` examples of a source. Raises UserError for a row without a prompt."""
-    examples = parse_rows(source, dropped, PROMPT_FORMS)
+def read_examples(
+    source: str, dropped: Counter[str], max_rows: int | None = None, unused: set[str] | None = None
+) -> Iterator[Example]:
+    """The first `max_rows` examples of a source. Raises UserError for a row without a prompt.
+
+    Reasons of rows that cannot be used are added to `dropped`, and columns of which an example has nothing to `unused`.
+    """
+    examples = parse_rows(source, dropped, PROMPT_FORMS, unused)
     for example in islice(examples, max_rows):
         if example.prompt is None:
             raise UserError(f"{example.location}: running text has no prompt")
@@ -79,11 +84,15 @@ def read_examples(source: str, dropped: Counter[str], max_rows: int | None = Non
 
 
 def first_examples(source: str, n: int) -> list[Example]:
-    """The first n examples. Prints the counts if rows were dropped. Raises UserError if no row is left."""
+    """The first n examples. Raises UserError if no row is left.
+
+    Prints the counts if rows were dropped or columns are not used.
+    """
     dropped: Counter[str] = Counter()
-    examples = list(read_examples(source, dropped, n))
-    counts = summary(source, len(examples), dropped)
-    if dropped:
+    unused: set[str] = set()
+    examples = list(read_examples(source, dropped, n, unused))
+    counts = summary(source, len(examples), dropped, unused)
+    if dropped or unused:
         print(f"{source}: {counts}", file=sys.stderr)
     return examples
 
@@ -292,9 +301,10 @@ def _join_parts(parts: list[Path], output: Path, window_size: int, num_rows: int
         part.unlink()
 
 
-def summary(source: str, kept: int, dropped: Counter[str]) -> str:
-    """One line that says what became of the rows. Raises UserError if none could be used."""
-    counts = describe({"rows": kept + dropped.total(), "kept": kept, "dropped": dropped})
+def summary(source: str, kept: int, dropped: Counter[str], unused: Iterable[str] = ()) -> str:
+    """One line that says what became of the rows and columns. Raises UserError if no row could be used."""
+    report = {"rows": kept + dropped.total(), "kept": kept, "dropped": dropped, "not used": sorted(unused)}
+    counts = describe(report)
     if not kept:
         raise UserError(f"{source}: no usable row; {counts}")
     return counts

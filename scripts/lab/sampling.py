@@ -263,5 +263,5 @@ def as_written(prompt: Text | UserTurn, encoder: Encoder) -> Text:
     if not isinstance(prompt, UserTurn):
         return prompt
     if encoder.is_chat(prompt):
-        return [{"role": "user", "content": prompt.text}]
+        return prompt.messages()
     return f"{prompt.text}\n\n"

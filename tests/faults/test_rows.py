@@ -69,7 +69,7 @@ CASES = [  # fault, file, its bytes, words of the message; the first case of eac
     (46, "x.jsonl", b"", "x.jsonl: no rows"),
     (46, "x.jsonl", b"\n \n", "x.jsonl: no rows"),
     (46, "x.json", b"[]", "x.json: no rows"),
-    (48, "x.jsonl", chat() + chat(role="robot"), "x.jsonl, line 2: field 'prompt', message 0: unknown role 'robot'"),
+    (48, "x.jsonl", chat() + chat(role="User"), "x.jsonl, line 2: field 'prompt', message 0: unknown role 'User'"),
     (48, "x.jsonl", chat() + row(prompt=[]), "x.jsonl, line 2: field 'prompt' has no messages"),
     (48, "x.jsonl", chat() + chat(content=None), "x.jsonl, line 2: field 'prompt', message 0: content must be text"),
     (48, "x.jsonl", chat() + row(prompt=["a"]), "x.jsonl, line 2: field 'prompt', message 0: "),

@@ -1,6 +1,7 @@
 """Example → token ids: the one rule, for training, sampling, scoring and evaluating.
 
-1. Render: prompt and completions become texts, through the chat template or as they are.
+1. Render: prompt and completions become texts, through the chat template or as they are. A sample that was cut off
+   follows its prompt as it is.
 2. Tokenise: the prompt with the tokenizer's special tokens, unless a template has written its own; completions without.
 3. Complete the prompt: the first token of running text is its prompt, and an empty prompt becomes the BOS.
 4. End and truncate: a completion gets its EOS, unless it was cut off before it, and keeps the tokens that fit.
@@ -150,17 +151,21 @@ class Encoder:
             raise UserError("the rows are chat messages, but the tokenizer has no chat template; use one that has")
 
         before = self._apply_template(prompt, add_generation_prompt=True)
-        conversations = [self._apply_template(prompt + completion) for completion in completions]
-        if not all(conversation.startswith(before) for conversation in conversations):
-            raise UserError("the chat template renders a prompt differently once an answer follows; use another one")
-
         answers = []
-        for conversation, completion, ends_with_eos in zip(conversations, completions, has_eos, strict=True):
+        for completion, ends_with_eos in zip(completions, has_eos, strict=True):
+            if ends_with_eos:
+                conversation = self._apply_template(prompt + completion)
+            else:
+                conversation = self._until_sample(prompt, completion)
+            if not conversation.startswith(before):
+                raise UserError(
+                    "the chat template renders a prompt differently once an answer follows; use another one"
+                )
+
             answer = conversation.removeprefix(before)
             if ends_with_eos:
-                answers.append(self._until_eos(answer))
-            else:
-                answers.append(self._until_content(answer, completion[-1]["content"]))
+                answer = self._until_eos(answer)
+            answers.append(answer)
         return before, answers
 
     def _apply_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -180,16 +185,15 @@ class Encoder:
             return answer
         return text
 
-    def _until_content(self, answer: str, content: str) -> str:
-        """A rendered answer up to the end of its text, for a completion that was cut off before its EOS."""
-        content = self.protect(content)
-        if content not in answer:
-            content = content.strip()  # as many templates do
-        if content not in answer:
-            return answer
+    def _until_sample(self, prompt: Messages, completion: Messages) -> str:
+        """A rendered conversation whose last answer is a sample that was cut off before its EOS.
 
-        end = answer.rindex(content) + len(content)
-        return answer[:end]
+        The sample stands there as the model wrote it. A template may rewrite a text, put thoughts before it, or end
+        the turn after it.
+        """
+        *earlier, sample = completion
+        before = self._apply_template(prompt + earlier, add_generation_prompt=True)
+        return before + self.protect(sample["content"])
 
     # ------------------------------------------------------------ tokenise
 

@@ -132,17 +132,50 @@ def test_samples_that_were_truncated_have_no_eos(tmp_path: Path) -> None:
     assert samples == [ids(plain(), "ok"), ended(plain(), "7")]
 
 
-@pytest.mark.parametrize("filters, truncated", [("", GOOD + " "), (" | trim", GOOD)])
-def test_a_truncated_answer_ends_with_its_text(tmp_path: Path, filters: str, truncated: str) -> None:
-    """It has nothing of what a chat template writes behind an answer; a finished one has it up to the EOS."""
+FILTERS = ["", " | trim", " | upper", " | replace('  ', ' ')", ".split('is')[-1]"]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_a_truncated_answer_is_as_it_was_sampled(tmp_path: Path, filters: str) -> None:
+    """A chat template changes nothing of it and writes nothing behind it; a finished one goes through the template."""
     tokenizer = tiny.make_tokenizer(chat=True)
     tokenizer.chat_template = tiny.CHATML.replace("message['content']", f"message['content']{filters}")
     tokenizer.eos_token = "</s>"  # which the template does not write
 
-    row = {"prompt": TALK, "completions": [GOOD + " ", BAD], "finished": [False, True]}
+    sample = "yes,  it is ok "
+    row = {"prompt": TALK, "completions": [sample, "42"], "finished": [False, True]}
     _, chosen, rejected = only_group(tmp_path, row, tokenizer)
-    assert chosen == ids(tokenizer, truncated)
-    assert rejected == [*ids(tokenizer, BAD), *ids(tokenizer, "<|im_end|>\n"), tokenizer.eos_token_id]
+    assert chosen == ids(tokenizer, sample)
+    assert rejected == [*ids(tokenizer, "42"), *ids(tokenizer, "<|im_end|>\n"), tokenizer.eos_token_id]
+
+
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and '</think>' not in message['content'] %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("sample", ["<think>\nso it", "<think>\nso\n</think>\n\nyes it", "ok"])
+def test_a_truncated_sample_gets_no_thoughts_of_the_template(tmp_path: Path, sample: str) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = THINKING
+    row = {
+        "messages": [*TALK, assistant(GOOD)],
+        "reference_samples": [sample, "no"],
+        "reference_samples_finished": [False, False],
+    }
+    _, _, *samples = only_group(tmp_path, row, tokenizer, Requires("first", samples="required"))
+    assert samples == [ids(tokenizer, sample), ids(tokenizer, "no")]
+
+
+def test_the_turns_before_a_truncated_answer_go_through_the_template() -> None:
+    example = Example("", 1, TALK, [[assistant(GOOD), *TALK, assistant("so it")]], has_eos=[False])
+    (encoded,) = Encoder(chat()).encode([example], Counter())
+    conversation = template(chat(), ("user", USER), ("assistant", GOOD), ("user", USER), ask=True) + "so it"
+    assert encoded.prompt + encoded.completions[0] == ids(chat(), conversation)
 
 
 def test_a_completion_gets_its_eos_before_it_is_truncated() -> None:

@@ -108,7 +108,7 @@ class Encoder:
     def render(self, example: Example, num_completions: int | None = None) -> RenderedExample:
         """The protected texts of an example's prompt and its first `num_completions` completions.
 
-        Raises Dropped if the chat template refuses the example.
+        Raises Dropped if the chat template refuses the example, or changes its prompt once an answer follows.
         """
         prompt = example.prompt
         completions = example.completions[:num_completions]
@@ -158,9 +158,7 @@ class Encoder:
             else:
                 conversation = self._until_sample(prompt, completion)
             if not conversation.startswith(before):
-                raise UserError(
-                    "the chat template renders a prompt differently once an answer follows; use another one"
-                )
+                raise Dropped("the chat template renders the prompt differently once an answer follows")
 
             answer = conversation.removeprefix(before)
             if ends_with_eos:

@@ -222,9 +222,31 @@ def test_examples_that_cannot_be_encoded_are_counted() -> None:
     assert dropped == {"refused by the chat template (no chats)": 1, "empty prompt": 1}
 
 
-def test_a_template_that_changes_the_prompt_is_refused() -> None:
+DIFFERENT = "the chat template renders the prompt differently once an answer follows"
+OPENS_THOUGHTS = tiny.CHATML.replace("assistant\n'", "assistant\n<think>\n'")  # only in the generation prompt
+CHANGES_FOR_NO = "{% if messages[-1]['content'] == 'no' %}{{ 'x' }}{% endif %}" + tiny.CHATML
+
+
+@pytest.mark.parametrize(
+    "changing", ["{{ messages | length }}" + tiny.CHATML, OPENS_THOUGHTS, "{{ messages[-1]['role'] }}" + tiny.CHATML]
+)
+def test_a_template_that_changes_every_prompt_leaves_no_row(tmp_path: Path, changing: str) -> None:
     tokenizer = tiny.make_tokenizer(chat=True)
-    tokenizer.chat_template = "{{ messages | length }}" + tiny.CHATML
-    example = Example("", 1, TALK, [[assistant(GOOD)]], has_eos=[True])
-    with pytest.raises(UserError, match="renders a prompt differently once an answer follows"):
-        list(Encoder(tokenizer).encode([example], Counter()))
+    tokenizer.chat_template = changing
+    row = {"prompt": TALK, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]}
+    with pytest.raises(UserError, match=f"no usable row; rows 1, kept 0, dropped: {DIFFERENT} 1$"):
+        only_group(tmp_path, row, tokenizer)
+
+
+@pytest.mark.parametrize("answers", [("no", "ok"), ("ok", "no")])
+def test_a_row_whose_prompt_the_template_changes_is_dropped(answers: tuple[str, str]) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = CHANGES_FOR_NO
+    examples = [
+        Example("", 1, TALK, [[assistant(GOOD)], [assistant(BAD + "!")]], has_eos=[True, True]),
+        Example("", 2, TALK, [[assistant(answer)] for answer in answers], has_eos=[True, True]),
+    ]
+    dropped: Counter[str] = Counter()
+    (encoded,) = Encoder(tokenizer).encode(examples, dropped)
+    assert encoded.example.number == 1
+    assert dropped == {DIFFERENT: 1}

@@ -66,6 +66,7 @@ class Encoder:
         # longest first, so that no name is matched inside a longer one
         self.specials = [MARK, *sorted(names.values(), key=len, reverse=True)]
         self.pattern = re.compile("|".join(map(re.escape, self.specials)))
+        self.shown_roles: set[str] = set()  # of messages whose text the chat template is known to show
 
     def encode(
         self, examples: Iterable[Example], dropped: Counter[str], num_completions: int | None = None
@@ -151,10 +152,12 @@ class Encoder:
             raise UserError("the rows are chat messages, but the tokenizer has no chat template; use one that has")
 
         before = self._apply_template(prompt, add_generation_prompt=True)
+        self._check_shown(prompt, "user")
         answers = []
         for completion, ends_with_eos in zip(completions, has_eos, strict=True):
             if ends_with_eos:
                 conversation = self._apply_template(prompt + completion)
+                self._check_shown(prompt + completion, "assistant")
             else:
                 conversation = self._until_sample(prompt, completion)
             if not conversation.startswith(before):
@@ -175,6 +178,21 @@ class Encoder:
         except Exception as error:  # templates raise what their authors chose (jinja2's TemplateError)
             raise Dropped(f"refused by the chat template ({first_line(error)})") from None
         return cast(str, text)
+
+    def _check_shown(self, messages: Messages, role: str) -> None:
+        """Raises UserError if the template renders the same whatever the last message of a role says.
+
+        Some templates expect a list of parts, and leave out a text. It is enough to see this once.
+        """
+        indices = [i for i, message in enumerate(messages) if message["role"] == role]
+        if role in self.shown_roles or not indices:
+            return
+
+        changed = [dict(message) for message in messages]
+        changed[indices[-1]]["content"] += "x"
+        if self._apply_template(changed) == self._apply_template(messages):
+            raise UserError(f"the chat template shows none of the text of role {role!r}; use one made for texts")
+        self.shown_roles.add(role)
 
     def _until_eos(self, answer: str) -> str:
         """A rendered answer up to its last EOS; the template, not the model, writes what follows."""

@@ -250,3 +250,34 @@ def test_a_row_whose_prompt_the_template_changes_is_dropped(answers: tuple[str, 
     (encoded,) = Encoder(tokenizer).encode(examples, dropped)
     assert encoded.example.number == 1
     assert dropped == {DIFFERENT: 1}
+
+
+PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+NO_ANSWERS = tiny.CHATML.replace("{{", "{% if message['role'] == 'user' %}{{", 1).replace("}}", "}}{% endif %}", 1)
+
+
+@pytest.mark.parametrize(
+    "hiding, role",
+    [
+        ("{% for message in messages %}" + PARTS + "<|im_end|>{% endfor %}", "user"),
+        ("{% for message in messages %}{{ message['text'] }}<|im_end|>{% endfor %}", "user"),
+        (NO_ANSWERS.replace(" == 'user'", " == 'assistant'"), "user"),
+        (NO_ANSWERS, "assistant"),
+        (tiny.CHATML.replace("message['content']", "(message['content'] if loop.first else '')"), "assistant"),
+    ],
+)
+def test_a_template_that_shows_no_text_is_refused(tmp_path: Path, hiding: str, role: str) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = hiding
+    row = {"prompt": TALK, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]}
+    with pytest.raises(UserError, match=f"the chat template shows none of the text of role '{role}'"):
+        only_group(tmp_path, row, tokenizer)
+
+
+@pytest.mark.parametrize("filters", [" | upper", " | trim", " | replace('  ', ' ')", ".split('</think>')[-1]"])
+def test_a_template_that_rewrites_texts_is_accepted(tmp_path: Path, filters: str) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = tiny.CHATML.replace("message['content']", f"message['content']{filters}")
+    row = {"prompt": TALK, "chosen": [assistant("so</think>" + GOOD)], "rejected": [assistant(BAD)]}
+    _, _, rejected = only_group(tmp_path, row, tokenizer)
+    assert len(rejected) > 1

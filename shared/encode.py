@@ -43,6 +43,7 @@ class EncodedExample:
     example: Example
     prompt: TokenIds
     completions: list[TokenIds]
+    has_control_strings: bool = False  # whether a text holds a special token's string, which has become plain text
 
 
 def end_and_truncate(ids: TokenIds, has_eos: bool, eos_id: int, room: int) -> TokenIds:
@@ -89,7 +90,7 @@ class Encoder:
             if not prompt:
                 dropped["empty prompt"] += 1
                 continue
-            yield EncodedExample(example, prompt, completions)
+            yield EncodedExample(example, prompt, completions, self._has_control_strings(rendered))
 
     # ------------------------------------------------------------ render
 
@@ -134,6 +135,11 @@ class Encoder:
         If </s> is `specials[2]`, then "a</s>b" becomes "a" + MARK + "2;" + "b".
         """
         return self.pattern.sub(self._mark, text)
+
+    def _has_control_strings(self, rendered: RenderedExample) -> bool:
+        mark_itself = self.protect(MARK)
+        texts = [rendered.prompt, *rendered.completions]
+        return any(MARK in text.replace(mark_itself, "") for text in texts)
 
     def _mark(self, match: re.Match) -> str:
         number = self.specials.index(match[0])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK = 1024  # examples that are tokenised together
+CONTROL_STRINGS = "control strings as text"  # a count of rows in the report
 CODE = ("sources.py", "rows.py", "encode.py", "groups.py")  # what the content of a cached file depends on
 
 
@@ -224,6 +225,7 @@ class GroupBuilder:
         self.counts["prompts cut"] += int(len(prompt) < len(encoded.prompt))
         self._count_truncated(encoded, room)
         self._count_repeats(prompt, ranked)
+        self.counts[CONTROL_STRINGS] += int(encoded.has_control_strings)
 
         self.row_numbers.append(example.number)
         if self.requires.scores:

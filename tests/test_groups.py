@@ -2,6 +2,7 @@
 
 from array import array
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -180,6 +181,32 @@ def test_transcripts_without_a_common_prompt_are_dropped(tmp_path: Path) -> None
     ]
     groups = load(write(tmp_path / "rows.jsonl", rows), plain())
     assert groups.report["dropped"] == {"prompts differ": 1, "no Assistant turn": 1}
+
+
+RENDERED = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
+SAMPLED = {"reference_samples": ["a</s>", "7"]}
+
+
+@pytest.mark.parametrize(
+    "row, tokenizer, requires, count",
+    [
+        ({"prompt": RENDERED, "chosen": "ok<|im_end|>", "rejected": "no<|im_end|>"}, chat(), RANKING, 2),
+        ({"text": RENDERED + "ok"}, chat(), FIRST, 2),
+        ({**PAIR, "chosen": "ok</s>"}, plain(), RANKING, 2),
+        ({"messages": [*TALK, assistant("ok <|im_start|>")]}, chat(), FIRST, 2),
+        ({**PAIR, **SAMPLED}, plain(), Requires("pair", samples="required"), 2),
+        ({**PAIR, **SAMPLED}, plain(), RANKING, 0),  # which reads no samples
+        ({"prompt": RENDERED, "chosen": "ok", "rejected": "no"}, plain(), RANKING, 0),  # not its tokens
+        ({**PAIR, "chosen": "\U000f00000;"}, plain(), RANKING, 0),
+        ({"messages": [*TALK, assistant("ok")]}, chat(), FIRST, 0),  # only the template writes tokens
+    ],
+)
+def test_rows_with_control_strings_are_counted(
+    tmp_path: Path, row: dict, tokenizer: Any, requires: Requires, count: int
+) -> None:
+    report = load(write(tmp_path / "rows.jsonl", [row, row]), tokenizer, requires).report
+    assert report.get("control strings as text", 0) == count
+    assert ("; control strings as text 2" in describe(report)) == (count == 2)
 
 
 # ---------------------------------------------------------------- cache and memory

@@ -14,10 +14,15 @@ from tqdm import tqdm
 from shared import UserError
 from shared.attention import Spans
 from shared.distributed import Ranks
-from shared.groups import Groups, Requires, check_fit, describe, load_groups, shown_example
+from shared.groups import CONTROL_STRINGS, Groups, Requires, check_fit, describe, load_groups, shown_example
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+ADVICE = (
+    "the string of a special token in a row is encoded as plain text, never as the token; "
+    "if rows were rendered with a chat template, give their messages instead"
+)
 
 
 @dataclass
@@ -242,6 +247,8 @@ def load_batches(
     held_out = None
     if args.eval_data is not None:
         held_out = load("eval", args.eval_data, None)
+    if any(CONTROL_STRINGS in batches.groups.report for batches in (train, held_out) if batches is not None):
+        _say(f"{CONTROL_STRINGS}: {ADVICE}", ranks)
     _say(shown_example(train.groups, tokenizer), ranks)
 
     steps = math.ceil(round(args.epochs * train.steps_per_epoch, 6))

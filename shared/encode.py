@@ -1,6 +1,7 @@
 """Example → token ids: the one rule, for training, sampling, scoring and evaluating.
 
-1. Render: prompt and completions become texts, through the chat template or as they are.
+1. Render: prompt and completions become texts, through the chat template or as they are. A sample that was cut off
+   follows its prompt as it is.
 2. Tokenise: the prompt with the tokenizer's special tokens, unless a template has written its own; completions without.
 3. Complete the prompt: the first token of running text is its prompt, and an empty prompt becomes the BOS.
 4. End and truncate: a completion gets its EOS, unless it was cut off before it, and keeps the tokens that fit.
@@ -42,6 +43,7 @@ class EncodedExample:
     example: Example
     prompt: TokenIds
     completions: list[TokenIds]
+    has_control_strings: bool = False  # whether a text holds a special token's string, which has become plain text
 
 
 def end_and_truncate(ids: TokenIds, has_eos: bool, eos_id: int, room: int) -> TokenIds:
@@ -67,6 +69,7 @@ class Encoder:
         # longest first, so that no name is matched inside a longer one
         self.specials = [MARK, *sorted(names.values(), key=len, reverse=True)]
         self.pattern = re.compile("|".join(map(re.escape, self.specials)))
+        self.shown_roles: set[str] = set()  # of messages whose text the chat template is known to show
 
     def encode(
         self, examples: Iterable[Example], dropped: Counter[str], num_completions: int | None = None
@@ -89,7 +92,7 @@ class Encoder:
             if not prompt:
                 dropped["empty prompt"] += 1
                 continue
-            yield EncodedExample(example, prompt, completions)
+            yield EncodedExample(example, prompt, completions, self._has_control_strings(rendered))
 
     # ------------------------------------------------------------ render
 
@@ -109,7 +112,7 @@ class Encoder:
     def render(self, example: Example, num_completions: int | None = None) -> RenderedExample:
         """The protected texts of an example's prompt and its first `num_completions` completions.
 
-        Raises Dropped if the chat template refuses the example.
+        Raises Dropped if the chat template refuses the example, or changes its prompt once an answer follows.
         """
         prompt = example.prompt
         completions = example.completions[:num_completions]
@@ -136,6 +139,11 @@ class Encoder:
         """
         return self.pattern.sub(self._mark, text)
 
+    def _has_control_strings(self, rendered: RenderedExample) -> bool:
+        mark_itself = self.protect(MARK)
+        texts = [rendered.prompt, *rendered.completions]
+        return any(MARK in text.replace(mark_itself, "") for text in texts)
+
     def _mark(self, match: re.Match) -> str:
         number = self.specials.index(match[0])
         return f"{MARK}{number};"
@@ -153,17 +161,21 @@ class Encoder:
             raise UserError("the rows are chat messages, but the tokenizer has no chat template; use one that has")
 
         before = self._apply_template(prompt, add_generation_prompt=True)
-        conversations = [self._apply_template(prompt + completion) for completion in completions]
-        if not all(conversation.startswith(before) for conversation in conversations):
-            raise UserError("the chat template renders a prompt differently once an answer follows; use another one")
-
+        self._check_shown(prompt, "user")
         answers = []
-        for conversation, completion, ends_with_eos in zip(conversations, completions, has_eos, strict=True):
+        for completion, ends_with_eos in zip(completions, has_eos, strict=True):
+            if ends_with_eos:
+                conversation = self._apply_template(prompt + completion)
+                self._check_shown(prompt + completion, "assistant")
+            else:
+                conversation = self._until_sample(prompt, completion)
+            if not conversation.startswith(before):
+                raise Dropped("the chat template renders the prompt differently once an answer follows")
+
             answer = conversation.removeprefix(before)
             if ends_with_eos:
-                answers.append(self._until_eos(answer))
-            else:
-                answers.append(self._until_content(answer, completion[-1]["content"]))
+                answer = self._until_eos(answer)
+            answers.append(answer)
         return before, answers
 
     def _apply_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
@@ -199,6 +211,21 @@ class Encoder:
             return {name: self._protect_all(part) for name, part in value.items()}
         return value
 
+    def _check_shown(self, messages: Messages, role: str) -> None:
+        """Raises UserError if the template renders the same whatever the last message of a role says.
+
+        Some templates expect a list of parts, and leave out a text. It is enough to see this once.
+        """
+        indices = [i for i, message in enumerate(messages) if message["role"] == role]
+        if role in self.shown_roles or not indices:
+            return
+
+        changed = [dict(message) for message in messages]
+        changed[indices[-1]]["content"] += "x"
+        if self._apply_template(changed) == self._apply_template(messages):
+            raise UserError(f"the chat template shows none of the text of role {role!r}; use one made for texts")
+        self.shown_roles.add(role)
+
     def _until_eos(self, answer: str) -> str:
         """A rendered answer up to its last EOS; the template, not the model, writes what follows."""
         text, eos, _ = answer.rpartition(self.tokenizer.eos_token)
@@ -206,16 +233,15 @@ class Encoder:
             return answer
         return text
 
-    def _until_content(self, answer: str, content: str) -> str:
-        """A rendered answer up to the end of its text, for a completion that was cut off before its EOS."""
-        content = self.protect(content)
-        if content not in answer:
-            content = content.strip()  # as many templates do
-        if content not in answer:
-            return answer
+    def _until_sample(self, prompt: Messages, completion: Messages) -> str:
+        """A rendered conversation whose last answer is a sample that was cut off before its EOS.
 
-        end = answer.rindex(content) + len(content)
-        return answer[:end]
+        The sample stands there as the model wrote it. A template may rewrite a text, put thoughts before it, or end
+        the turn after it.
+        """
+        *earlier, sample = completion
+        before = self._apply_template(prompt + earlier, add_generation_prompt=True)
+        return before + self.protect(sample["content"])
 
     # ------------------------------------------------------------ tokenise
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK = 1024  # examples that are tokenised together
+CONTROL_STRINGS = "control strings as text"  # a count of rows in the report
 CODE = ("sources.py", "rows.py", "encode.py", "groups.py")  # what the content of a cached file depends on
 
 
@@ -237,12 +238,15 @@ class GroupBuilder:
         room = self.max_length - len(prompt)
         if room < 1:
             raise Dropped("prompt too long")
+        completions = self._end_and_truncate_all(encoded, room)
+        self._check_different(completions[:num_ranked], "identical completions after truncation")
         self.counts["prompts cut"] += int(len(prompt) < len(encoded.prompt))
+        self._count_truncated(encoded, room)
         self._count_repeats(prompt, ranked)
         if example.ranked and example.scores:
             self._count_disagreement(example.scores)
+        self.counts[CONTROL_STRINGS] += int(encoded.has_control_strings)
 
-        completions = self._end_and_truncate_all(encoded, room)
         self.row_numbers.append(example.number)
         if self.requires.scores:
             for scores_of_completion in example.scores:
@@ -255,9 +259,12 @@ class GroupBuilder:
     def _check_ids(self, completions: list[TokenIds]) -> None:
         if not all(completions):
             raise Dropped("empty completion")
+        self._check_different(completions, "identical completions")
+
+    def _check_different(self, completions: list[TokenIds], reason: str) -> None:
         different = {tuple(ids) for ids in completions}
         if len(different) < len(completions) and not self.requires.scores:
-            raise Dropped("identical completions")
+            raise Dropped(reason)
 
     def _truncate_prompt(self, prompt: TokenIds) -> TokenIds:
         """The BOS, if the prompt begins with it, and the last `max_prompt_length` of the other tokens."""
@@ -274,16 +281,11 @@ class GroupBuilder:
 
     def _end_and_truncate_all(self, encoded: EncodedExample, room: int) -> list[TokenIds]:
         """The completions as they are trained on. Raises Dropped if one, which can only be a sample, has no token."""
-        eos_id = self.encoder.eos_id
-        whole_lengths = []
         completions = []
         for ids, has_eos in zip(encoded.completions, encoded.example.has_eos, strict=True):
-            whole_lengths.append(len(ids) + int(has_eos))
-            completions.append(end_and_truncate(ids, has_eos, eos_id, room))
-
-        if not all(whole_lengths):
+            completions.append(end_and_truncate(ids, has_eos, self.encoder.eos_id, room))
+        if not all(completions):
             raise Dropped("empty sample")
-        self.counts["completions cut"] += sum(length > room for length in whole_lengths)
         return completions
 
     def _count_disagreement(self, scores: list[list[float]]) -> None:
@@ -291,6 +293,10 @@ class GroupBuilder:
         first, second = map(math.fsum, scores)
         self.counts["tied scores"] += int(first == second)
         self.counts["scores against the order"] += int(first < second)
+
+    def _count_truncated(self, encoded: EncodedExample, room: int) -> None:
+        for ids, has_eos in zip(encoded.completions, encoded.example.has_eos, strict=True):
+            self.counts["completions cut"] += int(len(ids) + int(has_eos) > room)
 
     def _count_repeats(self, prompt: TokenIds, completions: list[TokenIds]) -> None:
         """Count rows that repeat an earlier one, and those that rank the completions of an earlier one otherwise."""

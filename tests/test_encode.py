@@ -132,17 +132,50 @@ def test_samples_that_were_truncated_have_no_eos(tmp_path: Path) -> None:
     assert samples == [ids(plain(), "ok"), ended(plain(), "7")]
 
 
-@pytest.mark.parametrize("filters, truncated", [("", GOOD + " "), (" | trim", GOOD)])
-def test_a_truncated_answer_ends_with_its_text(tmp_path: Path, filters: str, truncated: str) -> None:
-    """It has nothing of what a chat template writes behind an answer; a finished one has it up to the EOS."""
+FILTERS = ["", " | trim", " | upper", " | replace('  ', ' ')", ".split('is')[-1]"]
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_a_truncated_answer_is_as_it_was_sampled(tmp_path: Path, filters: str) -> None:
+    """A chat template changes nothing of it and writes nothing behind it; a finished one goes through the template."""
     tokenizer = tiny.make_tokenizer(chat=True)
     tokenizer.chat_template = tiny.CHATML.replace("message['content']", f"message['content']{filters}")
     tokenizer.eos_token = "</s>"  # which the template does not write
 
-    row = {"prompt": TALK, "completions": [GOOD + " ", BAD], "finished": [False, True]}
+    sample = "yes,  it is ok "
+    row = {"prompt": TALK, "completions": [sample, "42"], "finished": [False, True]}
     _, chosen, rejected = only_group(tmp_path, row, tokenizer)
-    assert chosen == ids(tokenizer, truncated)
-    assert rejected == [*ids(tokenizer, BAD), *ids(tokenizer, "<|im_end|>\n"), tokenizer.eos_token_id]
+    assert chosen == ids(tokenizer, sample)
+    assert rejected == [*ids(tokenizer, "42"), *ids(tokenizer, "<|im_end|>\n"), tokenizer.eos_token_id]
+
+
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and '</think>' not in message['content'] %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("sample", ["<think>\nso it", "<think>\nso\n</think>\n\nyes it", "ok"])
+def test_a_truncated_sample_gets_no_thoughts_of_the_template(tmp_path: Path, sample: str) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = THINKING
+    row = {
+        "messages": [*TALK, assistant(GOOD)],
+        "reference_samples": [sample, "no"],
+        "reference_samples_finished": [False, False],
+    }
+    _, _, *samples = only_group(tmp_path, row, tokenizer, Requires("first", samples="required"))
+    assert samples == [ids(tokenizer, sample), ids(tokenizer, "no")]
+
+
+def test_the_turns_before_a_truncated_answer_go_through_the_template() -> None:
+    example = Example("", 1, TALK, [[assistant(GOOD), *TALK, assistant("so it")]], has_eos=[False])
+    (encoded,) = Encoder(chat()).encode([example], Counter())
+    conversation = template(chat(), ("user", USER), ("assistant", GOOD), ("user", USER), ask=True) + "so it"
+    assert encoded.prompt + encoded.completions[0] == ids(chat(), conversation)
 
 
 def test_a_completion_gets_its_eos_before_it_is_truncated() -> None:
@@ -189,9 +222,62 @@ def test_examples_that_cannot_be_encoded_are_counted() -> None:
     assert dropped == {"refused by the chat template (no chats)": 1, "empty prompt": 1}
 
 
-def test_a_template_that_changes_the_prompt_is_refused() -> None:
+DIFFERENT = "the chat template renders the prompt differently once an answer follows"
+OPENS_THOUGHTS = tiny.CHATML.replace("assistant\n'", "assistant\n<think>\n'")  # only in the generation prompt
+CHANGES_FOR_NO = "{% if messages[-1]['content'] == 'no' %}{{ 'x' }}{% endif %}" + tiny.CHATML
+
+
+@pytest.mark.parametrize(
+    "changing", ["{{ messages | length }}" + tiny.CHATML, OPENS_THOUGHTS, "{{ messages[-1]['role'] }}" + tiny.CHATML]
+)
+def test_a_template_that_changes_every_prompt_leaves_no_row(tmp_path: Path, changing: str) -> None:
     tokenizer = tiny.make_tokenizer(chat=True)
-    tokenizer.chat_template = "{{ messages | length }}" + tiny.CHATML
-    example = Example("", 1, TALK, [[assistant(GOOD)]], has_eos=[True])
-    with pytest.raises(UserError, match="renders a prompt differently once an answer follows"):
-        list(Encoder(tokenizer).encode([example], Counter()))
+    tokenizer.chat_template = changing
+    row = {"prompt": TALK, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]}
+    with pytest.raises(UserError, match=f"no usable row; rows 1, kept 0, dropped: {DIFFERENT} 1$"):
+        only_group(tmp_path, row, tokenizer)
+
+
+@pytest.mark.parametrize("answers", [("no", "ok"), ("ok", "no")])
+def test_a_row_whose_prompt_the_template_changes_is_dropped(answers: tuple[str, str]) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = CHANGES_FOR_NO
+    examples = [
+        Example("", 1, TALK, [[assistant(GOOD)], [assistant(BAD + "!")]], has_eos=[True, True]),
+        Example("", 2, TALK, [[assistant(answer)] for answer in answers], has_eos=[True, True]),
+    ]
+    dropped: Counter[str] = Counter()
+    (encoded,) = Encoder(tokenizer).encode(examples, dropped)
+    assert encoded.example.number == 1
+    assert dropped == {DIFFERENT: 1}
+
+
+PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+NO_ANSWERS = tiny.CHATML.replace("{{", "{% if message['role'] == 'user' %}{{", 1).replace("}}", "}}{% endif %}", 1)
+
+
+@pytest.mark.parametrize(
+    "hiding, role",
+    [
+        ("{% for message in messages %}" + PARTS + "<|im_end|>{% endfor %}", "user"),
+        ("{% for message in messages %}{{ message['text'] }}<|im_end|>{% endfor %}", "user"),
+        (NO_ANSWERS.replace(" == 'user'", " == 'assistant'"), "user"),
+        (NO_ANSWERS, "assistant"),
+        (tiny.CHATML.replace("message['content']", "(message['content'] if loop.first else '')"), "assistant"),
+    ],
+)
+def test_a_template_that_shows_no_text_is_refused(tmp_path: Path, hiding: str, role: str) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = hiding
+    row = {"prompt": TALK, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]}
+    with pytest.raises(UserError, match=f"the chat template shows none of the text of role '{role}'"):
+        only_group(tmp_path, row, tokenizer)
+
+
+@pytest.mark.parametrize("filters", [" | upper", " | trim", " | replace('  ', ' ')", ".split('</think>')[-1]"])
+def test_a_template_that_rewrites_texts_is_accepted(tmp_path: Path, filters: str) -> None:
+    tokenizer = tiny.make_tokenizer(chat=True)
+    tokenizer.chat_template = tiny.CHATML.replace("message['content']", f"message['content']{filters}")
+    row = {"prompt": TALK, "chosen": [assistant("so</think>" + GOOD)], "rejected": [assistant(BAD)]}
+    _, _, rejected = only_group(tmp_path, row, tokenizer)
+    assert len(rejected) > 1

@@ -2,6 +2,7 @@
 
 from array import array
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -123,6 +124,35 @@ def test_completions_that_a_template_makes_identical_are_dropped(tmp_path: Path)
         only_group(tmp_path, row, trimming)
 
 
+@pytest.mark.parametrize(
+    "row, length",
+    [
+        ({"prompt": "a a", "chosen": "ok ok ok 1", "rejected": "ok ok ok 2"}, 6),
+        ({"prompt": "a", "chosen": "ok ok ok", "rejected": "ok ok"}, 4),
+        ({"prompt": "a", "completions": ["ok ok", "42", "ok ok ok"]}, 4),
+    ],
+)
+def test_completions_that_truncation_makes_identical_are_dropped(tmp_path: Path, row: dict, length: int) -> None:
+    """The dropped row is not counted among those that were truncated."""
+    source = write(tmp_path / "rows.jsonl", [row, row])
+    assert len(load(source, plain())) == 2
+    with pytest.raises(UserError, match="kept 0, dropped: identical completions after truncation 2$"):
+        load(source, plain(), length=length)
+    assert len(load(source, plain(), FIRST, length)) == 2
+
+
+def test_scores_keep_completions_that_truncation_makes_identical(tmp_path: Path) -> None:
+    row = {"prompt": "a", "chosen": "ok ok 42", "rejected": "ok ok 7", "score_chosen": 1, "score_rejected": 0}
+    _, chosen, rejected = only_group(tmp_path, row, plain(), Requires("pair", scores=True), max_length=4)
+    assert chosen == rejected
+
+
+def test_samples_that_truncation_makes_identical_stay(tmp_path: Path) -> None:
+    row = {"prompt": "a", "chosen": "ok", "rejected": "42", "reference_samples": ["ok ok 42", "ok ok 7"]}
+    _, _, _, *samples = only_group(tmp_path, row, plain(), Requires("pair", samples="required"), max_length=4)
+    assert samples[0] == samples[1]
+
+
 def test_identical_completions_stay_if_scores_or_only_the_first_are_required(tmp_path: Path) -> None:
     answer = [*TALK, assistant(GOOD)]
     row = {"chosen": answer, "rejected": answer, "score_chosen": 1, "score_rejected": 0}
@@ -151,6 +181,32 @@ def test_transcripts_without_a_common_prompt_are_dropped(tmp_path: Path) -> None
     ]
     groups = load(write(tmp_path / "rows.jsonl", rows), plain())
     assert groups.report["dropped"] == {"prompts differ": 1, "no Assistant turn": 1}
+
+
+RENDERED = "<|im_start|>user\na?<|im_end|>\n<|im_start|>assistant\n"
+SAMPLED = {"reference_samples": ["a</s>", "7"]}
+
+
+@pytest.mark.parametrize(
+    "row, tokenizer, requires, count",
+    [
+        ({"prompt": RENDERED, "chosen": "ok<|im_end|>", "rejected": "no<|im_end|>"}, chat(), RANKING, 2),
+        ({"text": RENDERED + "ok"}, chat(), FIRST, 2),
+        ({**PAIR, "chosen": "ok</s>"}, plain(), RANKING, 2),
+        ({"messages": [*TALK, assistant("ok <|im_start|>")]}, chat(), FIRST, 2),
+        ({**PAIR, **SAMPLED}, plain(), Requires("pair", samples="required"), 2),
+        ({**PAIR, **SAMPLED}, plain(), RANKING, 0),  # which reads no samples
+        ({"prompt": RENDERED, "chosen": "ok", "rejected": "no"}, plain(), RANKING, 0),  # not its tokens
+        ({**PAIR, "chosen": "\U000f00000;"}, plain(), RANKING, 0),
+        ({"messages": [*TALK, assistant("ok")]}, chat(), FIRST, 0),  # only the template writes tokens
+    ],
+)
+def test_rows_with_control_strings_are_counted(
+    tmp_path: Path, row: dict, tokenizer: Any, requires: Requires, count: int
+) -> None:
+    report = load(write(tmp_path / "rows.jsonl", [row, row]), tokenizer, requires).report
+    assert report.get("control strings as text", 0) == count
+    assert ("; control strings as text 2" in describe(report)) == (count == 2)
 
 
 # ---------------------------------------------------------------- cache and memory

@@ -2,6 +2,7 @@
 
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tokenised import (
     BAD,
     FIRST,
     GOOD,
+    LENGTH,
     PAIR,
     RANKING,
     TALK,
@@ -28,6 +30,8 @@ from tokenised import (
 )
 
 from shared import UserError
+from shared.batches import load_batches
+from shared.distributed import Ranks
 from shared.groups import Requires, as_tensor, describe, load_groups
 
 # ---------------------------------------------------------------- truncation
@@ -207,6 +211,18 @@ def test_rows_with_control_strings_are_counted(
     report = load(write(tmp_path / "rows.jsonl", [row, row]), tokenizer, requires).report
     assert report.get("control strings as text", 0) == count
     assert ("; control strings as text 2" in describe(report)) == (count == 2)
+
+
+def test_the_advice_on_control_strings_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    lengths = {"max_length": LENGTH, "max_prompt_length": None}
+    steps = {"batch_size": 1, "micro_batch_tokens": LENGTH, "shuffle": False, "epochs": 1, "max_steps": None}
+    for answer, count in (("ok</s>", 1), ("ok", 0)):
+        source = write(tmp_path / "rows.jsonl", [{**PAIR, "chosen": answer}])
+        args = SimpleNamespace(train_data=source, eval_data=source, **lengths, **steps)
+        config = SimpleNamespace(vocab_size=1000, max_position_embeddings=LENGTH)
+        ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
+        load_batches(args, ranks, plain(), config, RANKING)
+        assert capsys.readouterr().out.count("give their messages instead") == count
 
 
 # ---------------------------------------------------------------- cache and memory

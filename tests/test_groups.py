@@ -219,7 +219,7 @@ def test_the_advice_on_control_strings_is_printed_once(tmp_path: Path, capsys: p
     for answer, count in (("ok</s>", 1), ("ok", 0)):
         source = write(tmp_path / "rows.jsonl", [{**PAIR, "chosen": answer}])
         args = SimpleNamespace(train_data=source, eval_data=source, **lengths, **steps)
-        config = SimpleNamespace(vocab_size=1000, max_position_embeddings=LENGTH)
+        config = tiny.make_config("llama", vocab=1000, max_position_embeddings=LENGTH)
         ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
         load_batches(args, ranks, plain(), config, RANKING)
         assert capsys.readouterr().out.count("give their messages instead") == count

@@ -88,9 +88,11 @@ def _stock_attention(lm: Any) -> Iterator[None]:
     pad_token_id = lm.config.pad_token_id
     lm.config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
     lm.eval().set_attn_implementation("sdpa")
-    yield
-    lm.train().set_attn_implementation(ATTENTION_NAME)
-    lm.config.pad_token_id = pad_token_id
+    try:
+        yield
+    finally:
+        lm.train().set_attn_implementation(ATTENTION_NAME)
+        lm.config.pad_token_id = pad_token_id
 
 
 def _of_packed_row(model: Policy | RewardModel, groups: Groups) -> tuple[Tensor, Tensor]:
@@ -117,14 +119,16 @@ def _of_stock_pass(
 @contextmanager
 def _embeddings(model: Policy | RewardModel) -> Iterator[list[Tensor]]:
     """A list to which the forward pass inside adds the embeddings of its tokens (1, T, H)."""
-    outputs = []
+    outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
         outputs.append(output)
 
     hook = model.lm.get_input_embeddings().register_forward_hook(keep)
-    yield outputs
-    hook.remove()
+    try:
+        yield outputs
+    finally:
+        hook.remove()
 
 
 def _gradient(value: Tensor, embeddings: list[Tensor]) -> Tensor:

@@ -4,7 +4,8 @@ On preference rows it is the Preferred-FT of the DPO paper (Rafailov et al. 2023
     L(θ) = -E Σ_t log π_θ(y_t | x, y_<t)
 
 Details the equation leaves open:
-1. The sum runs over the completion's tokens, including its EOS. The prompt has no loss.
+1. The sum runs over the completion's tokens, including its EOS. The prompt has no loss. With `--turns all`, the
+   completion of a chat begins with the assistant's first turn, and what the user says in it has no loss.
 2. The batch's loss is the mean per token of the whole global batch. This is a choice of this project. The papers write
    the expectation per sequence, whose gradient is this one times the mean length of the batch's completions.
 3. The completion of a chat is its last assistant turn. Of a pair or ranked completions it is the preferred one.
@@ -33,6 +34,8 @@ from shared.schedule import learning_rate
 
 @dataclass(kw_only=True)
 class Args:
+    turns: Literal["last", "all"] = "last"
+    """turns of the assistant to train on: the completion, or also those in the prompt"""
     model: str
     """directory or hub id of the model to start from"""
     train_data: str
@@ -104,7 +107,7 @@ def main(args: Args) -> None:
     # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model)
-    requires = Requires("first")
+    requires = Requires("first", turns=args.turns)
     train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
     model = load_policy(args, run.ranks)
     optimizer = torch.optim.AdamW(

@@ -25,7 +25,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ from shared import NonFinite, UserError
 from shared.batches import Batch, Batches, load_batches
 from shared.command import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
 from shared.distributed import gather_dealt
-from shared.encode import end_ids
+from shared.encode import completion_text, end_ids
 from shared.export import export
 from shared.files import write_text
 from shared.groups import Requires
@@ -331,7 +330,6 @@ def decode(prompts: dict[int, list[int]], tokenizer, run: Run) -> None:
 
 def decode_prompts(model, tokenizer, prompts: list[tuple[int, list[int]]], widths: list[int], limit: int) -> list[dict]:
     """The lines of beams.jsonl for some prompts (row number, ids): the best completion at each width."""
-    text = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     ends = end_ids(tokenizer)
     searches = [beam_searches(model, [ids for _, ids in prompts], width, limit, ends) for width in widths]
 
@@ -341,9 +339,9 @@ def decode_prompts(model, tokenizer, prompts: list[tuple[int, list[int]]], width
         lines.append(
             {
                 "row": row,
-                "prompt": text(prompt),
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                 "widths": widths,
-                "completions": [text(ids) for ids, _ in best],
+                "completions": [completion_text(tokenizer, prompt, ids) for ids, _ in best],
                 "finished": [ids[-1] in ends for ids, _ in best],
                 "logps": [logp for _, logp in best],
                 "lengths": [len(ids) for ids, _ in best],

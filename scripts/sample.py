@@ -45,7 +45,6 @@ from scripts.lab.sampling import (
     Sampling,
     Steering,
     as_written,
-    decode,
     load_proxies,
     load_sampler,
     prompt_room,
@@ -53,7 +52,7 @@ from scripts.lab.sampling import (
 )
 from shared import UserError
 from shared.command import Above, AtLeast
-from shared.encode import Encoder
+from shared.encode import Encoder, completion_text
 from shared.rows import Example
 
 WINDOW_BATCHES = 4  # batches whose sequences are sorted by length together
@@ -108,7 +107,7 @@ def main(args: Args) -> None:
         prompts = [row.prompt for row in window]
         samples = sample_completions(model, eos_ids, prompts, count, args, number, steer=steer)
         for row, completions in zip(window, samples, strict=True):
-            texts = [decode(tokenizer, row.prompt, ids) for ids in completions]
+            texts = [completion_text(tokenizer, row.prompt, ids) for ids in completions]
             finished = [ids[-1] in eos_ids for ids in completions]
             if args.num_completions:
                 yield new_row(row.example, encoder, texts, finished, completions)

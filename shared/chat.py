@@ -11,13 +11,14 @@ A model writes answers and their ends, and nothing else. Most templates do not m
 the same conversation with placeholders as answers.
 """
 
+import json
 import os
 import re
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from shared import UserError, first_line
 from shared.control_strings import ControlStrings
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "\U000f0001"
+DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # in a template; its format in group 2
 LOST_THOUGHTS = "thoughts left out by the chat template"  # counts of rows in the report
 NO_TURNS = "the chat template does not show where a turn begins and ends"
 NO_PREFIX = "the chat template renders the prompt differently once an answer follows"
@@ -42,8 +44,28 @@ class Turn:
     is_counted: bool = True  # otherwise nothing is learnt from it
 
 
+class TurnEnds(NamedTuple):
+    """The special tokens that end the assistant's turns; empty if the template has none."""
+
+    earlier: str
+    last: str
+    is_last_written: bool  # otherwise it is the token with which the next turn begins
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a template writes around the answers of a completion, whatever they say."""
+
+    opening: str  # what ends the prompt, but is left out once these turns follow; for some thinking models <think>
+    contexts: list[tuple[str, str]]  # the end of each turn but the last, and the context between it and the next one
+
+
 def _placeholder(number: int) -> str:
     return f"{PLACEHOLDER}{number};"
+
+
+USER = {"role": "user", "content": _placeholder(0)}
+ANSWERS = [{"role": "assistant", "content": _placeholder(1)}, USER, {"role": "assistant", "content": _placeholder(2)}]
 
 
 class ChatTemplate:
@@ -59,34 +81,83 @@ class ChatTemplate:
         self.names = set(re.findall(r"\w+", str(tokenizer.chat_template)))
         self.shown_roles: set[str] = set()  # of messages whose text the template is known to show
 
-    # ------------------------------------------------------------ what is known of the template
+    # ------------------------------------------------------------ what the template writes
 
     @cached_property
-    def turn_ends(self) -> tuple[str, str]:
-        """The special tokens that end an earlier turn of the assistant, and the last one; empty if there is none."""
-        user = {"role": "user", "content": "a"}
-        answers = [{"role": "assistant", "content": _placeholder(number)} for number in (1, 2)]
+    def turn_ends(self) -> TurnEnds:
+        """What ends an earlier turn of the assistant, and the last one."""
         try:
-            text = self.apply([user, answers[0], user, answers[1]])
+            text = self.apply([USER, *ANSWERS])
         except Dropped:
-            return "", ""
+            return TurnEnds("", "", False)
         _, _, after_first = text.partition(_placeholder(1))
         _, _, after_last = text.partition(_placeholder(2))
-        return self.control_strings.first_in(after_first), self.control_strings.first_in(after_last)
+        in_between = self._first_run(after_first)
+        at_the_end = self._first_run(after_last)
+
+        last = (at_the_end or in_between[:1] or [""])[-1]
+        earlier = last
+        if last not in in_between:
+            earlier = (in_between or [""])[0]
+        return TurnEnds(earlier, last, bool(at_the_end))
+
+    def _first_run(self, text: str) -> list[str]:
+        """The first special tokens of a rendered text that follow each other; a BOS begins something else."""
+        run = []
+        for name in self.control_strings.first_run_in(text):
+            if name == self.tokenizer.bos_token:
+                break
+            run.append(name)
+        return run
 
     @cached_property
-    def opening(self) -> str:
-        """What ends a prompt, but is left out once an answer follows; a model of thoughts begins with <think>, say."""
-        user = {"role": "user", "content": _placeholder(1)}
-        try:
-            prompt = self.apply([user], add_generation_prompt=True)
-            whole = self.apply([user, {"role": "assistant", "content": _placeholder(2)}])
-        except Dropped:
-            return ""
-        common = os.path.commonprefix([prompt, whole])
-        if _placeholder(1) not in common:
-            return ""
-        return prompt.removeprefix(common)
+    def generation_prompt(self) -> str:
+        """The text that asks for an answer."""
+        asking = self.apply([USER], add_generation_prompt=True)
+        return asking.removeprefix(self.apply([USER]))
+
+    @cached_property
+    def _outline_of_one_turn(self) -> Outline:
+        return Outline(self._left_out([USER], ANSWERS[:1], None), [])
+
+    def outline(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> Outline:
+        """The outline of a conversation, found by placeholders in the place of the assistant's texts.
+
+        Raises Dropped if the template changes more of a prompt than its end, or does not show where a turn ends.
+        """
+        indices = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
+        if len(indices) == 1:
+            return self._outline_of_one_turn
+
+        skeleton = list(completion)
+        for i in indices:
+            skeleton[i] = {**completion[i], "content": _placeholder(i)}
+        contexts = []
+        for i, next_i in pairwise(indices):
+            before = prompt + skeleton[:next_i]
+            until_next = self.apply(before, tools, add_generation_prompt=True)
+            until_next = until_next.removesuffix(self._left_out(before, skeleton[next_i:], tools))
+            _, _, after = until_next.partition(_placeholder(i))
+            end = self._first_end(after)
+            if not end:
+                raise Dropped(NO_TURNS)
+            contexts.append((end, after.partition(end)[2]))
+        return Outline(self._left_out(prompt, skeleton, tools), contexts)
+
+    def _left_out(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> str:
+        """The end of a prompt that a completion does not follow."""
+        asking = self.apply(prompt, tools, add_generation_prompt=True)
+        whole = self.apply(prompt + completion, tools)
+        common = os.path.commonprefix([asking, whole])
+        left_out = asking.removeprefix(common)
+        if left_out == asking or not self.generation_prompt.endswith(left_out):
+            raise Dropped(NO_PREFIX)
+        return left_out
+
+    def _first_end(self, text: str) -> str:
+        """The turn end that comes first in a text, or an empty text."""
+        ends = [end for end in (self.turn_ends.earlier, self.turn_ends.last) if end and end in text]
+        return min(ends, key=text.index, default="")
 
     # ------------------------------------------------------------ conversations
 
@@ -97,27 +168,23 @@ class ChatTemplate:
         return text
 
     def turns(
-        self, before: str, prompt: Messages, completion: Messages, tools: list[dict] | None, notes: set[str]
+        self, before: str, conversation: Messages, tools: list[dict] | None, outline: Outline, num_turns: int
     ) -> list[Turn]:
-        """The turns of a completion, which follow the text `before`, that of its prompt without the opening.
+        """The last turns of a conversation, which follow the text `before`.
 
-        What is to be said of the row is added to `notes`. Raises Dropped if the template changes the prompt, or does
-        not show where a turn ends.
+        Raises Dropped if the answers themselves make the template change the prompt or the contexts.
         """
-        conversation = prompt + completion
         whole = self.apply(conversation, tools)
         self._check_shown(conversation, "assistant")
         if not whole.startswith(before):
             raise Dropped(NO_PREFIX)
-        if any(self._loses_thoughts(message, whole) for message in conversation):
-            notes.add(LOST_THOUGHTS)
 
         rest = whole.removeprefix(before)
         turns = []
         context = ""
-        *earlier, last = [message for message in completion if message["role"] == "assistant"]
-        contexts = self._contexts(prompt, completion, tools)
-        for message, (end, next_context) in zip(earlier, contexts, strict=True):
+        answers = [message for message in conversation if message["role"] == "assistant"]
+        *earlier, last = answers[-num_turns:]
+        for message, (end, next_context) in zip(earlier, outline.contexts, strict=True):
             answer, found, rest = rest.partition(end + next_context)
             if not found:
                 raise Dropped(NO_TURNS)
@@ -128,52 +195,23 @@ class ChatTemplate:
         turns.append(Turn(answer, end, context, _is_counted(last)))
         return turns
 
-    def _contexts(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> list[tuple[str, str]]:
-        """The end of each turn but the last, and the context between it and the next one."""
-        indices = [i for i, message in enumerate(completion) if message["role"] == "assistant"]
-        if len(indices) == 1:
-            return []
-
-        skeleton = list(completion)
-        for i in indices:
-            skeleton[i] = {**completion[i], "content": _placeholder(i)}
-        whole = self.apply(prompt + skeleton, tools)
-
-        contexts = []
-        for i, next_i in pairwise(indices):
-            until_next = self.apply(prompt + skeleton[:next_i], tools, add_generation_prompt=True)
-            until_next = until_next.removesuffix(self.opening)
-            _, found, after = until_next.partition(_placeholder(i))
-            end = self._first_end(after)
-            if not whole.startswith(until_next) or not found or not end:
-                raise Dropped(NO_TURNS)
-            _, _, context = after.partition(end)
-            contexts.append((end, context))
-        return contexts
-
-    def _first_end(self, text: str) -> str:
-        """The turn end that comes first in a text, or an empty text."""
-        ends = [end for end in self.turn_ends if end and end in text]
-        return min(ends, key=text.index, default="")
-
     def _split_last(self, text: str) -> tuple[str, str]:
         """The last answer and its end. The template, not the model, writes what follows."""
-        _, end = self.turn_ends
-        if not end:  # then a completion ends as that of a plain prompt
-            return text, cast(str, self.tokenizer.eos_token)
+        end = self.turn_ends.last
+        if not self.turn_ends.is_last_written:  # if there is none, a completion ends as that of a plain prompt
+            return text, end or cast(str, self.tokenizer.eos_token)
         answer, found, _ = text.rpartition(end)
         if not found:
             raise Dropped(NO_TURNS)
         return answer, end
 
-    def _loses_thoughts(self, message: dict, whole: str) -> bool:
-        if message["role"] != "assistant":
+    def loses_thoughts(self, conversation: Messages, tools: list[dict] | None) -> bool:
+        """Whether the template leaves out what an answer says before `</think>`, or as its `reasoning_content`."""
+        thoughts = [_thoughts(message) for message in conversation if message["role"] == "assistant"]
+        if not any(thoughts):
             return False
-        thoughts, closed, _ = message["content"].partition("</think>")
-        if not closed:
-            thoughts = message.get("reasoning_content") or ""
-        thoughts = thoughts.removeprefix("<think>").strip()
-        return self.control_strings.protect(thoughts) not in whole
+        whole = self.apply(conversation, tools)
+        return not all(self.control_strings.protect(thought) in whole for thought in thoughts)
 
     # ------------------------------------------------------------ the template
 
@@ -186,9 +224,9 @@ class ChatTemplate:
             text = self.tokenizer.apply_chat_template(
                 protected,
                 tools=self.control_strings.protect_all(tools),
+                chat_template=self._dated(self.tokenizer.get_chat_template(tools=tools)),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                strftime_now=self.today.strftime,
             )
         except Exception as error:  # templates raise what their authors chose (jinja2's TemplateError)
             raise Dropped(f"refused by the chat template ({first_line(error)})") from None
@@ -197,6 +235,10 @@ class ChatTemplate:
             if not is_known and message["content"].strip() not in text:
                 raise Dropped(f"the chat template leaves out the role {message['role']!r}")
         return cast(str, text)
+
+    def _dated(self, template: str) -> str:
+        """The template with `today` where it asks for the date."""
+        return DATE.sub(lambda match: json.dumps(self.today.strftime(match[2])), template)
 
     def _protect(self, message: dict) -> dict:
         """A message whose texts are protected; templates compare roles, which are names."""
@@ -221,6 +263,13 @@ class ChatTemplate:
         if self.apply(changed) == self.apply(messages):
             raise UserError(f"the chat template shows none of the text of role {role!r}; use one made for texts")
         self.shown_roles.add(role)
+
+
+def _thoughts(message: dict) -> str:
+    thoughts, closed, _ = message["content"].partition("</think>")
+    if not closed:
+        thoughts = message.get("reasoning_content") or ""
+    return thoughts.strip().removeprefix("<think>").strip()
 
 
 def _is_counted(message: dict) -> bool:

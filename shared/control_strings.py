@@ -56,7 +56,15 @@ class ControlStrings:
         _, pieces = self.split(protected)
         return any(name != MARK for name, _ in pieces)
 
-    def first_in(self, rendered: str) -> str:
-        """The first special token that a chat template has written, or an empty text."""
-        match = self.pattern.search(rendered.replace(MARK, ""))
-        return match[0] if match else ""
+    def first_run_in(self, rendered: str) -> list[str]:
+        """The first special tokens that a chat template has written, as far as they follow each other."""
+        run: list[str] = []
+        end = 0
+        for match in self.pattern.finditer(rendered):
+            if match[0] == MARK:
+                continue
+            if run and match.start() > end:
+                break
+            run.append(match[0])
+            end = match.end()
+        return run

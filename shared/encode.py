@@ -21,7 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from shared import UserError
-from shared.chat import ChatTemplate, Turn
+from shared.chat import LOST_THOUGHTS, ChatTemplate, Outline, Turn
 from shared.control_strings import ControlStrings
 from shared.rows import Completion, Counts, Dropped, Example, Messages, Prompt, UserTurn, assistant_messages
 
@@ -81,6 +81,19 @@ def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return Encoder(tokenizer).end_ids
 
 
+def completion_text(tokenizer: "PreTrainedTokenizerBase", prompt: TokenIds, ids: TokenIds) -> str:
+    """The text of a completion without special tokens, as it stands behind its prompt.
+
+    Alone, some tokenizers leave out its first blank.
+    """
+    before, together, alone = tokenizer.batch_decode(
+        [prompt, prompt + ids, ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    if together.startswith(before):
+        return together.removeprefix(before)
+    return alone
+
+
 class Encoder:
     """Texts and messages → token ids. A special token's string inside a text becomes plain-text tokens."""
 
@@ -97,7 +110,7 @@ class Encoder:
         """As the function of that name."""
         ends = {self.tokenizer.eos_token}
         if self.tokenizer.chat_template:
-            ends.update(self.template.turn_ends)
+            ends |= {self.template.turn_ends.earlier, self.template.turn_ends.last}
         return sorted(self.tokenizer.convert_tokens_to_ids(end) for end in ends if end)
 
     @cached_property
@@ -180,30 +193,39 @@ class Encoder:
             raise UserError("the rows are chat messages, but the tokenizer has no chat template; use one that has")
         prompt = _messages(example.prompt)
         before = self.template.prompt(prompt, example.tools)
-        notes = set(example.notes)
+        rendered = RenderedExample(example, before, [], set(example.notes))
 
-        goes_through_template = {not completion.is_drawn for completion in completions}
-        opening = self.template.opening
-        if opening and True in goes_through_template:
-            before = before.removesuffix(opening)
-            notes.add(f"prompts without the {opening!r} of the chat template")
-            if False in goes_through_template:
-                raise Dropped(f"drawn completions follow {opening!r} of the chat template, the others do not")
+        outlines = {}
+        for i, completion in enumerate(completions):
+            if not completion.is_drawn:
+                outlines[i] = self.template.outline(prompt, assistant_messages(completion.text), example.tools)
+        opening = max((outline.opening for outline in outlines.values()), key=len, default="")
+        if opening:
+            rendered.prompt = before.removesuffix(opening)
+            rendered.notes.add(f"prompts without the {opening!r} of the chat template")
+            if len(outlines) < len(completions):
+                raise Dropped(f"drawn completions follow the {opening!r} of the chat template, the others do not")
 
-        turns = []
-        for completion in completions:
-            messages = assistant_messages(completion.text)
-            if completion.is_drawn:
-                turns.append(self._drawn_turns(messages, completion.is_finished))
+        for i, completion in enumerate(completions):
+            if i in outlines:
+                rendered.completions.append(self._turns(rendered, completion, outlines[i]))
             else:
-                turns.append(self.template.turns(before, prompt, messages, example.tools, notes))
-        return RenderedExample(example, before, turns, notes)
+                rendered.completions.append(self._drawn_turns(completion))
+        return rendered
 
-    def _drawn_turns(self, messages: Messages, is_finished: bool) -> list[Turn]:
+    def _turns(self, rendered: RenderedExample, completion: Completion, outline: Outline) -> list[Turn]:
+        example = rendered.example
+        conversation = _messages(example.prompt) + assistant_messages(completion.text)
+        if self.template.loses_thoughts(conversation, example.tools):
+            rendered.notes.add(LOST_THOUGHTS)
+        num_turns = len(outline.contexts) + 1
+        return self.template.turns(rendered.prompt, conversation, example.tools, outline, num_turns)
+
+    def _drawn_turns(self, completion: Completion) -> list[Turn]:
         """What a policy wrote after the prompt. A template may rewrite a text, and put thoughts before it."""
-        (message,) = messages
-        _, end = self.template.turn_ends
-        return [self._drawn_turn(message["content"], is_finished, end or self.tokenizer.eos_token)]
+        (message,) = assistant_messages(completion.text)
+        end = self.template.turn_ends.last or self.tokenizer.eos_token
+        return [self._drawn_turn(message["content"], completion.is_finished, end)]
 
     def _drawn_turn(self, text: str, is_finished: bool, end: str) -> Turn:
         return Turn(self.control_strings.protect(text), end if is_finished else "")

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from scripts import sample
 from scripts.lab import notices, row_files
-from scripts.lab.sampling import Sampling, decode, ids_that_end, make_batches, sample_completions, truncate_after
+from scripts.lab.sampling import Sampling, ids_that_end, make_batches, sample_completions, truncate_after
 from shared import UserError
-from shared.encode import Encoder
+from shared.encode import Encoder, completion_text
 from shared.groups import Requires, tokenise
 from shared.rows import Counts
 
@@ -80,7 +80,7 @@ def sample_texts(
     results = []
     samples = sample_completions(model, eos_ids, prompts, count, sampling)
     for prompt, completions in zip(prompts, samples, strict=True):
-        texts = [decode(tokenizer, prompt, ids) for ids in completions]
+        texts = [completion_text(tokenizer, prompt, ids) for ids in completions]
         finished = [ids[-1] in eos_ids for ids in completions]
         results.append((texts, finished))
     return results
@@ -103,7 +103,8 @@ def greedy_search(policy: Policy, ids: list[int], penalty: float) -> str:
         pad_token_id=tokenizer.pad_token_id,
     )
     output = model.generate(torch.tensor([ids]), generation_config=config)
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    prompt = tokenizer.decode(ids, skip_special_tokens=True)
+    return tokenizer.decode(output[0], skip_special_tokens=True).removeprefix(prompt)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -148,7 +149,7 @@ def test_first_token_frequencies(policy: Policy, temperature: float, top_k: int)
     results = sample_texts(policy, prompts, n, **options)
     for ids, (texts, finished) in zip(prompts, results, strict=True):
         probabilities = next_token_probabilities(model, ids, temperature, top_k)
-        counts = Counter(texts)
+        counts = Counter(text.strip() for text in texts)
         for token in range(len(notices.SPECIAL), len(tokenizer)):
             assert_frequency(counts[tokenizer.decode([token])], probabilities[token].item())
         assert_frequency(sum(finished), probabilities[tokenizer.eos_token_id].item())

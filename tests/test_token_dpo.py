@@ -501,7 +501,7 @@ def test_beams_are_those_of_transformers(architecture: str, vocab: int, eos_bias
     model = make_lm(architecture, vocab, eos_bias)
     prompts = make_prompts(50, vocab)
     for width, length_penalty in SEARCHES:
-        beams_of_prompts = beam_searches(model, prompts, width, 10, EOS, length_penalty)
+        beams_of_prompts = beam_searches(model, prompts, width, 10, [EOS], length_penalty)
         expected_of_prompts = generate(model, prompts, width, 10, length_penalty)
         seen_endings = set()
         for beams, expected in zip(beams_of_prompts, expected_of_prompts, strict=True):
@@ -519,7 +519,7 @@ def test_several_prompts_at_once_are_as_one_at_a_time(architecture: str) -> None
     model = make_lm(architecture, 40, eos_bias=3.0)
     prompts = make_prompts(12, 40)
     for width, length_penalty in SEARCHES:
-        together = beam_searches(model, prompts, width, 10, EOS, length_penalty)
+        together = beam_searches(model, prompts, width, 10, [EOS], length_penalty)
         for prompt, beams in zip(prompts, together, strict=True):
             alone = beam_search(model, prompt, width, 10, EOS, length_penalty)
             check_beams(alone, beams)
@@ -536,7 +536,7 @@ def test_several_prompts_at_once_are_as_one_at_a_time(architecture: str) -> None
 def test_of_equal_tokens_the_better_beam_and_the_lowest_ids(width: int, expected: list[list[int]]) -> None:
     """All of 1000 tokens equally likely, where topk takes any."""
     model = make_constant_lm(1000, {})
-    (beams,) = beam_searches(model, [[7, 8]], width, 3, EOS)
+    (beams,) = beam_searches(model, [[7, 8]], width, 3, [EOS])
     assert completions_of(beams) == expected
     for completion, logp in beams:
         assert logp == pytest.approx(-len(completion) * math.log(1000), abs=2e-5)

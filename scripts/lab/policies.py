@@ -11,13 +11,13 @@ from torch import Tensor
 
 from scripts.lab import notices
 from scripts.lab.row_files import EncodedRow, encode_rows
-from scripts.lab.sampling import Sampling, decode, load_sampler, prompt_room, sample_completions
+from scripts.lab.sampling import Sampling, load_sampler, prompt_room, sample_completions
 from scripts.lab.scoring import load_reward_models, make_groups, over_groups
 from scripts.lab.statistics import RESAMPLES, interval_text, mean_and_interval, win_rates
 from scripts.lab.tables import aligned
 from shared import UserError
 from shared.distributed import Ranks, single_process
-from shared.encode import EncodedCompletion, Encoder
+from shared.encode import EncodedCompletion, Encoder, completion_text
 from shared.groups import Groups, full_attention_length
 from shared.loading import load_policy_from, load_tokenizer
 from shared.rows import Completion, Example, Prompt, Text, UserTurn
@@ -131,7 +131,7 @@ def collect_samples(
         texts = []
         has_eos = []
         for ids in prompt_completions:
-            texts.append(decode(tokenizer, prompt, ids))
+            texts.append(completion_text(tokenizer, prompt, ids))
             has_eos.append(ids[-1] in eos_ids)
 
         samples.ids.append(prompt_completions)

@@ -250,20 +250,7 @@ def sample_completions(
         yield completions[start : start + count]
 
 
-# ---------------------------------------------------------------- texts
-
-
-def decode(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], ids: list[int]) -> str:
-    """The text of a completion, with blanks as the model wrote them.
-
-    Some tokenizers leave out the blank at the start of a text, so it is decoded behind its prompt.
-    """
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    before = tokenizer.decode(prompt, **options)
-    together = tokenizer.decode(prompt + ids, **options)
-    if together.startswith(before):
-        return together.removeprefix(before)
-    return tokenizer.decode(ids, **options)
+# ---------------------------------------------------------------- prompts
 
 
 def as_written(prompt: Text | UserTurn, encoder: Encoder) -> Text:

@@ -106,8 +106,7 @@ def objective(model: RewardModel, batch: Batch, args: Args) -> tuple[Tensor, dic
     """The losses of a micro-batch, and what is logged of it."""
     rewards = model(batch)  # (B, K)
     losses = rm_loss(rewards)
-    confidences = rewards.softmax(1).amax(1)
-    return losses, preference_metrics(rewards) | {"rewards/confidences": confidences}
+    return losses, preference_metrics(rewards) | {"rewards/confidences": rewards.softmax(1).amax(1)}
 
 
 def main(args: Args) -> None:

@@ -151,8 +151,7 @@ class Batches:
 
         # a completion's positions go on from the end of its prompt, whose last token predicts its first one
         within_piece = position - starts.flatten()[piece]
-        prompt_length = lengths[group, 0]
-        position_ids = torch.where(is_completion, within_piece + prompt_length, within_piece)
+        position_ids = torch.where(is_completion, within_piece + lengths[group, 0], within_piece)
         prompt_end = ends[group, 0] - 1
         predictor = torch.where(within_piece == 0, prompt_end, position - 1)
         predictor_positions, predictor_of_token = predictor[is_counted].unique(return_inverse=True)

@@ -185,8 +185,8 @@ class ChatTemplate:
         answers = [message for message in conversation if message["role"] == "assistant"]
         *earlier, last = answers[-num_turns:]
         for message, (end, next_context) in zip(earlier, outline.contexts, strict=True):
-            answer, found, rest = rest.partition(end + next_context)
-            if not found:
+            answer, separator, rest = rest.partition(end + next_context)
+            if not separator:
                 raise Dropped(NO_TURNS)
             turns.append(Turn(answer, end, context, _is_counted(message)))
             context = next_context
@@ -200,8 +200,8 @@ class ChatTemplate:
         end = self.turn_ends.last
         if not self.turn_ends.is_last_written:  # if there is none, a completion ends as that of a plain prompt
             return text, end or cast(str, self.tokenizer.eos_token)
-        answer, found, _ = text.rpartition(end)
-        if not found:
+        answer, separator, _ = text.rpartition(end)
+        if not separator:
             raise Dropped(NO_TURNS)
         return answer, end
 

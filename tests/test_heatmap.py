@@ -611,8 +611,13 @@ def test_too_high_for_a_png(models: list[Path], tmp_path: Path, monkeypatch: pyt
 
 
 def test_values_that_are_no_numbers(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_number = torch.tensor([float("nan")])
-    monkeypatch.setattr(heatmap, "token_logps_of", lambda *_: [[no_number, no_number]])
+    token_logps_of = heatmap.token_logps_of
+
+    def no_numbers(*args: Any) -> list[list[torch.Tensor]]:
+        (logps,) = token_logps_of(*args)
+        return [[torch.full_like(of_completion, torch.nan) for of_completion in logps]]
+
+    monkeypatch.setattr(heatmap, "token_logps_of", no_numbers)
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [PAIR])
     with pytest.raises(NonFinite, match="line 1: a token's reward"):
         run(models, rows, tmp_path / "out.html")

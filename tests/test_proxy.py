@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from scripts import proxy, sample
 from scripts.lab import notices, row_files
-from scripts.lab.sampling import Sampling, Steering, decode, load_proxies, load_sampler, sample_completions
+from scripts.lab.sampling import Sampling, Steering, load_proxies, load_sampler, sample_completions
 from scripts.lab.statistics import mean_and_interval
 from shared import UserError
 from shared.command import check_arguments
@@ -316,7 +316,8 @@ def numbers_of_samples(directory: str, prompts: list[str]) -> dict[str, dict]:
     lengths = []
     completions = sample_completions(policy, eos_ids, encoded, 2, Sampling(max_new_tokens=12))
     for prompt, (first, second) in zip(prompts, completions, strict=True):
-        reward = notices.oracle(prompt, decode(tokenizer, first)) + notices.oracle(prompt, decode(tokenizer, second))
+        reward = notices.oracle(prompt, tokenizer.decode(first, skip_special_tokens=True))
+        reward += notices.oracle(prompt, tokenizer.decode(second, skip_special_tokens=True))
         rewards.append(reward / 2)
         lengths.append((len(first) + len(second)) / 2)
 

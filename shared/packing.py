@@ -25,7 +25,8 @@ from shared.model import Policy, RewardModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LENGTHS = ((10, 30, 20), (4, 16, 8), (7, 9, 24))  # of each group: the tokens of its prompt and its two completions
+LENGTHS = ((10, 30, 20), (4, 16, 8), (24, 9, 7))  # of each group: the tokens of its prompt and its two completions
+WINDOW = 12  # the largest attention window in the check, so that its rows are longer than every window
 COMPARED = ((0, 0), (2, 1))  # group and completion; other tokens stand before, between and behind what these two read
 VALUE_TOLERANCE = 1e-4  # of a value
 VALUE_FLOOR = 1e-3  # a value is a sum over up to 30 tokens
@@ -40,8 +41,12 @@ def check_packing(model: Policy | RewardModel) -> None:
     It leaves weights, gradients and hooks as they are.
     """
     groups = _arbitrary_groups(model.lm.config.get_text_config())
-    values, gradient = _of_packed_row(model, groups)
+    with _short_windows(model.lm):
+        _compare(model, groups)
 
+
+def _compare(model: Policy | RewardModel, groups: Groups) -> None:
+    values, gradient = _of_packed_row(model, groups)
     stock_values = torch.zeros_like(values)
     stock_gradient = torch.zeros_like(gradient)
     is_read = torch.zeros(len(gradient), dtype=torch.bool)
@@ -66,7 +71,7 @@ def check_packing(model: Policy | RewardModel) -> None:
 
 
 def _arbitrary_groups(config: "PretrainedConfig") -> Groups:
-    """Groups of arbitrary tokens, shorter than LENGTHS if the model's attention window is."""
+    """Groups of arbitrary tokens, shorter than LENGTHS if only short rows can be packed."""
     lengths = torch.tensor(LENGTHS)
     longest = int((lengths[:, :1] + lengths[:, 1:]).max())
     limit = full_attention_length(config)
@@ -83,16 +88,33 @@ def _arbitrary_groups(config: "PretrainedConfig") -> Groups:
 
 
 @contextmanager
+def _short_windows(lm: Any) -> Iterator[None]:
+    """Inside, no attention window of the model is larger than WINDOW."""
+    windows = []
+    for holder in (lm.config.get_text_config(), *lm.modules()):
+        window = getattr(holder, "sliding_window", None)
+        if window:
+            windows.append((holder, window))
+            holder.sliding_window = min(window, WINDOW)
+    try:
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
+
+
+@contextmanager
 def _stock_attention(lm: Any) -> Iterator[None]:
     """Inside, the model runs as transformers has it."""
-    pad_token_id = lm.config.pad_token_id
-    lm.config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
+    config = lm.config.get_text_config()
+    pad_token_id = config.pad_token_id
+    config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
     lm.eval().set_attn_implementation("sdpa")
     try:
         yield
     finally:
         lm.train().set_attn_implementation(ATTENTION_NAME)
-        lm.config.pad_token_id = pad_token_id
+        config.pad_token_id = pad_token_id
 
 
 def _of_packed_row(model: Policy | RewardModel, groups: Groups) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import reference
@@ -212,9 +213,9 @@ def check_last_layer(model: PackedModel, batch: Batch, num_read: int, monkeypatc
     skips = []  # of each layer's attention, whether it leaves anything out
     per_segment = attention._per_segment
 
-    def record_skips(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+    def record_skips(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *settings: Any) -> Tensor:
         skips.append(any(spans.skipped))
-        return per_segment(query, key, value, spans, scale)
+        return per_segment(query, key, value, spans, *settings)
 
     positions = {}  # of each part of the last layer, the number that it sees
 

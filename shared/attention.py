@@ -17,8 +17,8 @@ corner of that rectangle. A group with a prompt of P tokens and completions of C
 In half precision on a GPU, all segments are one call of a variable-length flash kernel. Otherwise each segment is one
 call of PyTorch's scaled_dot_product_attention.
 
-A layer may have a window of W tokens: a token then sees only the last W of these keys, its own among them. The keys of a
-segment are a prompt and one completion in their order, so the window reaches as far as in a row of these two alone.
+A layer may have a window of W tokens: a token then sees only the last W of these keys, its own among them. The keys of
+a segment are a prompt and one completion in their order, so the window reaches as far as in a row of these two alone.
 Without the flash kernel, a segment longer than the window is computed in blocks of W queries.
 """
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shared import UserError
 from shared.distributed import single_process
 from shared.groups import Groups, check_fit
-from shared.loading import NOT_IN_ROWS, load_policy, load_policy_from, load_reward_model, load_tokenizer
+from shared.loading import load_policy, load_policy_from, load_reward_model, load_tokenizer
 
 SIZES: dict[str, object] = {
     "vocab_size": 400,

@@ -65,7 +65,10 @@ def reason_of_refusal(model: Policy | RewardModel, error: Exception) -> str:
 
 
 def _compare(model: Policy | RewardModel, groups: Groups) -> None:
+    random_state = torch.get_rng_state()
     values, gradient = _of_packed_row(model, groups)
+    if not torch.equal(torch.get_rng_state(), random_state):
+        raise ValueError("it draws random numbers in training, beside dropout")
     stock_values = torch.zeros_like(values)
     stock_gradient = torch.zeros_like(gradient)
     is_read = torch.zeros(len(gradient), dtype=torch.bool)

@@ -40,10 +40,13 @@ def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrained
     tokenizer, config = _load_tokenizer_and_config(path)
     if reference is not None:
         reference_tokenizer, reference_config = _load_tokenizer_and_config(reference)
-        same_tokens = reference_tokenizer.get_vocab() == tokenizer.get_vocab()
-        same_size = reference_config.get_text_config().vocab_size == config.get_text_config().vocab_size
-        if not same_tokens or not same_size:
-            raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
+        if reference_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--reference {reference}: its tokenizer is not that of {path}")
+        reference_size = reference_config.get_text_config().vocab_size
+        size = config.get_text_config().vocab_size
+        if reference_size != size:
+            sizes = f"its vocabulary size is {reference_size}, that of {path} is {size}"
+            raise UserError(f"--reference {reference}: {sizes}; resize one of them")
     return tokenizer, config
 
 
@@ -174,13 +177,16 @@ def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
 def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
     """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
 
-    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, if it is quantised, or if
-    a tensor is missing or not finite.
+    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded or is quantised, or if a
+    tensor is missing or not finite.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
-    _refuse_quantised(path, _load_config(path))
+    config = _load_config(path)
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
     options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
     lm = _from_pretrained(auto_class, path, new_tensor, **options)
     for name, parameter in lm.named_parameters():
@@ -198,13 +204,6 @@ def _remove_randomness(lm: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or "noise" in name):
                 setattr(module, name, 0.0)
-
-
-def _refuse_quantised(path: str, config: "PretrainedConfig") -> None:
-    """Raises UserError for a model that is quantised, in whole or in its text part."""
-    for part in (config, config.get_text_config()):
-        if getattr(part, "quantization_config", None):
-            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
 
 
 def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
@@ -280,7 +279,7 @@ def _freeze_other_parts(model: Policy | RewardModel, path: str) -> None:
     """Freeze all that is neither the text part nor the head, and give it back the dtype that its file has."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    trained = {*model.text_model.state_dict(keep_vars=True).values(), *model.head.parameters()}
+    trained = {*model.text_model.state_dict(keep_vars=True).values(), *model.head.state_dict(keep_vars=True).values()}
     others = {}
     for name, tensor in model.lm.state_dict(keep_vars=True).items():
         if tensor not in trained:

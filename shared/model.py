@@ -34,14 +34,14 @@ class PackedModel(nn.Module):
         self.fingerprints: dict[str, str] = {}
 
     @property
-    def text_model(self) -> nn.Module:
+    def text_model(self) -> Any:
         """The transformer that reads the tokens, without the head."""
         if self.lm.config.get_text_config() is self.lm.config:
             return self.lm.base_model
         return self.lm.get_decoder()
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that are trained; the frozen ones are no one's but the export's."""
+        """The parameters that are trained, which are all that an optimizer and a checkpoint see."""
         for name, parameter in super().named_parameters(*args, **options):
             if parameter.requires_grad:
                 yield name, parameter
@@ -71,7 +71,7 @@ class Policy(PackedModel):
         self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
 
     @property
-    def head(self) -> nn.Linear:
+    def head(self) -> Any:
         """The map from hidden states to logits."""
         return self.lm.get_output_embeddings()
 
@@ -101,7 +101,7 @@ class RewardModel(PackedModel):
     """r(x, y) of a sequence classifier with one label: its head's value at the last token of the completion."""
 
     @property
-    def head(self) -> nn.Linear:
+    def head(self) -> Any:
         """The map from a hidden state to a reward."""
         return self.lm.score
 

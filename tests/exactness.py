@@ -48,9 +48,7 @@ def train_reference(
     return reference.train(model, rows, loss, **{**settings, **options})
 
 
-def compare_metrics(
-    lines: list[dict], expected: list[dict], metrics: Sequence[str] = (), rounding: float = 1
-) -> None:
+def compare_metrics(lines: list[dict], expected: list[dict], metrics: Sequence[str] = (), rounding: float = 1) -> None:
     """Losses and gradient norms to 2e-6 at step one and 1e-4 after; the other metrics to rounding.
 
     `rounding` is a factor on these tolerances, for a model that rounds more than others.

@@ -25,7 +25,7 @@ from shared import UserError, attention, loading
 from shared.batches import Batches
 from shared.distributed import single_process
 from shared.groups import Groups, check_fit
-from shared.loading import load_policy, load_policy_from, load_reward_model, load_scorer, load_tokenizer
+from shared.loading import load_generator, load_policy, load_policy_from, load_reward_model, load_scorer, load_tokenizer
 
 
 def load(directory: Path) -> nn.Module:
@@ -218,6 +218,13 @@ def test_a_reward_model_of_a_multimodal_model(tmp_path: Path) -> None:
         reward = scorer(batch)[0, 0]
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(reward, stock(input_ids=tokens[None]).logits[0, 0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_a_multimodal_model_generates(family: str, tmp_path: Path) -> None:
+    generator = load_generator(str(save_model(family, tmp_path)), torch.float32, "cpu")
+    tokens = generator.generate(input_ids=torch.tensor([[5, 6, 7]]), min_new_tokens=4, max_new_tokens=4)
+    assert tokens.shape == (1, 7)
 
 
 def test_a_reward_model_without_a_classifier_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ LAST_FILE = "config.json"  # nothing can be loaded without it, so it appears whe
 def export(
     model: PackedModel, tokenizer: "PreTrainedTokenizerBase", directory: Path, model_card: str, ranks: Ranks
 ) -> None:
-    """Write the weights, gathered, in float32, with configuration, tokenizer and model card. Raises StorageError."""
+    """Write the weights, gathered, with configuration, tokenizer and model card. Raises StorageError.
+
+    Trained weights are in float32, frozen ones in the dtype of the starting model's files.
+    """
     state_dict = _gather(model, ranks)
     if not ranks.is_main:
         return
@@ -29,6 +32,8 @@ def export(
     try:
         with storage_errors(directory):
             model.lm.save_pretrained(temporary, state_dict=state_dict)
+            model.lm.config.dtype = "float32"  # the text part's, whatever a frozen part has
+            model.lm.config.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(model_card)
             files = sorted(temporary.iterdir(), key=lambda file: file.name == LAST_FILE)

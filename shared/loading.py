@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
@@ -15,17 +16,15 @@ from shared.distributed import Ranks, from_main, shard
 from shared.files import bytes_of, is_complete
 from shared.last_layer import skip_unread
 from shared.model import Policy, RewardModel
-from shared.packing import check_packing
+from shared.packing import check_packing, reason_of_refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 POLICY_CLASS = "AutoModelForCausalLM"
+MULTIMODAL_CLASS = "AutoModelForImageTextToText"
 REWARD_MODEL_CLASS = "AutoModelForSequenceClassification"
 REWARD_HEAD = "score.weight"
-NOT_IN_ROWS = (
-    "packed rows have no soft caps, sinks, position biases, latent attention, logit scales or recurrent layers"
-)
 
 AnyModel = TypeVar("AnyModel", Policy, RewardModel)
 
@@ -41,10 +40,13 @@ def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrained
     tokenizer, config = _load_tokenizer_and_config(path)
     if reference is not None:
         reference_tokenizer, reference_config = _load_tokenizer_and_config(reference)
-        same_tokens = reference_tokenizer.get_vocab() == tokenizer.get_vocab()
-        same_size = reference_config.get_text_config().vocab_size == config.get_text_config().vocab_size
-        if not same_tokens or not same_size:
-            raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
+        if reference_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--reference {reference}: its tokenizer is not that of {path}")
+        reference_size = reference_config.get_text_config().vocab_size
+        size = config.get_text_config().vocab_size
+        if reference_size != size:
+            sizes = f"its vocabulary size is {reference_size}, that of {path} is {size}"
+            raise UserError(f"--reference {reference}: {sizes}; resize one of them")
     return tokenizer, config
 
 
@@ -103,7 +105,7 @@ def load_policy(args: Any, ranks: Ranks) -> Policy:
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
     """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails."""
-    lm = _load_lm(POLICY_CLASS, path)
+    lm = _load_lm(_policy_class(path), path)
     return _prepare(Policy(lm), path, ranks, activation_checkpointing)
 
 
@@ -117,7 +119,7 @@ def load_reward_model(args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBa
     torch.manual_seed(args.seed)
     lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
     model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
-    model.lm.config.pad_token_id = tokenizer.pad_token_id
+    model.lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _say_what_is_left_out(model, args.model, ranks)
     return model
 
@@ -130,16 +132,35 @@ def load_scorer(path: str, ranks: Ranks) -> RewardModel:
 
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> Any:
     """A causal language model as transformers has it, to generate with. Raises UserError if it cannot be loaded."""
-    lm = _from_pretrained(POLICY_CLASS, path, dtype=dtype)
+    lm = _from_pretrained(_policy_class(path), path, dtype=dtype)
     return lm.to(device).eval()
 
 
+def _policy_class(path: str) -> str:
+    """The auto class of transformers that loads a language model whole, with the parts that read no text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    config = _load_config(path)
+    if config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return MULTIMODAL_CLASS
+    return POLICY_CLASS
+
+
 def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) -> None:
-    """Print that a mixture of experts is trained without the loss that balances the load of its experts."""
-    coefficient = getattr(model.lm.config, "router_aux_loss_coef", None)
-    if coefficient and ranks.is_main:
+    """Print that a mixture of experts is trained without its load-balancing loss, and which parts are frozen."""
+    if not ranks.is_main:
+        return
+    coefficient = getattr(model.lm.config.get_text_config(), "router_aux_loss_coef", None)
+    if coefficient:
         left_out = f"its load-balancing loss (router_aux_loss_coef {coefficient}) is left out"
         tqdm.write(f"model {path}: a mixture of experts; {left_out}")
+
+    frozen = set()
+    for name, parameter in model.lm.named_parameters():
+        if not parameter.requires_grad:
+            frozen.add(name.removeprefix("model.").split(".")[0])
+    if frozen:
+        tqdm.write(f"model {path}: its text part is trained; frozen are its {', '.join(sorted(frozen))}")
 
 
 def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
@@ -156,33 +177,33 @@ def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
 def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
     """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
 
-    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, if it is quantised or
-    multimodal, or if a tensor is missing or not finite.
+    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded or is quantised, or if a
+    tensor is missing or not finite.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
-    _refuse_kind(path, _load_config(path))
+    config = _load_config(path)
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
     options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
     lm = _from_pretrained(auto_class, path, new_tensor, **options)
     for name, parameter in lm.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"model {path}: {name} holds values that are not finite")
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    _remove_randomness(lm)
     return lm.train()  # activation checkpointing works in training mode only
 
 
-def _refuse_kind(path: str, config: "PretrainedConfig") -> None:
-    """Raises UserError for a model that is quantised, or whose language model is only a part of it."""
-    text_config = config.get_text_config()
-    for part in (config, text_config):
-        if getattr(part, "quantization_config", None):
-            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
-    if text_config is not config:
-        remedy = f"its text part cannot be trained inside it; save that part as a {text_config.model_type} model first"
-        raise UserError(f"model {path}: is a multimodal model; {remedy}")
+def _remove_randomness(lm: nn.Module) -> None:
+    """Set every dropout and every noise on the routing of experts to 0."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "noise" in name):
+                setattr(module, name, 0.0)
 
 
 def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
@@ -195,6 +216,8 @@ def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options
     try:
         lm, info = getattr(transformers, auto_class).from_pretrained(path, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+        if str(error) == repr(ATTENTION_NAME):  # a KeyError: the family has a fixed list of attentions
+            raise _unsupported(path, "its attention cannot be told which tokens see each other") from None
         raise _unloadable(_damaged_file(path) or path, error) from None
 
     mismatched = {name for name, *_ in info["mismatched_keys"]}
@@ -220,14 +243,15 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     if activation_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        layers = _layers(lm)
+        layers = _layers(model)
         skip_unread(layers[-1])
         if ranks.is_main:
             check_packing(model)
     except Exception as error:  # an architecture that does not fit fails in many ways
-        problem = f"{type(lm).__name__} is not supported; {NOT_IN_ROWS} ({first_line(error)})"
-        raise UserError(f"model {path}: {problem}") from None
+        raise _unsupported(path, reason_of_refusal(model, error)) from None
 
+    if lm.config.get_text_config() is not lm.config:
+        _freeze_other_parts(model, path)
     fingerprint = ""
     if ranks.is_main:
         fingerprint = _weights_hash(lm)
@@ -236,13 +260,45 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     return model
 
 
-def _layers(lm: Any) -> list[nn.Module]:
+def _unsupported(path: str, reason: str) -> UserError:
+    return UserError(f"model {path}: its architecture is not supported: {reason}")
+
+
+def _layers(model: Policy | RewardModel) -> list[nn.Module]:
     """The layers of a transformer, from the first to the last."""
-    num_layers = lm.config.get_text_config().num_hidden_layers
-    for module in lm.base_model.modules():
+    if model.text_model.get_output_embeddings() is not None:
+        raise ValueError("its text part is not a module of its own")
+    num_layers = model.lm.config.get_text_config().num_hidden_layers
+    for module in model.text_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     raise ValueError("it has no list of layers")
+
+
+def _freeze_other_parts(model: Policy | RewardModel, path: str) -> None:
+    """Freeze all that is neither the text part nor the head, and give it back the dtype that its file has."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    trained = {*model.text_model.state_dict(keep_vars=True).values(), *model.head.state_dict(keep_vars=True).values()}
+    others = {}
+    for name, tensor in model.lm.state_dict(keep_vars=True).items():
+        if tensor not in trained:
+            others[name] = tensor.requires_grad_(False)
+
+    tensors_of_files = revert_weight_conversion(model.lm, others)
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as stored:
+            for name in tensors_of_files.keys() & stored.keys():
+                tensors_of_files[name].data = stored.get_tensor(name).clone()
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The safetensors of a model directory, or of a hub id that has been loaded."""
+    from huggingface_hub import snapshot_download
+
+    if not Path(path).is_dir():
+        path = snapshot_download(path, allow_patterns="*.safetensors", local_files_only=True)
+    return sorted(Path(path).glob("*.safetensors"))
 
 
 def _weights_hash(lm: Any) -> str:

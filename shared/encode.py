@@ -328,3 +328,28 @@ def _split_running_text(completions: list[TokenIds]) -> tuple[TokenIds, list[Tok
     """The first token is context, from which the second is predicted."""
     text, *others = completions
     return text[:1], [text[1:], *others]
+
+
+def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids of the tokens that end a completion: the EOS, and the chat template's end of a turn. Ascending."""
+    ids = {tokenizer.eos_token_id, _turn_end(tokenizer)}
+    ids.discard(None)
+    return sorted(ids)
+
+
+def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """The first special token that a chat template writes behind an assistant's text."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception:  # a template for other messages
+        return None
+
+    names = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    match = re.search(pattern, text.rpartition(MARK)[2])
+    if not match or not match[0]:
+        return None
+    return names[match[0]]

@@ -238,6 +238,8 @@ gives the rewards that `scripts/score.py` of cleanpo gives. Both subtract `rewar
 of training. The texts must not hold the strings of special tokens.
 
 ```python
+from os.path import commonprefix
+
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -251,19 +253,25 @@ def reward(ids):
         return model(torch.tensor([ids])).logits.item() - model.config.reward_mean
 
 
+def encode(prompt, text, add_special_tokens):  # in two parts if the tokens of the prompt are not the first of the text
+    first = tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
+    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    if ids[: len(first)] != first:
+        ids = first + tokenizer(text[len(prompt) :], add_special_tokens=False).input_ids
+    return ids
+
+
 def reward_of_text(prompt, completion):
-    before = tokenizer(prompt).input_ids
-    ids = tokenizer(prompt + completion).input_ids
-    if ids[: len(before)] != before:  # the prompt has tokens of its own
-        ids = before + tokenizer(completion, add_special_tokens=False).input_ids
+    ids = encode(prompt, prompt + completion, add_special_tokens=True)
     return reward([*ids, tokenizer.eos_token_id])
 """
 CHAT_RECIPE = """
 
 def reward_of_chat(messages):  # the last message is the assistant's
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     text = (text.rpartition(TURN_END)[0] or text) + TURN_END
-    return reward(tokenizer(text, add_special_tokens=False).input_ids)
+    return reward(encode(commonprefix([prompt, text]), text, add_special_tokens=False))
 """
 
 

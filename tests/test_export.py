@@ -14,9 +14,9 @@ from shared.distributed import single_process
 from shared.export import export
 from shared.loading import load_policy_from, load_tokenizer
 
+slow = pytest.mark.slow
 QUICK = {"batch_size": 4, "max_steps": 1, "micro_batch_tokens": 4096}
 EOT = "<|eot_id|>"
-TURN_END = "<end_of_turn>"
 LLAMA_3 = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|start|>' + message['role'] + '\n\n' + message['content'] + '<|eot_id|>' }}"
@@ -203,7 +203,7 @@ def always_write(model: Path, token: int) -> None:
     policy.save_pretrained(model)
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+@pytest.mark.parametrize("algorithm", ["sft", pytest.param("dpo", marks=slow)])
 def test_plain_generate_stops_at_the_turn_end(tmp_path: Path, algorithm: str) -> None:
     """A base model whose EOS the template never writes."""
     tokenizer = chat_tokenizer(LLAMA_3, "<|start|>", EOT)
@@ -271,8 +271,15 @@ def test_a_generation_config_with_all_ids_stays_as_it_is(tmp_path: Path) -> None
     assert (tmp_path / "out" / "generation_config.json").read_bytes() == content
 
 
-@pytest.mark.parametrize("algorithm", ["dpo", "rm"])
-@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "algorithm, file",
+    [
+        ("dpo", "generation_config.json"),
+        pytest.param("dpo", "config.json", marks=slow),
+        pytest.param("rm", "generation_config.json", marks=slow),
+        ("rm", "config.json"),
+    ],
+)
 def test_settings_that_transformers_would_not_save_lose_no_training(tmp_path: Path, algorithm: str, file: str) -> None:
     model = tiny.make_model(tmp_path / "model")
     edit(model / file, **LIKE_LLAVA)

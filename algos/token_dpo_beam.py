@@ -41,6 +41,7 @@ from shared import NonFinite, UserError
 from shared.batches import Batch, Batches, load_batches
 from shared.command import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
 from shared.distributed import gather_dealt
+from shared.encode import end_ids
 from shared.export import export
 from shared.files import write_text
 from shared.groups import Requires
@@ -208,12 +209,12 @@ def extend(
 
 @torch.inference_mode()
 def beam_searches(
-    model, prompts: list[list[int]], width: int, max_new_tokens: int, eos_token_id: int, length_penalty: float = 0.0
+    model, prompts: list[list[int]], width: int, max_new_tokens: int, end_ids: list[int], length_penalty: float = 0.0
 ) -> list[list[tuple[list[int], float]]]:
     """`beam_search` from several prompts at once."""
 
     def has_ended(token_ids: list[int]) -> bool:
-        return token_ids[-1] == eos_token_id or len(token_ids) == max_new_tokens
+        return token_ids[-1] in end_ids or len(token_ids) == max_new_tokens
 
     sequences = [torch.tensor(prompt, device=model.device) for prompt in prompts]
     ids = pad_sequence(sequences, batch_first=True, padding_side="left")
@@ -266,25 +267,23 @@ def is_settled(finished: list[Beam], going_on: list[Beam], width: int, limit: in
 
 
 def beam_search(
-    model, prompt_ids, width: int, max_new_tokens: int, eos_token_id: int, length_penalty: float = 0.0
+    model, prompt_ids, width: int, max_new_tokens: int, eos_token_id: int | list[int], length_penalty: float = 0.0
 ) -> list[tuple[list[int], float]]:
     """Eq 13: the completions of a prompt with the highest log π(y|x) / |y|^length_penalty that `width` beams find.
 
     model: a causal language model of transformers; prompt_ids: a list or tensor of ids → (token ids, log π(y|x)) of
-    at most `width` completions, best first, each with its EOS unless it was cut off at `max_new_tokens`. Width 1 is
-    greedy (length_penalty 0), |V|^max_new_tokens exhaustive. Raises NonFinite if the model's logits are NaN.
+    at most `width` completions, best first, each with its EOS, which may be one of several, unless it was cut off at
+    `max_new_tokens`. Width 1 is greedy (length_penalty 0), |V|^max_new_tokens exhaustive. Raises NonFinite for NaN.
     """
+    end_ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
     prompt = torch.as_tensor(prompt_ids).flatten().tolist()
     if not prompt or width < 1 or max_new_tokens < 1:
         raise ValueError("beam search needs a prompt, and a width and max_new_tokens of at least 1")
-    return beam_searches(model, [prompt], width, max_new_tokens, eos_token_id, length_penalty)[0]
+    return beam_searches(model, [prompt], width, max_new_tokens, end_ids, length_penalty)[0]
 
 
 def held_out_prompts(held_out: Batches | None, config, args: Args) -> dict[int, list[int]]:
-    """Row number → ids of each prompt to decode.
-
-    Raises UserError for bad widths, and if no prompt leaves room for `--max-new-tokens`.
-    """
+    """Row number → ids of each prompt to decode. Raises UserError for bad widths, and if no prompt leaves room."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.beam_widths):
         raise UserError(f"--beam-widths {args.beam_widths}: must be numbers above 0 with commas between, as 1,2,5")
     if held_out is None:
@@ -333,8 +332,8 @@ def decode(prompts: dict[int, list[int]], tokenizer, run: Run) -> None:
 def decode_prompts(model, tokenizer, prompts: list[tuple[int, list[int]]], widths: list[int], limit: int) -> list[dict]:
     """The lines of beams.jsonl for some prompts (row number, ids): the best completion at each width."""
     text = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    eos_id = tokenizer.eos_token_id
-    searches = [beam_searches(model, [ids for _, ids in prompts], width, limit, eos_id) for width in widths]
+    ends = end_ids(tokenizer)
+    searches = [beam_searches(model, [ids for _, ids in prompts], width, limit, ends) for width in widths]
 
     lines = []
     for i, (row, prompt) in enumerate(prompts):
@@ -345,7 +344,7 @@ def decode_prompts(model, tokenizer, prompts: list[tuple[int, list[int]]], width
                 "prompt": text(prompt),
                 "widths": widths,
                 "completions": [text(ids) for ids, _ in best],
-                "finished": [ids[-1] == eos_id for ids, _ in best],
+                "finished": [ids[-1] in ends for ids, _ in best],
                 "logps": [logp for _, logp in best],
                 "lengths": [len(ids) for ids, _ in best],
             }

@@ -36,10 +36,11 @@ from scripts.lab import notices, plots
 from scripts.lab.commands import checked_command
 from scripts.lab.policies import (
     check_tokenizers,
-    encode_completions,
+    encode_all,
     evaluation_settings,
     named_policies,
     plain_prompt,
+    prompt_example,
 )
 from scripts.lab.row_files import EncodedRow, first_examples
 from scripts.lab.scoring import make_groups, token_logps_of
@@ -48,6 +49,7 @@ from scripts.lab.tables import aligned
 from shared import UserError
 from shared.command import Above, AtLeast
 from shared.distributed import single_process
+from shared.encode import Encoder
 from shared.files import replacing, write_json
 from shared.loading import load_policy_from, load_tokenizer
 from shared.rows import Example, Prompt
@@ -133,7 +135,7 @@ def corrupt_summaries(source: str, num_prompts: int, seed: int) -> Summaries:
 def correct_summary(example: Example) -> str:
     """The summary of a row. Raises UserError unless the row is a notice with a correct summary."""
     prompt = plain_prompt(example.prompt)
-    texts = [text for text in (prompt, *example.completions) if isinstance(text, str)]
+    texts = [text for text in (prompt, *example.texts) if isinstance(text, str)]
     if len(texts) != 2 or len(example.completions) != 1:
         needed = "needs a notice as `prompt` and its summary as `completion`, plain texts"
         raise UserError(f"{example.location}: {needed}")
@@ -158,13 +160,15 @@ def encode(path: str, summaries: Summaries) -> tuple[list[EncodedRow], Tensor]:
     """
     tokenizer, config = load_tokenizer(path)
     room = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    has_eos = [[True] * len(texts) for texts in summaries.texts]
-    rows = encode_completions(path, summaries.prompts, summaries.texts, has_eos, tokenizer, room)
+    examples = []
+    for prompt, texts in zip(summaries.prompts, summaries.texts, strict=True):
+        examples.append(prompt_example(prompt, *texts))
+    rows = encode_all(path, examples, Encoder(tokenizer), room, completions=True)
 
     positions = []
     for row, texts in zip(rows, summaries.texts, strict=True):
-        for ids, text in zip(row.completions, texts, strict=True):
-            tokens = tokenizer.convert_ids_to_tokens(ids)
+        for completion, text in zip(row.completions, texts, strict=True):
+            tokens = tokenizer.convert_ids_to_tokens(completion.ids)
             expected = [*notices.words(text), tokenizer.eos_token]
             if tokens != expected:
                 raise UserError(f"{path}: the tokens of {text!r} are not its words and an EOS, but {tokens}")

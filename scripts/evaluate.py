@@ -23,13 +23,13 @@ from typing import Annotated
 
 from scripts.lab.commands import checked_command
 from scripts.lab.policies import (
+    check_rewards,
     check_tokenizers,
     comparison_table,
     evaluation_settings,
     log_ratios,
     named_policies,
     plain_prompt,
-    rewards_of,
     rewards_of_samples,
     sample_policy,
     summarise,
@@ -38,7 +38,6 @@ from scripts.lab.row_files import first_examples
 from scripts.lab.sampling import Sampling
 from shared.command import Above
 from shared.files import write_text
-from shared.rows import Prompt
 
 NUM_SHOWN_PROMPTS = 6  # their completions are kept as text
 
@@ -67,8 +66,7 @@ def evaluate(args: Args) -> dict:
     """Sample, score and compare; returns the contents of the results file."""
     directories = named_policies(args.policies)
     examples = first_examples(str(args.rows), args.num_prompts)
-    prompts = [example.prompt for example in examples]
-    check_rewards(args.reward, prompts)
+    check_rewards(args.reward, examples)
 
     paths = list(directories.values())
     reference = args.reference or paths[0]
@@ -77,12 +75,12 @@ def evaluate(args: Args) -> dict:
     encoded_prompts = []
     samples = []
     for path in paths:
-        encoded, policy_samples = sample_policy(path, prompts, args, args.num_samples)
+        encoded, policy_samples = sample_policy(path, examples, args, args.num_samples)
         encoded_prompts.append(encoded)
         samples.append(policy_samples)
 
     ratios = log_ratios(paths, reference, encoded_prompts, samples)
-    rewards = [rewards_of_samples(args.reward, prompts, policy_samples) for policy_samples in samples]
+    rewards = [rewards_of_samples(args.reward, examples, policy_samples) for policy_samples in samples]
 
     policies = {}
     for i, (name, path) in enumerate(directories.items()):
@@ -91,17 +89,10 @@ def evaluate(args: Args) -> dict:
         policies[name] = {"path": path, **numbers, "completions": shown}
 
     return {
-        "settings": evaluation_settings(args, reference, len(prompts)),
-        "prompts": [plain_prompt(prompt) for prompt in prompts[:NUM_SHOWN_PROMPTS]],
+        "settings": evaluation_settings(args, reference, len(examples)),
+        "prompts": [plain_prompt(example.prompt) for example in examples[:NUM_SHOWN_PROMPTS]],
         "policies": policies,
     }
-
-
-def check_rewards(reward: str, prompts: list[Prompt]) -> None:
-    """Raises UserError if there are no rewards, before minutes are spent on sampling."""
-    if reward != "notices":
-        prompts = prompts[:1]  # enough to load a reward model; the oracle must be able to read every prompt
-    rewards_of(reward, prompts, [""] * len(prompts))
 
 
 def main(args: Args) -> None:

@@ -5,17 +5,18 @@
 Blue means that the policy makes the token likelier than the reference does, orange that it makes it less likely. All
 colours have one scale. The HTML page shows a token's reward, in nats, when the mouse points at it. The sum of a
 completion's rewards stands below it. Tokens that form characters only together share one field, which shows the sum of
-their rewards. Special tokens have a frame. In the PNG, letters that join or run from right to left need matplotlib
+their rewards. Special tokens have a frame. What stands between two turns of the assistant is context without a reward.
+In the PNG, letters that join or run from right to left need matplotlib
 3.11.
 
     python scripts/heatmap.py --policy runs/dpo --reference runs/sft --rows pairs.jsonl --output runs/heatmap.html
 """
 
 import html
+import math
 import re
 import sys
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,10 +32,11 @@ from scripts.lab.scoring import make_groups, token_logps_of
 from shared import NonFinite, UserError
 from shared.command import Above
 from shared.distributed import single_process
+from shared.encode import Encoder
 from shared.files import replacing
 from shared.groups import full_attention_length
 from shared.loading import load_policy_from, load_tokenizer
-from shared.rows import Example
+from shared.rows import Counts, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,16 +65,16 @@ class Args:
 # ---------------------------------------------------------------- rewards
 
 
-def read_comparisons(args: Args, dropped: Counter[str]) -> Iterator[Example]:
+def read_comparisons(args: Args, counts: Counts) -> Iterator[Example]:
     """The examples. Raises UserError if one has fewer than two completions."""
-    for example in read_examples(args.rows, dropped, args.max_rows):
+    for example in read_examples(args.rows, counts, args.max_rows):
         num_completions = len(example.completions)
         if num_completions < 2:
             raise UserError(f"{example.location}: nothing to compare, completions: {num_completions}")
         yield example
 
 
-def encode(args: Args, dropped: Counter[str]) -> tuple[list[EncodedRow], "PreTrainedTokenizerBase"]:
+def encode(args: Args, counts: Counts) -> tuple[list[EncodedRow], "PreTrainedTokenizerBase"]:
     """The rows with their token ids, and the tokenizer, which both models must share."""
     tokenizer, config = load_tokenizer(args.policy, args.reference)
     if tokenizer.eos_token_id is None:
@@ -84,13 +86,13 @@ def encode(args: Args, dropped: Counter[str]) -> tuple[list[EncodedRow], "PreTra
         positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or room
         room = min(room, positions, full_attention_length(model_config))
 
-    examples = read_comparisons(args, dropped)
-    rows = list(encode_rows(examples, tokenizer, dropped, room, completions=True))
+    examples = read_comparisons(args, counts)
+    rows = list(encode_rows(examples, Encoder(tokenizer, counts), room, completions=True))
     return rows, tokenizer
 
 
 def rewards_of_tokens(args: Args, rows: list[EncodedRow]) -> list[list[list[float]]]:
-    """Eq 11 for each token of each completion of each row, nats."""
+    """Eq 11 for each token of each completion of each row, nats; NaN for context, which the policy does not write."""
     groups = [make_groups([row]) for row in rows]
     logps = []
     with single_process("float32") as ranks:
@@ -106,9 +108,10 @@ def rewards_of_tokens(args: Args, rows: list[EncodedRow]) -> list[list[list[floa
     policy_logps, ref_logps = logps
     for row, row_logps, row_ref_logps in zip(rows, policy_logps, ref_logps, strict=True):
         row_rewards = []
-        for completion_logps, completion_ref_logps in zip(row_logps, row_ref_logps, strict=True):
+        of_completions = zip(row.completions, row_logps, row_ref_logps, strict=True)
+        for completion, completion_logps, completion_ref_logps in of_completions:
             values = token_rewards(completion_logps, completion_ref_logps, args.beta)
-            if not values.isfinite().all():
+            if not values[completion.is_counted].isfinite().all():
                 raise NonFinite(f"{row.example.location}: a token's reward is not a finite number")
             row_rewards.append(values.tolist())
         rewards.append(row_rewards)
@@ -125,8 +128,8 @@ def make_panel(row: EncodedRow, rewards: list[list[float]], tokenizer: "PreTrain
         titles = [f"completion {number}" for number in range(1, len(row.completions) + 1)]
 
     completions = {}
-    for title, ids, values in zip(titles, row.completions, rewards, strict=True):
-        completions[title] = split_into_pieces(tokenizer, ids, values)
+    for title, completion, values in zip(titles, row.completions, rewards, strict=True):
+        completions[title] = split_into_pieces(tokenizer, completion.ids, values)
 
     prompt_ids = row.prompt
     if prompt_ids[0] == tokenizer.bos_token_id:
@@ -146,7 +149,8 @@ def split_into_pieces(tokenizer: "PreTrainedTokenizerBase", ids: list[int], rewa
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     for (start, text_start), (end, text_end) in pairwise(piece_boundaries(tokenizer, ids, text)):
         special = end - start == 1 and ids[start] in special_ids
-        pieces.append(Piece(text[text_start:text_end], rewards[start:end], special))
+        scored = [reward for reward in rewards[start:end] if not math.isnan(reward)]
+        pieces.append(Piece(text[text_start:text_end], scored, special))
     return pieces
 
 
@@ -198,6 +202,7 @@ body { max-width: 1160px; margin: 0 auto; padding: 28px 18px 56px; color: var(--
 h1 { font-size: 26px; line-height: 1.25; margin: 0 0 8px; }
 h2 { font-size: 15px; margin: 36px 0 6px; padding-top: 14px; border-top: 1px solid var(--line); }
 p { margin: 0; }
+.context { color: var(--soft); }
 .note, .total, .legend { color: var(--soft); font-size: 14px; font-variant-numeric: tabular-nums; }
 .legend { display: flex; gap: 10px; align-items: center; max-width: 480px; margin-top: 14px; }
 .bar { flex: 1; height: 14px; border: 1px solid var(--line); }
@@ -241,6 +246,8 @@ def css_color(reward: float, scale: float) -> str:
 def piece_html(piece: Piece, scale: float) -> str:
     """The text on its colour. The reward is the title, which a browser shows when the mouse points at the text."""
     title = f"{nats_text(piece.reward)} nats"
+    if not piece.rewards:
+        return f'<span class="context" title="context, not scored">{visible_html(piece.text)}</span>'
     if len(piece.rewards) > 1:
         rewards = " ".join(map(nats_text, piece.rewards))
         title += f", {len(piece.rewards)} tokens that only together are characters: {rewards}"
@@ -307,9 +314,9 @@ def main(args: Args) -> None:
         raise UserError(f"--output {args.output}: must end in .html")
     plots.require_matplotlib()
 
-    dropped: Counter[str] = Counter()
-    rows, tokenizer = encode(args, dropped)
-    counts = summary(args.rows, len(rows), dropped)
+    counts = Counts()
+    rows, tokenizer = encode(args, counts)
+    line = summary(args.rows, len(rows), counts)
 
     panels = []
     for row, rewards in zip(rows, rewards_of_tokens(args, rows), strict=True):
@@ -330,7 +337,7 @@ def main(args: Args) -> None:
     with replacing(args.output) as temporary_page, replacing(png) as temporary_png:
         temporary_page.write_text(page, encoding="utf-8")
         picture.save(temporary_png)
-    print(f"{args.output}, {png}: {counts}")
+    print(f"{args.output}, {png}: {line}")
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from typing import Annotated, Any
 from scripts.lab.commands import checked_command
 from scripts.lab.plots import GREY, canvas, label_axes, require_matplotlib
 from scripts.lab.policies import (
+    check_rewards,
     collect_samples,
     encode_prompts,
     evaluation_settings,
     lengths_of,
-    rewards_of,
     rewards_of_samples,
 )
 from scripts.lab.row_files import first_examples
@@ -64,14 +64,13 @@ class Args(Sampling):
 def sweep(args: Args) -> dict:
     """Reward and length at every β and, last, of the proxy by itself; returns the contents of the results file."""
     examples = first_examples(args.rows, args.num_prompts)
-    prompts = [example.prompt for example in examples]
-    rewards_of(args.reward, prompts, [""] * len(prompts))  # fails before minutes are spent on sampling
+    check_rewards(args.reward, examples)
 
     model, tokenizer, eos_ids = load_sampler(args.model, args.dtype)
     proxies, proxy_eos_ids = load_proxies(args.proxy, args.proxy_reference, args.dtype, tokenizer)
     eos_ids = sorted({*eos_ids, *proxy_eos_ids})
     room = min(prompt_room(network, args.max_new_tokens) for network in (model, *proxies))
-    prompt_ids = encode_prompts(args.rows, prompts, tokenizer, room)
+    prompt_ids = encode_prompts(args.rows, examples, tokenizer, room)
 
     policies: list[tuple[str, Any, Callable | None]] = []
     for beta in args.betas:
@@ -83,13 +82,13 @@ def sweep(args: Args) -> dict:
         completions = sample_completions(
             policy, eos_ids, prompt_ids, args.num_samples, args, progress=name, steer=steer
         )
-        samples = collect_samples(completions, tokenizer, eos_ids)
-        rewards = rewards_of_samples(args.reward, prompts, samples)
+        samples = collect_samples(prompt_ids, completions, tokenizer, eos_ids)
+        rewards = rewards_of_samples(args.reward, examples, samples)
         reward = mean_and_interval(rewards.mean(1), args.seed)
         length = mean_and_interval(lengths_of(samples).mean(1), args.seed)
         measured.append({"policy": name, "reward": reward, "length": length})
 
-    settings = evaluation_settings(args, args.proxy_reference, len(prompts))
+    settings = evaluation_settings(args, args.proxy_reference, len(examples))
     return {"settings": settings, "policies": measured}
 
 

@@ -1,7 +1,12 @@
 """Sample completions from a policy, by the `generate` of transformers.
 
-    --num-completions K     writes {"prompt", "completions": [K texts], "finished": [K booleans]}
-    --reference-samples M   writes every row as it came, with `reference_samples` and `reference_samples_finished`
+    --num-completions K     writes {"prompt", "completions": [K texts], "finished": [K booleans], "completion_ids",
+                            "vocabulary"}
+    --reference-samples M   writes every row as it came, with `reference_samples`, `reference_samples_finished`,
+                            `reference_sample_ids` and `reference_vocabulary`
+
+The ids are those that were drawn, with the end. Training, scoring and evaluation use them where the vocabulary, whose
+hash stands beside them, is their own; a text alone may be encoded otherwise.
 
 Rows are of any form that training reads, or have a `prompt` alone. They are written in the order of the file. A
 completion that is not finished was cut off at `--max-new-tokens`, before its EOS. A prompt that leaves the model too
@@ -20,7 +25,6 @@ top-k and top-p apply to the result; the repetition penalty applies to the polic
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +54,7 @@ from scripts.lab.sampling import (
 from shared import UserError
 from shared.command import Above, AtLeast
 from shared.encode import Encoder
+from shared.rows import Example
 
 WINDOW_BATCHES = 4  # batches whose sequences are sorted by length together
 
@@ -103,23 +108,33 @@ def main(args: Args) -> None:
         prompts = [row.prompt for row in window]
         samples = sample_completions(model, eos_ids, prompts, count, args, number, steer=steer)
         for row, completions in zip(window, samples, strict=True):
-            texts = [decode(tokenizer, ids) for ids in completions]
+            texts = [decode(tokenizer, row.prompt, ids) for ids in completions]
             finished = [ids[-1] in eos_ids for ids in completions]
             if args.num_completions:
-                prompt = as_written(row.example.prompt, encoder)
-                yield {"prompt": prompt, "completions": texts, "finished": finished}
+                yield new_row(row.example, encoder, texts, finished, completions)
             else:
-                columns = {"reference_samples": texts, "reference_samples_finished": finished}
-                yield row.example.row | columns
+                yield row.example.row | {
+                    "reference_samples": texts,
+                    "reference_samples_finished": finished,
+                    "reference_sample_ids": completions,
+                    "reference_vocabulary": encoder.vocabulary,
+                }
 
-    dropped: Counter[str] = Counter()
-    unused: set[str] = set()
-    examples = read_examples(args.rows, dropped, args.max_rows, unused)
-    rows = encode_rows(examples, tokenizer, dropped, room)
+    examples = read_examples(args.rows, encoder.counts, args.max_rows)
+    rows = encode_rows(examples, encoder, room)
     window_size = max(1, WINDOW_BATCHES * args.batch_size // count)
     kept = write_windows(args.output, settings, rows, window_size, compute, total)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(summary(args.rows, kept, dropped, unused))
+        print(summary(args.rows, kept, encoder.counts))
+
+
+def new_row(example: Example, encoder: Encoder, texts: list[str], finished: list[bool], ids: list[list[int]]) -> dict:
+    """A row of completions, whose prompt means the same tokens as the example's."""
+    row: dict = {"prompt": as_written(example.prompt, encoder)}
+    if example.tools:
+        row["tools"] = example.tools
+    row |= {"completions": texts, "finished": finished}
+    return row | {"completion_ids": ids, "vocabulary": encoder.vocabulary}
 
 
 def check_combinations(args: Args) -> None:

@@ -18,7 +18,6 @@ scores its share of the rows.
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ from scripts.lab.scoring import load_reward_models, score_with_oracle
 from shared import UserError
 from shared.command import Above
 from shared.distributed import single_process
-from shared.rows import Example
+from shared.encode import Encoder
+from shared.rows import Counts, Example
 
 WINDOW_SIZE = 256  # rows that are divided into micro-batches together
 
@@ -65,21 +65,20 @@ def main(args: Args) -> None:
         raise UserError("give either --reward-models or --reward notices")
     total = count_comparable(args)
     settings = settings_of(args, *args.reward_models)
-    dropped: Counter[str] = Counter()
-    unused: set[str] = set()
-    examples = read_examples(args.rows, dropped, args.max_rows, unused)
+    counts = Counts()
+    examples = read_examples(args.rows, counts, args.max_rows)
     if args.reward:
         kept = write_windows(args.output, settings, examples, WINDOW_SIZE, compute_with_oracle, total)
     else:
-        kept = write_model_scores(args, settings, examples, dropped, total)
+        kept = write_model_scores(args, settings, examples, counts, total)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(summary(args.rows, kept, dropped, unused))
+        print(summary(args.rows, kept, counts))
 
 
 def count_comparable(args: Args) -> int:
     """The number of usable rows. Raises UserError for a row that has not two completions or a list of them."""
     total = 0
-    for example in read_examples(args.rows, Counter(), args.max_rows):
+    for example in read_examples(args.rows, Counts(), args.max_rows):
         num_completions = len(example.completions)
         is_comparable = num_completions == 2 or (num_completions > 0 and "completions" in example.row)
         if not is_comparable:
@@ -95,9 +94,7 @@ def compute_with_oracle(number: int, window: list[Example]) -> Iterator[dict]:
         yield with_scores(example.row, [[score] for score in scores])
 
 
-def write_model_scores(
-    args: Args, settings: dict, examples: Iterator[Example], dropped: Counter[str], total: int
-) -> int:
+def write_model_scores(args: Args, settings: dict, examples: Iterator[Example], counts: Counts, total: int) -> int:
     """Write the rows with the scores of the reward models; returns their number."""
     with single_process(args.dtype) as ranks:
         models = load_reward_models(list(args.reward_models), ranks)
@@ -110,7 +107,7 @@ def write_model_scores(
             for row, scores in zip(window, rewards, strict=True):
                 yield with_scores(row.example.row, scores)
 
-        rows = encode_rows(examples, models.tokenizer, dropped, room, completions=True)
+        rows = encode_rows(examples, Encoder(models.tokenizer, counts), room, completions=True)
         return write_windows(args.output, settings, rows, WINDOW_SIZE, compute, total)
 
 

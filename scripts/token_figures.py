@@ -30,7 +30,7 @@ from torch import Tensor
 from scripts.lab import notices, plots
 from scripts.lab.commands import checked_command
 from scripts.lab.eq_16 import check_eq_16
-from scripts.lab.policies import plain_prompt, rewards_of
+from scripts.lab.policies import plain_prompt, prompt_example, rewards_of
 from scripts.lab.row_files import first_examples, read_jsonl, write_jsonl
 from scripts.lab.sampling import Sampling
 from scripts.lab.stages import Stages, shell_path
@@ -122,11 +122,10 @@ def read_held_out(run: Path, out: Path, num_prompts: int) -> list[dict]:
     source = str(run / "held_out_pairs.jsonl")
     for example in first_examples(source, num_prompts):
         row = {"prompt": plain_prompt(example.prompt)}
-        row.update(zip(("chosen", "rejected"), example.completions, strict=False))
+        row.update(zip(("chosen", "rejected"), example.texts, strict=False))
         rows.append(row)
 
-    prompts = [row["prompt"] for row in rows]
-    rewards_of("notices", prompts, [""] * len(prompts))
+    rewards_of("notices", [prompt_example(row["prompt"], "") for row in rows])
     return rows
 
 
@@ -193,7 +192,8 @@ def normalised(prompt: str) -> tuple[str, ...]:
 
 def oracle_rewards(prompts: list[str], completions: Iterable[str]) -> Tensor:
     """(n, 1), float64."""
-    rewards = rewards_of("notices", prompts, list(completions))
+    examples = [prompt_example(*texts) for texts in zip(prompts, completions, strict=True)]
+    rewards = rewards_of("notices", examples)
     return torch.tensor(rewards, dtype=torch.double).unsqueeze(1)
 
 

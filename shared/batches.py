@@ -1,20 +1,25 @@
 """Groups → packed micro-batches, in an order that the seed fixes, balanced over processes."""
 
 import heapq
+import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from shared import UserError
 from shared.attention import Spans
-from shared.distributed import Ranks
-from shared.groups import CONTROL_STRINGS, Groups, Requires, check_fit, describe, load_groups, shown_example
+from shared.distributed import Ranks, from_main
+from shared.encode import CONTROL_STRINGS
+from shared.groups import Groups, Requires, check_fit, describe, load_groups, shown_example
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -29,24 +34,25 @@ ADVICE = (
 class Batch:
     """One micro-batch of one process: B groups of K completions, packed into one row of T tokens without padding.
 
-    The completions have N tokens together, which the hidden states at R positions predict.
+    The completions have N counted tokens together, which the hidden states at R positions predict. Tokens of the user
+    or of tools between two turns of the assistant are context, and do not count.
     """
 
     input_ids: Tensor  # (1, T)
     position_ids: Tensor  # (1, T), going on from the end of the prompt at each completion
     spans: Spans  # which token attends to which
-    predictor_positions: Tensor  # (R,) positions whose hidden states predict completion tokens, ascending
-    predictor_of_token: Tensor  # (N,) for each completion token, the index of its predictor in predictor_positions
-    targets: Tensor  # (N,) the completion tokens, completion by completion
+    predictor_positions: Tensor  # (R,) positions whose hidden states predict counted tokens, ascending
+    predictor_of_token: Tensor  # (N,) for each counted token, the index of its predictor in predictor_positions
+    targets: Tensor  # (N,) the counted tokens, completion by completion
     target_index: Tensor  # (N,) their indices in `Groups.tokens`
-    lengths: Tensor  # (B, K) tokens of each completion
+    lengths: Tensor  # (B, K) counted tokens of each completion
     last_positions: Tensor  # (B, K) position of each completion's last token
     group_index: Tensor  # (B,) the indices of the groups in `Groups`
     ref_logps: Tensor  # (B, K) log π_ref of each completion, or empty
-    ref_token_logps: Tensor  # (N,) log π_ref of each completion token, or empty
+    ref_token_logps: Tensor  # (N,) log π_ref of each counted token, or empty
     scores: Tensor  # (B, K, R) of R reward models, or empty
     global_groups: int  # groups of the whole step, over all micro-batches and processes
-    global_tokens: int  # completion tokens of the whole step
+    global_tokens: int  # counted tokens of the whole step
     progress: float  # of training: 0 at the first step, 1 at the last
     is_last: bool = True  # whether this is the last micro-batch of its step
 
@@ -78,6 +84,8 @@ class Batches:
         self.steps_per_epoch = math.ceil(len(groups) / batch_size)
         self.last_step = self.steps_per_epoch
         self.group_sizes = groups.offsets[:, -1] - groups.offsets[:, 0]  # (n,) tokens
+        counted_before = F.pad(groups.is_counted.cumsum(0), (1, 0))  # each token, and the end
+        self.counted_sizes = counted_before[groups.offsets].diff(dim=1)  # (n, 1 + K) counted tokens of each piece
         self._epoch: int | None = None
         self._order = torch.arange(len(groups))  # of the groups in this epoch
 
@@ -100,15 +108,14 @@ class Batches:
     def of_step(self, step: int) -> Iterator[Batch]:
         """This process's micro-batches of a step; every process has equally many, some perhaps without a group."""
         group_index = self.groups_of(step)
-        offsets = self.groups.offsets[group_index]
-        completion_tokens = int((offsets[:, -1] - offsets[:, 1]).sum())
+        counted_tokens = int(self.counted_sizes[group_index].sum())
         progress = (step - 1) / max(1, self.last_step - 1)
 
         sizes = self.group_sizes[group_index].tolist()
         micro_steps = balance(sizes, self.micro_batch_tokens, self.ranks.world_size)
         for number, bins in enumerate(micro_steps, 1):
             members = bins[self.ranks.rank]
-            batch = self.pack(group_index[members], len(group_index), completion_tokens, progress)
+            batch = self.pack(group_index[members], len(group_index), counted_tokens, progress)
             batch.is_last = number == len(micro_steps)
             yield batch
 
@@ -140,6 +147,7 @@ class Batches:
         is_completion = piece % lengths.shape[1] > 0
         token_index = position + (offsets[:, 0] - starts[:, 0])[group]
         input_ids = groups.tokens[token_index].long()
+        is_counted = groups.is_counted[token_index]
 
         # a completion's positions go on from the end of its prompt, whose last token predicts its first one
         within_piece = position - starts.flatten()[piece]
@@ -147,10 +155,10 @@ class Batches:
         position_ids = torch.where(is_completion, within_piece + prompt_length, within_piece)
         prompt_end = ends[group, 0] - 1
         predictor = torch.where(within_piece == 0, prompt_end, position - 1)
-        predictor_positions, predictor_of_token = predictor[is_completion].unique(return_inverse=True)
+        predictor_positions, predictor_of_token = predictor[is_counted].unique(return_inverse=True)
 
-        targets = input_ids[is_completion]
-        target_index = token_index[is_completion]
+        targets = input_ids[is_counted]
+        target_index = token_index[is_counted]
 
         layout = [(prompt, tuple(completions)) for prompt, *completions in lengths.tolist()]
         if not layout:
@@ -166,7 +174,7 @@ class Batches:
             predictor_of_token=predictor_of_token,
             targets=targets,
             target_index=target_index,
-            lengths=lengths[:, 1:],
+            lengths=self.counted_sizes[group_index, 1:],
             last_positions=ends[:, 1:] - 1,
             group_index=group_index,
             ref_logps=_at(groups.ref_logps, group_index),
@@ -233,11 +241,13 @@ def load_batches(
     Raises UserError if the rows are wrong or do not fit the model.
     """
     max_length = _max_length(args, config)
+    today = from_main(_date_of_run(args))
 
     def load(name: str, source: str, seed: int | None) -> Batches:
-        groups = load_groups(source, tokenizer, requires, max_length, args.max_prompt_length)
+        groups = load_groups(source, tokenizer, requires, max_length, args.max_prompt_length, today)
         check_fit(groups, config, source)
         _say(f"{name}: {source}: {describe(groups.report)}", ranks)
+        _say_longest(groups, args.micro_batch_tokens, ranks)
         return Batches(groups, args.batch_size, args.micro_batch_tokens, seed, ranks)
 
     shuffling_seed = None
@@ -261,6 +271,25 @@ def _max_length(args: Any, config: "PretrainedConfig") -> int:
     if positions and args.max_length and args.max_length > positions:
         raise UserError(f"--max-length {args.max_length}: the model has {positions} positions")
     return args.max_length or positions or sys.maxsize
+
+
+def _date_of_run(args: Any) -> date:
+    """Today, or the date of the run that --resume continues: a chat template may write it into the rows."""
+    path = Path(args.output_dir) / "run.json"
+    if args.resume and path.exists():
+        report = json.loads(path.read_text())["data"]["train"]
+        if "date" in report:
+            return date.fromisoformat(report["date"])
+    return date.today()
+
+
+def _say_longest(groups: Groups, budget: int, ranks: Ranks) -> None:
+    """Print which row has more tokens than one pass should have."""
+    sizes = groups.offsets[:, -1] - groups.offsets[:, 0]
+    longest = int(sizes.argmax())
+    if sizes[longest] > budget:
+        row = f"row {int(groups.row_numbers[longest])} has {int(sizes[longest])} tokens"
+        _say(f"{row}, more than --micro-batch-tokens {budget}, and gets a pass of its own; --max-length cuts it", ranks)
 
 
 def _say(line: str, ranks: Ranks) -> None:

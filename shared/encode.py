@@ -1,110 +1,138 @@
 """Example → token ids: the one rule, for training, sampling, scoring and evaluating.
 
-1. Render: prompt and completions become texts, through the chat template or as they are. A sample that was cut off
-   follows its prompt as it is.
-2. Tokenise: the prompt with the tokenizer's special tokens, unless a template has written its own; completions without.
-3. Complete the prompt: the first token of running text is its prompt, and an empty prompt becomes the BOS.
-4. End and truncate: a completion gets its EOS, unless it was cut off before it, and keeps the tokens that fit.
+1. Render: prompt and completions become texts, through the chat template or as they are. A completion that a policy
+   drew follows its prompt as it is.
+2. Tokenise: the prompt alone, with the tokenizer's special tokens unless a template has written its own. A completion
+   has the ids that stand behind the prompt's when both are encoded at once. If the prompt's ids change there, the
+   completion is encoded apart, and so are the others of its row. Ids that a policy drew are taken as they are.
+3. End: a turn ends with the EOS, or with the token that the template writes, unless it was cut off before it.
+4. Complete the prompt: the first token of running text is its prompt, and an empty prompt becomes the BOS.
 
-`Encoder.encode` does 1 to 3. Its callers know how much room there is, and do 4 with `end_and_truncate`.
+The tokens of the assistant and the ends of its turns are counted. What stands between two turns is context.
 """
 
-import re
-from collections import Counter
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
-from shared import UserError, first_line
-from shared.rows import Dropped, Example, Messages, Prompt, Text, UserTurn, assistant_messages, is_empty
+from shared import UserError
+from shared.chat import ChatTemplate, Turn
+from shared.control_strings import ControlStrings
+from shared.rows import Completion, Counts, Dropped, Example, Messages, Prompt, UserTurn, assistant_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MARK = "\U000f0000"  # stands for a special token's string while templates and tokenizers handle the text around it
+ANCHOR = "\n"  # stands before a text that goes on from another
+# Counts of rows in the report.
+CONTROL_STRINGS = "control strings as text"
+APART = "completions encoded apart from their prompt"
+OTHER_IDS = "drawn ids other than those of their text"
+FOREIGN_IDS = "drawn ids of another vocabulary not used"
 
 TokenIds = list[int]
+Pieces = list[tuple[str, str]]  # of a protected text, as `ControlStrings.split` gives them
+Request = tuple[str, bool]  # a protected text, and whether it gets the special tokens that the tokenizer adds
 
 
 @dataclass
 class RenderedExample:
-    """An example as protected texts, which `Encoder.protect` explains; completions are without the EOS."""
+    """An example as protected texts."""
 
     example: Example
     prompt: str
-    completions: list[str]
+    completions: list[list[Turn]]
+    notes: set[str]
+
+
+@dataclass
+class EncodedCompletion:
+    """A completion as token ids with its ends, and which of them count."""
+
+    ids: TokenIds
+    is_counted: list[bool]
+    is_empty: bool = False  # whether it has ends alone
+
+    def truncated(self, room: int) -> "EncodedCompletion":
+        """Its first `room` tokens, without context that nothing counted follows."""
+        length = min(room, len(self.ids))
+        while length > 0 and not self.is_counted[length - 1]:
+            length -= 1
+        return EncodedCompletion(self.ids[:length], self.is_counted[:length], self.is_empty)
 
 
 @dataclass
 class EncodedExample:
-    """An example as token ids: a prompt of at least one token, and whole completions without the EOS."""
+    """An example as token ids: a prompt of at least one token, and whole completions."""
 
     example: Example
     prompt: TokenIds
-    completions: list[TokenIds]
-    has_control_strings: bool = False  # whether a text holds a special token's string, which has become plain text
+    completions: list[EncodedCompletion]
+    notes: set[str] = field(default_factory=set)  # what is counted if the row is used
 
 
-def end_and_truncate(ids: TokenIds, has_eos: bool, eos_id: int, room: int) -> TokenIds:
-    """A completion's ids, followed by the EOS if it has one; of these the first `room`."""
-    if has_eos:
-        ids = [*ids, eos_id]
-    return ids[:room]
+def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that end a completion, ascending: the EOS, and the turn ends of the chat template."""
+    return Encoder(tokenizer).end_ids
 
 
 class Encoder:
     """Texts and messages → token ids. A special token's string inside a text becomes plain-text tokens."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", counts: Counts | None = None, today: date | None = None):
         self.tokenizer = tokenizer
+        self.counts = counts or Counts()
         self.eos_id: int = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
-        self.names_in_template = set(re.findall(r"\w+", str(tokenizer.chat_template)))
-        self.unused: set[str] = set()  # fields of messages that the template does not name
+        self.control_strings = ControlStrings(tokenizer)
+        self.template = ChatTemplate(tokenizer, self.control_strings, self.counts, today or date.today())
 
-        added = tokenizer.added_tokens_decoder
-        names = {i: token.content for i, token in added.items() if token.special}
-        self.control_ids = names.keys() - {tokenizer.unk_token_id}
-        # longest first, so that no name is matched inside a longer one
-        self.specials = [MARK, *sorted(names.values(), key=len, reverse=True)]
-        self.pattern = re.compile("|".join(map(re.escape, self.specials)))
-        self.shown_roles: set[str] = set()  # of messages whose text the chat template is known to show
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """As the function of that name."""
+        ends = {self.tokenizer.eos_token}
+        if self.tokenizer.chat_template:
+            ends.update(self.template.turn_ends)
+        return sorted(self.tokenizer.convert_tokens_to_ids(end) for end in ends if end)
 
-    def encode(
-        self, examples: Iterable[Example], dropped: Counter[str], num_completions: int | None = None
-    ) -> Iterator[EncodedExample]:
+    @cached_property
+    def vocabulary(self) -> str:
+        """A hash of what each id means."""
+        entries = sorted(self.tokenizer.get_vocab().items())
+        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+    def encode(self, examples: Iterable[Example], num_completions: int | None = None) -> Iterator[EncodedExample]:
         """Encode a batch of examples, each with its first `num_completions` completions, by default all.
 
-        An example that cannot be used adds its reason to `dropped`. Raises UserError if the chat template does not
-        fit the examples.
+        An example that cannot be used adds its reason to `counts.dropped`. Raises UserError if the chat template does
+        not fit the examples.
         """
-        batch = self._render_batch(examples, dropped, num_completions)
-        prompts = self._encode_prompts(batch)
-        completions_of_batch = self._encode_completions(batch)
+        batch = self._render_batch(examples, num_completions)
+        ids_of = self._tokenise_batch(batch)
+        apart = [rendered for rendered in batch if not self._continues_prompts(rendered, ids_of)]
+        ids_apart = self._tokenise_apart(apart)
 
-        for rendered, prompt, completions in zip(batch, prompts, completions_of_batch, strict=True):
-            example = rendered.example
-            if example.prompt is None:
-                prompt, completions = _split_running_text(completions)
-            if not prompt and self.bos_id is not None:
-                prompt = [self.bos_id]
-            if not prompt:
-                dropped["empty prompt"] += 1
-                continue
-            yield EncodedExample(example, prompt, completions, self._has_control_strings(rendered))
+        for rendered in batch:
+            encoded = self._assemble(rendered, ids_of, ids_apart)
+            if encoded.prompt:
+                yield encoded
+            else:
+                self.counts.dropped["empty prompt"] += 1
 
     # ------------------------------------------------------------ render
 
-    def _render_batch(
-        self, examples: Iterable[Example], dropped: Counter[str], num_completions: int | None
-    ) -> list[RenderedExample]:
+    def _render_batch(self, examples: Iterable[Example], num_completions: int | None) -> list[RenderedExample]:
         batch = []
         for example in examples:
             try:
                 rendered = self.render(example, num_completions)
             except Dropped as reason:
-                dropped[str(reason)] += 1
+                self.counts.dropped[str(reason)] += 1
                 continue
             batch.append(rendered)
         return batch
@@ -114,17 +142,18 @@ class Encoder:
 
         Raises Dropped if the chat template refuses the example, or changes its prompt once an answer follows.
         """
-        prompt = example.prompt
         completions = example.completions[:num_completions]
-        has_eos = example.has_eos[:num_completions]
-
-        if self.is_chat(prompt):
-            conversations = [assistant_messages(completion) for completion in completions]
-            before, texts = self._render_chat(_user_messages(prompt), conversations, has_eos)
+        if self.is_chat(example.prompt):
+            rendered = self._render_chat(example, completions)
         else:
-            _check_has_no_context(example)
-            before, texts = self._render_plain(prompt, completions)
-        return RenderedExample(example, before, texts)
+            rendered = self._render_plain(example, completions)
+
+        texts = [rendered.prompt]
+        for turns in rendered.completions:
+            texts += [turn.context + turn.answer for turn in turns]
+        if any(map(self.control_strings.occur_in, texts)):
+            rendered.notes.add(CONTROL_STRINGS)
+        return rendered
 
     def is_chat(self, prompt: Prompt) -> bool:
         """Whether the prompt goes through the chat template, which writes its own special tokens."""
@@ -132,149 +161,201 @@ class Encoder:
             return bool(self.tokenizer.chat_template)
         return isinstance(prompt, list)
 
-    def protect(self, text: str) -> str:
-        """The text with a mark in place of each special token's string, which no template or tokenizer interprets.
+    def _render_plain(self, example: Example, completions: list[Completion]) -> RenderedExample:
+        _check_has_no_context(example)
+        if example.tools:
+            self.counts.unused.add("tools")
 
-        If </s> is `specials[2]`, then "a</s>b" becomes "a" + MARK + "2;" + "b".
-        """
-        return self.pattern.sub(self._mark, text)
-
-    def _has_control_strings(self, rendered: RenderedExample) -> bool:
-        mark_itself = self.protect(MARK)
-        texts = [rendered.prompt, *rendered.completions]
-        return any(MARK in text.replace(mark_itself, "") for text in texts)
-
-    def _mark(self, match: re.Match) -> str:
-        number = self.specials.index(match[0])
-        return f"{MARK}{number};"
-
-    def _render_plain(self, prompt: Prompt, completions: list[Text]) -> tuple[str, list[str]]:
-        texts = [self.protect(text) for text in cast("list[str]", completions)]
-        if prompt is None:
-            return "", texts
+        prompt = example.prompt or ""
         if isinstance(prompt, UserTurn):
-            return self.protect(prompt.text) + "\n\n", texts
-        return self.protect(cast(str, prompt)), texts
+            prompt = prompt.text + "\n\n"
+        turns = []
+        for completion in completions:
+            text = cast(str, completion.text)
+            turns.append([self._drawn_turn(text, completion.is_finished, self.tokenizer.eos_token)])
+        return RenderedExample(example, self.control_strings.protect(cast(str, prompt)), turns, set(example.notes))
 
-    def _render_chat(self, prompt: Messages, completions: list[Messages], has_eos: list[bool]) -> tuple[str, list[str]]:
+    def _render_chat(self, example: Example, completions: list[Completion]) -> RenderedExample:
         if not self.tokenizer.chat_template:
             raise UserError("the rows are chat messages, but the tokenizer has no chat template; use one that has")
+        prompt = _messages(example.prompt)
+        before = self.template.prompt(prompt, example.tools)
+        notes = set(example.notes)
 
-        before = self._apply_template(prompt, add_generation_prompt=True)
-        self._check_shown(prompt, "user")
-        answers = []
-        for completion, ends_with_eos in zip(completions, has_eos, strict=True):
-            if ends_with_eos:
-                conversation = self._apply_template(prompt + completion)
-                self._check_shown(prompt + completion, "assistant")
+        goes_through_template = {not completion.is_drawn for completion in completions}
+        opening = self.template.opening
+        if opening and True in goes_through_template:
+            before = before.removesuffix(opening)
+            notes.add(f"prompts without the {opening!r} of the chat template")
+            if False in goes_through_template:
+                raise Dropped(f"drawn completions follow {opening!r} of the chat template, the others do not")
+
+        turns = []
+        for completion in completions:
+            messages = assistant_messages(completion.text)
+            if completion.is_drawn:
+                turns.append(self._drawn_turns(messages, completion.is_finished))
             else:
-                conversation = self._until_sample(prompt, completion)
-            if not conversation.startswith(before):
-                raise Dropped("the chat template renders the prompt differently once an answer follows")
+                turns.append(self.template.turns(before, prompt, messages, example.tools, notes))
+        return RenderedExample(example, before, turns, notes)
 
-            answer = conversation.removeprefix(before)
-            if ends_with_eos:
-                answer = self._until_eos(answer)
-            answers.append(answer)
-        return before, answers
+    def _drawn_turns(self, messages: Messages, is_finished: bool) -> list[Turn]:
+        """What a policy wrote after the prompt. A template may rewrite a text, and put thoughts before it."""
+        (message,) = messages
+        _, end = self.template.turn_ends
+        return [self._drawn_turn(message["content"], is_finished, end or self.tokenizer.eos_token)]
 
-    def _apply_template(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        protected = [self._protect_message(message) for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                protected, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise what their authors chose (jinja2's TemplateError)
-            raise Dropped(f"refused by the chat template ({first_line(error)})") from None
-        for message in protected:
-            is_known = message["role"] in ("system", "user", "assistant")
-            if not is_known and message["content"].strip() not in text:
-                raise Dropped(f"the chat template leaves out the role {message['role']!r}")
-        return cast(str, text)
-
-    def _protect_message(self, message: dict) -> dict:
-        """A message whose texts are protected; templates compare roles, which are names."""
-        protected = {}
-        for name, value in message.items():
-            protected[name] = self._protect_all(value)
-            is_weight = name == "weight" and value in (0, 1)  # which says whether a completion is trained on
-            if name not in self.names_in_template | {"role", "content"} and not is_weight and not is_empty(value):
-                self.unused.add(f"{name} of messages")
-        return protected
-
-    def _protect_all(self, value: Any) -> Any:
-        if isinstance(value, str):
-            return self.protect(value)
-        if isinstance(value, list):
-            return [self._protect_all(part) for part in value]
-        if isinstance(value, dict):
-            return {name: self._protect_all(part) for name, part in value.items()}
-        return value
-
-    def _check_shown(self, messages: Messages, role: str) -> None:
-        """Raises UserError if the template renders the same whatever the last message of a role says.
-
-        Some templates expect a list of parts, and leave out a text. It is enough to see this once.
-        """
-        indices = [i for i, message in enumerate(messages) if message["role"] == role]
-        if role in self.shown_roles or not indices:
-            return
-
-        changed = [dict(message) for message in messages]
-        changed[indices[-1]]["content"] += "x"
-        if self._apply_template(changed) == self._apply_template(messages):
-            raise UserError(f"the chat template shows none of the text of role {role!r}; use one made for texts")
-        self.shown_roles.add(role)
-
-    def _until_eos(self, answer: str) -> str:
-        """A rendered answer up to its last EOS; the template, not the model, writes what follows."""
-        text, eos, _ = answer.rpartition(self.tokenizer.eos_token)
-        if not eos:
-            return answer
-        return text
-
-    def _until_sample(self, prompt: Messages, completion: Messages) -> str:
-        """A rendered conversation whose last answer is a sample that was cut off before its EOS.
-
-        The sample stands there as the model wrote it. A template may rewrite a text, put thoughts before it, or end
-        the turn after it.
-        """
-        *earlier, sample = completion
-        before = self._apply_template(prompt + earlier, add_generation_prompt=True)
-        return before + self.protect(sample["content"])
+    def _drawn_turn(self, text: str, is_finished: bool, end: str) -> Turn:
+        return Turn(self.control_strings.protect(text), end if is_finished else "")
 
     # ------------------------------------------------------------ tokenise
 
-    def _encode_prompts(self, batch: list[RenderedExample]) -> list[TokenIds]:
-        texts = [rendered.prompt for rendered in batch]
-        # a chat template has written its own special tokens
-        with_specials = [not self.is_chat(rendered.example.prompt) for rendered in batch]
-        return self.encode_texts(texts, with_specials)
-
-    def _encode_completions(self, batch: list[RenderedExample]) -> list[list[TokenIds]]:
-        texts = []
-        with_specials = []
+    def _tokenise_batch(self, batch: list[RenderedExample]) -> dict[Request, TokenIds]:
+        """The ids of all texts of a batch, each encoded once."""
+        requests: dict[Request, None] = {}  # a dictionary keeps their order
         for rendered in batch:
-            is_running_text = rendered.example.prompt is None
-            for i, text in enumerate(rendered.completions):
-                texts.append(text)
-                with_specials.append(is_running_text and i == 0)
+            requests[self._prompt_request(rendered)] = None
+            for before, together in self._pairs(rendered):
+                requests[before] = None
+                requests[together] = None
 
-        # one call for the whole batch, whose ids are then dealt out again
-        ids = iter(self.encode_texts(texts, with_specials))
-        return [list(islice(ids, len(rendered.completions))) for rendered in batch]
+        texts = [text for text, _ in requests]
+        with_specials = [special for _, special in requests]
+        return dict(zip(requests, self.encode_texts(texts, with_specials), strict=True))
+
+    def _prompt_request(self, rendered: RenderedExample) -> Request:
+        # a chat template has written its own special tokens
+        return rendered.prompt, not self.is_chat(rendered.example.prompt)
+
+    def _pairs(self, rendered: RenderedExample) -> Iterator[tuple[Request, Request]]:
+        """For each turn, the text before its answer, and the same with the answer.
+
+        A turn's end, which is one token, begins the text before the next answer.
+        """
+        prompt, with_specials = self._prompt_request(rendered)
+        for turns in rendered.completions:
+            before = (prompt, with_specials)
+            for i, turn in enumerate(turns):
+                if i > 0:
+                    before = (turns[i - 1].end + turn.context, False)
+                yield before, (before[0] + turn.answer, before[1])
+
+    def _continues_prompts(self, rendered: RenderedExample, ids_of: dict[Request, TokenIds]) -> bool:
+        """Whether the ids before each answer are the same when the answer follows."""
+        if rendered.example.prompt is None:
+            return True
+        for before, together in self._pairs(rendered):
+            length = len(ids_of[before])
+            if ids_of[together][:length] != ids_of[before]:
+                return False
+        return True
+
+    def _tokenise_apart(self, batch: list[RenderedExample]) -> dict[int, list[TokenIds]]:
+        """For each example, by its identity: the ids of its answers, turn by turn, encoded without what is before."""
+        answers = []
+        for rendered in batch:
+            answers += [turn.answer for turns in rendered.completions for turn in turns]
+        ids = iter(self._encode_inside(answers))
+
+        ids_apart = {}
+        for rendered in batch:
+            ids_apart[id(rendered)] = [next(ids) for turns in rendered.completions for _ in turns]
+        return ids_apart
+
+    # ------------------------------------------------------------ assemble
+
+    def _assemble(
+        self, rendered: RenderedExample, ids_of: dict[Request, TokenIds], ids_apart: dict[int, list[TokenIds]]
+    ) -> EncodedExample:
+        example = rendered.example
+        prompt = ids_of[self._prompt_request(rendered)]
+        answers = ids_apart.get(id(rendered))
+        if answers is not None:
+            rendered.notes.add(APART)
+        else:
+            answers = [ids_of[together][len(ids_of[before]) :] for before, together in self._pairs(rendered)]
+        if example.prompt is None:
+            prompt, answers = self._split_running_text(rendered, ids_of)
+        if not prompt and self.bos_id is not None:
+            prompt = [self.bos_id]
+
+        completions = []
+        remaining = iter(answers)
+        for completion, turns in zip(example.completions, rendered.completions, strict=False):
+            encoded = self._join_turns(turns, [next(remaining) for _ in turns], ids_of)
+            completions.append(self._as_drawn(completion, encoded, rendered.notes))
+        return EncodedExample(example, prompt, completions, rendered.notes)
+
+    def _split_running_text(
+        self, rendered: RenderedExample, ids_of: dict[Request, TokenIds]
+    ) -> tuple[TokenIds, list[TokenIds]]:
+        """The first token of the text is context, from which the second is predicted."""
+        prompt: TokenIds = []
+        answers = []
+        for i, (_, together) in enumerate(self._pairs(rendered)):
+            ids = ids_of[together]
+            if i == 0:
+                prompt = ids[:1]
+                ids = ids[1:]
+            else:  # samples beside a running text
+                (ids,) = self._encode_inside([together[0]])
+            answers.append(ids)
+        return prompt, answers
+
+    def _join_turns(
+        self, turns: list[Turn], answers: list[TokenIds], ids_of: dict[Request, TokenIds]
+    ) -> EncodedCompletion:
+        ids: TokenIds = []
+        is_counted: list[bool] = []
+        for i, (turn, answer) in enumerate(zip(turns, answers, strict=True)):
+            if i > 0:
+                _, *context = ids_of[turns[i - 1].end + turn.context, False]
+                ids += context
+                is_counted += [False] * len(context)
+            if turn.end:
+                answer = [*answer, self.tokenizer.convert_tokens_to_ids(turn.end)]
+            ids += answer
+            is_counted += [turn.is_counted] * len(answer)
+        return EncodedCompletion(ids, is_counted, is_empty=not any(answers))
+
+    def _as_drawn(self, completion: Completion, encoded: EncodedCompletion, notes: set[str]) -> EncodedCompletion:
+        """The ids that a policy drew, where the row has them and they mean the same tokens; else those of the text."""
+        if completion.ids is None:
+            return encoded
+        if completion.ids_of != self.vocabulary:
+            notes.add(FOREIGN_IDS)
+            return encoded
+        if completion.ids != encoded.ids:
+            notes.add(OTHER_IDS)
+        return EncodedCompletion(completion.ids, [True] * len(completion.ids), encoded.is_empty)
+
+    # ------------------------------------------------------------ texts
 
     def encode_texts(self, texts: list[str], with_specials: list[bool]) -> list[TokenIds]:
         """Token ids of protected texts, each with or without the special tokens that the tokenizer adds."""
-        heads = [text.partition(MARK)[0] for text in texts]
-        encoded = self._encode_heads(heads, with_specials)
+        heads, pieces = self._split_all(texts)
+        return self._with_pieces(self._encode_heads(heads, with_specials), pieces)
 
-        for ids, text in zip(encoded, texts, strict=True):
-            for piece in text.split(MARK)[1:]:
-                number, _, rest = piece.partition(";")
-                ids += self._encode_as_plain_text(self.specials[int(number)])
-                ids += self._tokenise([rest])[0]
-        return encoded
+    def _encode_inside(self, texts: list[str]) -> list[TokenIds]:
+        """Token ids of protected texts that go on from others."""
+        heads, pieces = self._split_all(texts)
+        return self._with_pieces(self._tokenise_inside(heads), pieces)
+
+    def _split_all(self, texts: list[str]) -> tuple[list[str], list[Pieces]]:
+        heads = []
+        pieces_of_texts = []
+        for text in texts:
+            head, pieces = self.control_strings.split(text)
+            heads.append(head)
+            pieces_of_texts.append(pieces)
+        return heads, pieces_of_texts
+
+    def _with_pieces(self, heads: list[TokenIds], pieces_of_texts: list[Pieces]) -> list[TokenIds]:
+        for ids, pieces in zip(heads, pieces_of_texts, strict=True):
+            for name, rest in pieces:
+                ids += self._encode_as_plain_text(name)
+                ids += self._tokenise_inside([rest])[0]
+        return heads
 
     def _encode_heads(self, texts: list[str], with_specials: list[bool]) -> list[TokenIds]:
         encoded: list[TokenIds] = [[] for _ in texts]
@@ -291,11 +372,32 @@ class Encoder:
 
     def _encode_as_plain_text(self, special: str) -> TokenIds:
         """Ids of a special token's string as text: of its single characters if the vocabulary holds it whole."""
-        (ids,) = self._tokenise([special], split_special_tokens=True)
-        if self.control_ids.isdisjoint(ids):
+        (ids,) = self._tokenise_inside([special], split_special_tokens=True)
+        if self.control_strings.ids.isdisjoint(ids):
             return ids
-        characters = self._tokenise(list(special), split_special_tokens=True)
+        characters = self._tokenise_inside(list(special), split_special_tokens=True)
         return list(chain.from_iterable(characters))
+
+    def _tokenise_inside(self, texts: list[str], **options: bool) -> list[TokenIds]:
+        """Token ids of texts that go on from others: without the blank that some tokenizers put before every text."""
+        if not self._puts_a_blank_before:
+            return self._tokenise(texts, **options)
+
+        (anchor,) = self._tokenise([ANCHOR])
+        anchored = self._tokenise([ANCHOR + text for text in texts], **options)
+        encoded = []
+        for ids, text in zip(anchored, texts, strict=True):
+            if ids[: len(anchor)] == anchor:
+                encoded.append(ids[len(anchor) :])
+            else:  # the text goes on with the anchor's own token
+                encoded += self._tokenise([text], **options)
+        return encoded
+
+    @cached_property
+    def _puts_a_blank_before(self) -> bool:
+        """Whether the tokenizer puts a blank before a text, as those made with SentencePiece do."""
+        anchor, alone, inside = self._tokenise([ANCHOR, "a", ANCHOR + "a"])
+        return inside != anchor + alone and inside[: len(anchor)] == anchor
 
     def _tokenise(self, texts: list[str], add_special_tokens: bool = False, **options: bool) -> list[TokenIds]:
         if not texts:
@@ -318,38 +420,7 @@ def _check_has_no_context(example: Example) -> None:
         raise UserError(f"{example.location}: field {name!r} has no place in plain text; use a chat template")
 
 
-def _user_messages(prompt: Prompt) -> Messages:
+def _messages(prompt: Prompt) -> Messages:
     if isinstance(prompt, UserTurn):
         return prompt.messages()
     return cast(Messages, prompt)
-
-
-def _split_running_text(completions: list[TokenIds]) -> tuple[TokenIds, list[TokenIds]]:
-    """The first token is context, from which the second is predicted."""
-    text, *others = completions
-    return text[:1], [text[1:], *others]
-
-
-def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids of the tokens that end a completion: the EOS, and the chat template's end of a turn. Ascending."""
-    ids = {tokenizer.eos_token_id, _turn_end(tokenizer)}
-    ids.discard(None)
-    return sorted(ids)
-
-
-def _turn_end(tokenizer: "PreTrainedTokenizerBase") -> int | None:
-    """The first special token that a chat template writes behind an assistant's text."""
-    if not tokenizer.chat_template:
-        return None
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-    try:
-        text = cast(str, tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # a template for other messages
-        return None
-
-    names = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    match = re.search(pattern, text.rpartition(MARK)[2])
-    if not match or not match[0]:
-        return None
-    return names[match[0]]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from shared.distributed import Ranks, unsharded
-from shared.encode import end_ids
+from shared.encode import Encoder, end_ids
 from shared.files import storage_errors, write_json
 from shared.model import PackedModel, RewardModel
 
@@ -279,9 +279,6 @@ def reward_recipe(tokenizer: "PreTrainedTokenizerBase") -> str:
     """The part of a reward model's card that says how to compute its rewards without this project."""
     recipe = RECIPE
     if tokenizer.chat_template:
-        turn_ends = [i for i in end_ids(tokenizer) if i != tokenizer.eos_token_id]
-        turn_end = tokenizer.eos_token
-        if turn_ends:
-            turn_end = tokenizer.convert_ids_to_tokens(turn_ends[0])
-        recipe += CHAT_RECIPE.replace("TURN_END", repr(turn_end))
+        _, turn_end = Encoder(tokenizer).template.turn_ends
+        recipe += CHAT_RECIPE.replace("TURN_END", repr(turn_end or tokenizer.eos_token))
     return recipe + "```\n"

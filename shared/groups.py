@@ -7,29 +7,29 @@ import os
 import sys
 import time
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, field, replace
+from datetime import date
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from shared import UserError
 from shared.distributed import from_main
-from shared.encode import EncodedExample, Encoder, TokenIds, end_and_truncate
-from shared.files import cache_directory, is_complete, read_tensors, sha256_of, write_tensors
-from shared.rows import Dropped, Example, Text, parse_rows
+from shared.encode import EncodedCompletion, EncodedExample, Encoder, TokenIds
+from shared.files import bytes_of, cache_directory, is_complete, read_tensors, sha256_of, write_tensors
+from shared.rows import Counts, Dropped, Example, Text, UserTurn, parse_rows
 from shared.sources import source_hash
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK = 1024  # examples that are tokenised together
-CONTROL_STRINGS = "control strings as text"  # a count of rows in the report
-CODE = ("sources.py", "rows.py", "encode.py", "groups.py")  # what the content of a cached file depends on
+# what the content of a cached file depends on
+CODE = ("sources.py", "rows.py", "control_strings.py", "chat.py", "encode.py", "groups.py")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class Requires:
     completions: "first", the preferred one; "pair", exactly two; "ranking", two or more.
     scores: the scores are targets, so that completions with equal scores or texts are not dropped.
     samples: completions sampled from π_ref; "optional" takes them where the rows have them.
+    turns: "all" takes what the assistant says in the prompt, and all after it, as part of the completion.
     """
 
     completions: Literal["first", "pair", "ranking"] = "ranking"
     scores: bool = False
     samples: Literal["unused", "optional", "required"] = "unused"
+    turns: Literal["last", "all"] = "last"
 
 
 COMPLETIONS_IN_WORDS = {
@@ -70,9 +72,16 @@ class Groups:
     offsets: Tensor  # (n, C + 2) int64
     row_numbers: Tensor  # (n,) int64, the number of each group's row in its source, from 1
     report: dict  # how many rows were read, kept, dropped and truncated
+    is_counted: Tensor = field(default_factory=_empty)  # (total,) bool, or empty if all tokens of completions are
     scores: Tensor = field(default_factory=_empty)  # (n, K, R), one per reward model, or empty
     ref_logps: Tensor = field(default_factory=_empty)  # (n, C) log π_ref of each completion, or empty
     ref_token_logps: Tensor = field(default_factory=_empty)  # (total,) log π_ref of each token, or empty
+
+    def __post_init__(self) -> None:
+        if len(self.is_counted) < len(self.tokens):
+            self.is_counted = torch.ones(self.tokens.shape, dtype=torch.bool)
+            for start, end in self.offsets[:, :2].tolist():
+                self.is_counted[start:end] = False
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -120,23 +129,25 @@ class GroupBuilder:
         self.has_scores: bool | None = None  # whether the first ranking has
 
         self.tokens = array("i")
+        self.is_counted = array("b")
         self.offsets = array("q")
         self.row_numbers = array("q")
         self.scores = array("f")
-
-        self.dropped: Counter[str] = Counter()
-        self.unused: set[str] = set()  # columns of the rows
-        self.counts: Counter[str] = Counter()
         self.order_of_content: dict[int, int] = {}
+
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows."""
+        return self.encoder.counts
 
     def add(self, examples: Iterable[Example]) -> None:
         """Select, tokenise and append a chunk of examples."""
         selected = self._select_all(examples)
-        for encoded in self.encoder.encode(selected, self.dropped):
+        for encoded in self.encoder.encode(selected):
             try:
                 self._append(encoded)
             except Dropped as reason:
-                self.dropped[str(reason)] += 1
+                self.counts.dropped[str(reason)] += 1
 
     # ------------------------------------------------------------ select
 
@@ -145,7 +156,7 @@ class GroupBuilder:
             try:
                 selected = self._select(example)
             except Dropped as reason:
-                self.dropped[str(reason)] += 1
+                self.counts.dropped[str(reason)] += 1
                 continue
             yield selected
 
@@ -155,9 +166,9 @@ class GroupBuilder:
         Raises UserError if it lacks what the algorithm requires.
         """
         if self.requires.samples == "unused":
-            example = replace(example, samples=[], samples_have_eos=[])
+            example = replace(example, samples=[])
         self._check(example)
-        if len(example.completions) == 1 and example.row.get("label") is False:
+        if len(example.completions) == 1 and example.scores == [[0.0]] and not self.requires.scores:
             raise Dropped("label is false")
 
         is_ranked_by_scores = bool(example.scores) and not example.ranked
@@ -165,20 +176,17 @@ class GroupBuilder:
             example = _sorted_by_score(example)
 
         if self.requires.completions == "first":
-            example = replace(example, completions=example.completions[:1], has_eos=example.has_eos[:1])
+            example = replace(example, completions=example.completions[:1])
         elif is_ranked_by_scores and not self.requires.scores and _has_ties(example.scores):
             raise Dropped("tied scores")
 
-        if any(_is_blank(completion) for completion in example.completions):
+        if any(map(_is_blank, example.texts)):
             raise Dropped("empty completion")
-        if any(_has_weight_zero(completion) for completion in example.completions):
+        if self.requires.turns == "all":
+            example = _with_all_turns(example)
+        if any(map(_has_weight_zero, example.texts)):
             raise Dropped("weight 0")
-
-        return replace(
-            example,
-            completions=example.completions + example.samples,
-            has_eos=example.has_eos + example.samples_have_eos,
-        )
+        return replace(example, completions=example.completions + example.samples)
 
     def _check(self, example: Example) -> None:
         num_completions = len(example.completions)
@@ -229,40 +237,47 @@ class GroupBuilder:
     def _append(self, encoded: EncodedExample) -> None:
         """Truncate an example to its room and append its ids. Raises Dropped if they cannot be used."""
         example = encoded.example
-        num_samples = len(example.samples)
-        num_ranked = len(example.completions) - num_samples
+        num_ranked = len(example.completions) - len(example.samples)
         ranked = encoded.completions[:num_ranked]
-        self._check_ids(ranked)
+        if any(completion.is_empty for completion in ranked):
+            raise Dropped("empty completion")
+        self._check_different(ranked, "identical completions")
 
         prompt = self._truncate_prompt(encoded.prompt)
         room = self.max_length - len(prompt)
         if room < 1:
             raise Dropped("prompt too long")
-        completions = self._end_and_truncate_all(encoded, room)
+        completions = [completion.truncated(room) for completion in encoded.completions]
+        if not all(completion.ids for completion in completions[:num_ranked]):
+            raise Dropped("empty completion after truncation")
+        if not all(completion.ids for completion in completions):
+            raise Dropped("empty sample")
         self._check_different(completions[:num_ranked], "identical completions after truncation")
-        self.counts["prompts cut"] += int(len(prompt) < len(encoded.prompt))
-        self._count_truncated(encoded, room)
+
+        noted = self.counts.noted
+        noted.update(encoded.notes)
+        noted["prompts cut"] += int(len(prompt) < len(encoded.prompt))
+        noted["completions cut"] += sum(len(completion.ids) > room for completion in encoded.completions)
         self._count_repeats(prompt, ranked)
-        if example.ranked and example.scores:
+        if example.ranked and len(example.scores) == 2:
             self._count_disagreement(example.scores)
-        self.counts[CONTROL_STRINGS] += int(encoded.has_control_strings)
 
         self.row_numbers.append(example.number)
         if self.requires.scores:
             for scores_of_completion in example.scores:
                 self.scores.extend(scores_of_completion)
-        for ids in (prompt, *completions):
-            self.offsets.append(len(self.tokens))
-            self.tokens.extend(ids)
+        self._append_piece(EncodedCompletion(prompt, [False] * len(prompt)))
+        for completion in completions:
+            self._append_piece(completion)
         self.offsets.append(len(self.tokens))
 
-    def _check_ids(self, completions: list[TokenIds]) -> None:
-        if not all(completions):
-            raise Dropped("empty completion")
-        self._check_different(completions, "identical completions")
+    def _append_piece(self, piece: EncodedCompletion) -> None:
+        self.offsets.append(len(self.tokens))
+        self.tokens.extend(piece.ids)
+        self.is_counted.extend(piece.is_counted)
 
-    def _check_different(self, completions: list[TokenIds], reason: str) -> None:
-        different = {tuple(ids) for ids in completions}
+    def _check_different(self, completions: list[EncodedCompletion], reason: str) -> None:
+        different = {tuple(completion.ids) for completion in completions}
         if len(different) < len(completions) and not self.requires.scores:
             raise Dropped(reason)
 
@@ -279,36 +294,23 @@ class GroupBuilder:
             return prompt
         return bos + prompt[-limit:]
 
-    def _end_and_truncate_all(self, encoded: EncodedExample, room: int) -> list[TokenIds]:
-        """The completions as they are trained on. Raises Dropped if one, which can only be a sample, has no token."""
-        completions = []
-        for ids, has_eos in zip(encoded.completions, encoded.example.has_eos, strict=True):
-            completions.append(end_and_truncate(ids, has_eos, self.encoder.eos_id, room))
-        if not all(completions):
-            raise Dropped("empty sample")
-        return completions
-
     def _count_disagreement(self, scores: list[list[float]]) -> None:
         """Count pairs whose scores do not prefer the first one."""
         first, second = map(math.fsum, scores)
-        self.counts["tied scores"] += int(first == second)
-        self.counts["scores against the order"] += int(first < second)
+        self.counts.noted["tied scores"] += int(first == second)
+        self.counts.noted["scores against the order"] += int(first < second)
 
-    def _count_truncated(self, encoded: EncodedExample, room: int) -> None:
-        for ids, has_eos in zip(encoded.completions, encoded.example.has_eos, strict=True):
-            self.counts["completions cut"] += int(len(ids) + int(has_eos) > room)
-
-    def _count_repeats(self, prompt: TokenIds, completions: list[TokenIds]) -> None:
+    def _count_repeats(self, prompt: TokenIds, completions: list[EncodedCompletion]) -> None:
         """Count rows that repeat an earlier one, and those that rank the completions of an earlier one otherwise."""
-        ranking = tuple(tuple(ids) for ids in completions)
+        ranking = tuple(tuple(completion.ids) for completion in completions)
         order = hash(ranking)
         content = hash((tuple(prompt), tuple(sorted(ranking))))
         if content not in self.order_of_content:
             self.order_of_content[content] = order
         elif self.order_of_content[content] == order:
-            self.counts["duplicates"] += 1
+            self.counts.noted["duplicates"] += 1
         else:
-            self.counts["contradictions"] += 1
+            self.counts.noted["contradictions"] += 1
 
 
 def _sorted_by_score(example: Example) -> Example:
@@ -319,7 +321,6 @@ def _sorted_by_score(example: Example) -> Example:
         example,
         completions=[example.completions[i] for i in order],
         scores=[scores[i] for i in order],
-        has_eos=[example.has_eos[i] for i in order],
     )
 
 
@@ -337,10 +338,28 @@ def _is_blank(completion: Text) -> bool:
 
 
 def _has_weight_zero(completion: Text) -> bool:
-    """Whether a completion has a message whose `weight` says that nothing is learnt from it."""
+    """Whether the `weight` of each answer says that nothing is learnt from it."""
     if isinstance(completion, str):
         return False
-    return any(message.get("weight") == 0 for message in completion)
+    return all(message.get("weight") == 0 for message in completion if message["role"] == "assistant")
+
+
+def _with_all_turns(example: Example) -> Example:
+    """The prompt up to its first answer; the rest of it comes before each completion's own messages."""
+    prompt = example.prompt
+    if isinstance(prompt, UserTurn) and prompt.earlier:
+        prompt = prompt.messages()
+    if not isinstance(prompt, list):
+        return example
+
+    first = 0
+    while first < len(prompt) and prompt[first]["role"] != "assistant":
+        first += 1
+    completions = []
+    for completion in example.completions:
+        assert isinstance(completion.text, list), "the prompt is messages"
+        completions.append(replace(completion, text=prompt[first:] + completion.text))
+    return replace(example, prompt=prompt[:first], completions=completions)
 
 
 # ---------------------------------------------------------------- load
@@ -352,11 +371,12 @@ def load_groups(
     requires: Requires,
     max_length: int,
     max_prompt_length: int | None,
+    today: date | None = None,
 ) -> Groups:
     """The groups of a source, tokenised once per content and settings and kept on disk.
 
     With several processes the first one of each machine tokenises. The others wait for its file, without a collective
-    that could time out.
+    that could time out. today: the date for chat templates that write it; the report then has it.
     Raises UserError if the source, a row's form or type is wrong, and if no row can be used.
     """
     if tokenizer.eos_token_id is None:
@@ -367,10 +387,13 @@ def load_groups(
         hash_of_source = source_hash(source)
     hash_of_source = from_main(hash_of_source)
 
-    key = _cache_key(hash_of_source, tokenizer, requires, max_length, max_prompt_length)
-    path = cache_directory() / f"tokens-{key}.safetensors"
+    date_in_template = None
+    if "strftime_now" in str(tokenizer.chat_template):
+        date_in_template = str(today or date.today())
+    limits = [max_length, max_prompt_length, date_in_template]
+    path = cache_directory() / f"tokens-{_cache_key(hash_of_source, tokenizer, requires, limits)}.safetensors"
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not is_complete(path):
-        builder = tokenise(source, tokenizer, requires, max_length, max_prompt_length)
+        builder = tokenise(source, tokenizer, requires, max_length, max_prompt_length, today)
         if source_hash(source) != hash_of_source:
             raise UserError(f"{source}: was changed while it was read; start again")
         _write_groups(path, builder)
@@ -378,22 +401,17 @@ def load_groups(
         time.sleep(0.1)
 
     tensors, metadata = read_tensors(path)
-    report = json.loads(metadata["report"])
+    report = {"source": source, **json.loads(metadata["report"])}
     if not report["kept"]:
         raise UserError(f"{source}: no usable row; {describe(report)}")
-    return Groups(report={"source": source, **report, "sha256": key}, **tensors)
+    if date_in_template is not None:
+        report["date"] = date_in_template
+    return Groups(report=report, **tensors)
 
 
-def _cache_key(
-    hash_of_source: str | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    requires: Requires,
-    max_length: int,
-    max_prompt_length: int | None,
-) -> str:
+def _cache_key(hash_of_source: str | None, tokenizer: Any, requires: Requires, limits: list) -> str:
     """SHA-256 of everything that the groups depend on, this code included."""
     code = [sha256_of(Path(__file__).with_name(name)) for name in CODE]
-    limits = [max_length, max_prompt_length]
     settings = [hash_of_source, _tokenizer_hash(tokenizer), astuple(requires), limits, code]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
@@ -414,10 +432,11 @@ def tokenise(
     requires: Requires,
     max_length: int,
     max_prompt_length: int | None,
+    today: date | None = None,
 ) -> GroupBuilder:
     """Stream a source into flat arrays; memory grows with the token ids, not with the file."""
-    builder = GroupBuilder(Encoder(tokenizer), requires, max_length, max_prompt_length)
-    examples = parse_rows(source, builder.dropped, unused=builder.unused)
+    builder = GroupBuilder(Encoder(tokenizer, today=today), requires, max_length, max_prompt_length)
+    examples = parse_rows(source, builder.counts)
     while chunk := list(islice(examples, CHUNK)):
         builder.add(chunk)
     return builder
@@ -425,15 +444,9 @@ def tokenise(
 
 def _write_groups(path: Path, builder: GroupBuilder) -> None:
     kept = len(builder.row_numbers)
-    dropped = dict(builder.dropped)
-    counts = +builder.counts  # without the zeros
-    report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **counts}
-    unused = builder.unused | builder.encoder.unused
-    if unused:
-        report["not used"] = sorted(unused)
-
     tensors = {
         "tokens": as_tensor(builder.tokens, torch.int32),
+        "is_counted": as_tensor(builder.is_counted, torch.bool),
         "offsets": as_tensor(builder.offsets, torch.int64),
         "row_numbers": as_tensor(builder.row_numbers, torch.int64),
     }
@@ -443,7 +456,22 @@ def _write_groups(path: Path, builder: GroupBuilder) -> None:
         assert builder.shape is not None  # the first row has set it
         scores = as_tensor(builder.scores, torch.float32)
         tensors["scores"] = scores.view(kept, builder.shape.completions, builder.shape.reward_models)
+
+    digest = hashlib.sha256()
+    for tensor in tensors.values():
+        digest.update(bytes_of(tensor))
+    report = report_of(builder.counts, kept) | {"sha256": digest.hexdigest()[:32]}
     write_tensors(path, tensors, {"report": json.dumps(report)})
+
+
+def report_of(counts: Counts, kept: int) -> dict:
+    """What became of the rows of a source, as JSON can hold it."""
+    dropped = dict(counts.dropped)
+    noted = +counts.noted  # without the zeros
+    report = {"rows": kept + sum(dropped.values()), "kept": kept, "dropped": dropped, **noted}
+    if counts.unused:
+        report["not used"] = sorted(counts.unused)
+    return report
 
 
 def as_tensor(values: array, dtype: torch.dtype) -> Tensor:
@@ -460,7 +488,7 @@ def describe(report: dict) -> str:
         reasons = [f"{reason} {number}" for reason, number in sorted(report["dropped"].items())]
         line += f", dropped: {', '.join(reasons)}"
 
-    others = report.keys() - {"source", "rows", "kept", "dropped", "not used", "sha256"}
+    others = report.keys() - {"source", "rows", "kept", "dropped", "not used", "sha256", "date"}
     for name in sorted(others):
         if report[name]:
             line += f"; {name} {report[name]}"

@@ -14,8 +14,11 @@ from shared.sources import read_rows
 
 LARGEST = 3.4e38  # of float32
 TRANSCRIPT_SPLITTER = "\n\nAssistant:"  # its last occurrence in an HH transcript ends the prompt
+TRANSCRIPT_USER = "\n\nHuman:"  # begins a turn of the user in an HH transcript
 MIXED_PAIR = "fields 'chosen' and 'rejected' must both be text or both be messages"
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+
+LATER_TURNS = "turns after the last answer left out"  # counts of rows in the report
 
 # Columns and parts of messages that no algorithm here reads.
 PICTURES = ("image", "images", "image_url", "video", "videos", "audio", "audios")
@@ -46,6 +49,26 @@ class Dropped(Exception):
 
 
 @dataclass
+class Counts:
+    """What became of the rows of a source, and what in them was not used."""
+
+    dropped: Counter[str] = field(default_factory=Counter)  # rows that cannot be used, by the reason
+    noted: Counter[str] = field(default_factory=Counter)  # rows that are used, by what is to be said of them
+    unused: set[str] = field(default_factory=set)  # columns, and fields of messages, that hold something
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer to a prompt."""
+
+    text: Text
+    is_finished: bool = True  # otherwise it was cut off before its end
+    is_drawn: bool = False  # from a policy: it follows its prompt as it is, without the chat template
+    ids: list[int] | None = None  # the token ids that were drawn, with the end
+    ids_of: str | None = None  # the hash of the vocabulary that they belong to
+
+
+@dataclass
 class Example:
     """One prompt with its completions, preferred first.
 
@@ -55,13 +78,18 @@ class Example:
     location: str  # "FILE, line N", for error messages
     number: int  # of the row in its source, from 1
     prompt: Prompt
-    completions: list[Text]
+    completions: list[Completion]
     ranked: bool = True  # the completions' order is the ranking; otherwise only scores can rank them
-    has_eos: list[bool] = field(default_factory=list)  # per completion; one without EOS was truncated
     scores: list[list[float]] = field(default_factory=list)  # per completion, one number of each reward model; or empty
-    samples: list[Text] = field(default_factory=list)  # completions sampled from π_ref
-    samples_have_eos: list[bool] = field(default_factory=list)  # per sample
+    samples: list[Completion] = field(default_factory=list)  # drawn from π_ref
+    tools: list[dict] | None = None  # for the chat template
+    notes: set[str] = field(default_factory=set)  # what is counted if the row is used
     row: dict = field(default_factory=dict)  # as it stands in the source
+
+    @property
+    def texts(self) -> list[Text]:
+        """The completions' texts."""
+        return [completion.text for completion in self.completions]
 
 
 # ---------------------------------------------------------------- fields
@@ -184,6 +212,22 @@ def _booleans(row: dict, name: str, length: int) -> list[bool]:
     if not isinstance(values, list) or [type(value) for value in values] != [bool] * length:
         raise ValueError(f"field {name!r} must hold {length} booleans")
     return values
+
+
+def _id_lists(row: dict, name: str, length: int) -> list[list[int]] | list[None]:
+    """The token ids of a field, a list for each completion; None for each if the field is absent."""
+    if row.get(name) is None:
+        return [None] * length
+    values = _list(row, name)
+    if len(values) != length or not all(_is_ids(ids) for ids in values):
+        raise ValueError(f"field {name!r} must hold {length} lists of token ids")
+    return values
+
+
+def _is_ids(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(token) is int and token >= 0 for token in value)
 
 
 # ---------------------------------------------------------------- forms
@@ -317,12 +361,12 @@ def _split_messages(chosen: Messages, rejected: Messages) -> tuple[Messages, lis
 
 
 def _last_turn(messages: Messages) -> tuple[Messages, list[Text]]:
-    """The last assistant message is the completion, and everything before it the prompt."""
+    """The last assistant message begins the completion, and everything before it is the prompt."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise Dropped("no assistant turn")
     last = turns[-1]
-    return messages[:last], [[messages[last]]]
+    return messages[:last], [messages[last:]]
 
 
 def _prompt_completions(row: dict) -> Parsed:
@@ -386,10 +430,18 @@ FORMS: dict[Form, Callable[[dict], Parsed]] = {
 PROMPT_FORMS = FORMS | {("prompt",): _prompt_alone}
 
 # Columns that an example is made of, beside those of its form.
-USED_BESIDE_ALL = ("system", "history", "reference_samples", "reference_samples_finished")
+USED_BESIDE_ALL = (
+    "system",
+    "history",
+    "tools",
+    "reference_samples",
+    "reference_samples_finished",
+    "reference_sample_ids",
+    "reference_vocabulary",
+)
 USED_BESIDE = {
     "instruction": ("input",),
-    "completions": ("scores", "finished"),
+    "completions": ("scores", "finished", "completion_ids", "vocabulary"),
     "rejected": ("scores", "score_chosen", "score_rejected"),
     "human_ref_B": ("scores", "score_chosen", "score_rejected"),
 }
@@ -427,41 +479,49 @@ def form_of(row: dict, location: str, forms: dict[Form, Callable[[dict], Parsed]
 # ---------------------------------------------------------------- examples
 
 
-def parse_rows(
-    source: str,
-    dropped: Counter[str],
-    forms: dict[Form, Callable[[dict], Parsed]] = FORMS,
-    unused: set[str] | None = None,
-) -> Iterator[Example]:
+def parse_rows(source: str, counts: Counts, forms: dict[Form, Callable[[dict], Parsed]] = FORMS) -> Iterator[Example]:
     """Yield the rows of a source as Examples.
 
-    A row that cannot be used adds its reason to `dropped`. Columns that hold something, but that no example is made
-    of, are added to `unused`. Raises UserError, which names file and line, for a malformed row and for a source
-    without rows.
+    A row that cannot be used adds its reason to `counts.dropped`. Columns that hold something, but that no example is
+    made of, are added to `counts.unused`. Raises UserError, which names file and line, for a malformed row and for a
+    source without rows.
     """
     form = None
     for number, (location, row) in enumerate(read_rows(source), 1):
         if form is None:
             form = form_of(row, location, forms)
-        if unused is not None:
-            unused.update(_unused_columns(row, form))
+        counts.unused.update(_unused_columns(row, form))
         try:
-            _check_pictures(row)
-            prompt, completions = _as_messages(*forms[form](row))
-            _check_end(prompt, form)
-            prompt = _with_context(prompt, row, form)
-            example = _make_example(location, number, form, prompt, completions, row)
+            example = _parse_row(location, number, row, form, forms[form])
             _check_encodable(example)
         except UnicodeEncodeError:
             raise UserError(f"{location}: a text holds half a character (a lone surrogate); remove it") from None
         except ValueError as error:
             raise UserError(f"{location}: {error} (form {' + '.join(form)})") from None
         except Dropped as reason:
-            dropped[str(reason)] += 1
+            counts.dropped[str(reason)] += 1
             continue
         yield example
     if form is None:
         raise UserError(f"{source}: no rows")
+
+
+def _parse_row(location: str, number: int, row: dict, form: Form, parse: Callable[[dict], Parsed]) -> Example:
+    """The example of one row. Raises ValueError if the row is malformed, Dropped if it cannot be used."""
+    _check_pictures(row)
+    prompt, texts = _as_messages(*parse(row))
+    _check_end(prompt, form)
+    prompt = _with_context(prompt, row, form)
+
+    example = Example(location, number, prompt, [], ranked="completions" not in form, tools=_tools(row), row=row)
+    is_transcript = isinstance(prompt, str) and prompt.endswith(TRANSCRIPT_SPLITTER) and "prompt" not in form
+    answers = [_until_last_answer(text, is_transcript) for text in texts]
+    if answers != texts:
+        example.notes.add(LATER_TURNS)
+    example.completions = _completions(row, form, answers)
+    example.samples = _samples(row, prompt)
+    _add_scores(example, row, form)
+    return example
 
 
 def _unused_columns(row: dict, form: Form) -> list[str]:
@@ -563,22 +623,73 @@ def assistant_messages(text: Text) -> Messages:
     return text
 
 
-def _make_example(
-    location: str, number: int, form: Form, prompt: Prompt, completions: list[Text], row: dict
-) -> Example:
-    has_eos = [True] * len(completions)
-    if "completions" in form:
-        has_eos = _booleans(row, "finished", len(completions))
+def _tools(row: dict) -> list[dict] | None:
+    """The schemas of `tools`, a list or its JSON, for the chat template."""
+    tools = row.get("tools")
+    if is_empty(tools):
+        return None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ValueError("field 'tools' is text, but not JSON") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError("field 'tools' must be a list of schemas")
+    return tools
 
-    example = Example(location, number, prompt, completions, ranked="completions" not in form, has_eos=has_eos, row=row)
-    _add_scores(example, row)
-    _add_samples(example, row)
-    return example
+
+def _until_last_answer(text: Text, is_transcript: bool) -> Text:
+    """A completion up to its last answer; in a transcript or a chat, turns of the user may follow."""
+    if isinstance(text, list):
+        last = max(i for i, message in enumerate(text) if message["role"] == "assistant")
+        return text[: last + 1]
+    if is_transcript:
+        return text.partition(TRANSCRIPT_USER)[0]
+    return text
 
 
-def _add_scores(example: Example, row: dict) -> None:
-    """`scores`: K numbers, or K lists of one number per reward model; or `score_chosen` and `score_rejected`."""
+def _completions(row: dict, form: Form, texts: list[Text]) -> list[Completion]:
+    """Completions with the columns that say how they were drawn. Those of a row without them were not."""
+    if "completions" not in form:
+        return [Completion(text) for text in texts]
+
+    finished = _booleans(row, "finished", len(texts))
+    ids = _id_lists(row, "completion_ids", len(texts))
+    is_drawn = row.get("finished") is not None or row.get("completion_ids") is not None
+    vocabulary = row.get("vocabulary")
+    completions = []
+    for text, ends, ids_of_text in zip(texts, finished, ids, strict=True):
+        completions.append(Completion(text, ends, is_drawn, ids_of_text, vocabulary))
+    return completions
+
+
+def _samples(row: dict, prompt: Prompt) -> list[Completion]:
+    """`reference_samples`: texts that π_ref wrote; beside them, which of them are finished, and their token ids."""
+    if row.get("reference_samples") is None:
+        return []
+    texts = _list(row, "reference_samples")
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("field 'reference_samples' must be a list of texts")
+
+    finished = _booleans(row, "reference_samples_finished", len(texts))
+    ids = _id_lists(row, "reference_sample_ids", len(texts))
+    samples = []
+    for text, ends, ids_of_text in zip(texts, finished, ids, strict=True):
+        if isinstance(prompt, list):
+            text = assistant_messages(text)
+        samples.append(Completion(text, ends, True, ids_of_text, row.get("reference_vocabulary")))
+    return samples
+
+
+def _add_scores(example: Example, row: dict, form: Form) -> None:
+    """`scores`: K numbers, or K lists of one number per reward model; or `score_chosen` and `score_rejected`.
+
+    The score of a demonstration is its `label`, 1 or 0.
+    """
     num_completions = len(example.completions)
+    if form in DEMONSTRATIONS and isinstance(row.get("label"), bool):
+        example.scores = [[float(row["label"])]]
+        return
     if row.get("scores") is not None and num_completions > 1:
         scores = [_as_list(value) for value in _list(row, "scores")]
     elif example.ranked and num_completions == 2:
@@ -619,24 +730,10 @@ def _is_float32(value: object) -> bool:
     return abs(value) < LARGEST
 
 
-def _add_samples(example: Example, row: dict) -> None:
-    """`reference_samples`: texts; `reference_samples_finished`: which of them end with an EOS, by default all."""
-    if row.get("reference_samples") is None:
-        return
-    samples = _list(row, "reference_samples")
-    if not samples or not all(isinstance(sample, str) for sample in samples):
-        raise ValueError("field 'reference_samples' must be a list of texts")
-
-    example.samples = samples
-    if isinstance(example.prompt, list):
-        example.samples = [assistant_messages(sample) for sample in samples]
-    example.samples_have_eos = _booleans(row, "reference_samples_finished", len(samples))
-
-
 def _check_encodable(example: Example) -> None:
     """Raises UnicodeEncodeError for a lone surrogate, which no UTF-8 text and no tokenizer can hold."""
     prompt = example.prompt
     if isinstance(prompt, UserTurn):
         prompt = prompt.messages()
-    texts = [prompt, example.completions, example.samples]
-    json.dumps(texts, ensure_ascii=False, default=str).encode()
+    completions = [completion.text for completion in example.completions + example.samples]
+    json.dumps([prompt, completions, example.tools], ensure_ascii=False, default=str).encode()

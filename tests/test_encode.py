@@ -1,6 +1,5 @@
 """Special tokens inside texts, tokenizers with habits of their own, and completions that end or do not."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from tokenised import (
 )
 
 from shared import UserError
-from shared.encode import Encoder, end_and_truncate
+from shared.encode import EncodedCompletion, Encoder
 from shared.groups import Requires
-from shared.rows import Example
+from shared.rows import Completion, Counts, Example
 
 TEXTS_LIKE_CONTROL_TOKENS = [
     "a</s>b",
@@ -136,17 +135,17 @@ FILTERS = ["", " | trim", " | upper", " | replace('  ', ' ')", ".split('is')[-1]
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_a_truncated_answer_is_as_it_was_sampled(tmp_path: Path, filters: str) -> None:
-    """A chat template changes nothing of it and writes nothing behind it; a finished one goes through the template."""
+def test_a_drawn_answer_is_as_it_was_sampled(tmp_path: Path, filters: str) -> None:
+    """A chat template changes nothing of it. Behind a finished one stands the end of a turn, and nothing else."""
     tokenizer = tiny.make_tokenizer(chat=True)
     tokenizer.chat_template = tiny.CHATML.replace("message['content']", f"message['content']{filters}")
     tokenizer.eos_token = "</s>"  # which the template does not write
 
     sample = "yes,  it is ok "
-    row = {"prompt": TALK, "completions": [sample, "42"], "finished": [False, True]}
+    row = {"prompt": TALK, "completions": [sample, sample + "42"], "finished": [False, True]}
     _, chosen, rejected = only_group(tmp_path, row, tokenizer)
     assert chosen == ids(tokenizer, sample)
-    assert rejected == [*ids(tokenizer, "42"), *ids(tokenizer, "<|im_end|>\n"), tokenizer.eos_token_id]
+    assert rejected == [*ids(tokenizer, sample + "42"), *ids(tokenizer, "<|im_end|>")]
 
 
 THINKING = (
@@ -171,17 +170,12 @@ def test_a_truncated_sample_gets_no_thoughts_of_the_template(tmp_path: Path, sam
     assert samples == [ids(tokenizer, sample), ids(tokenizer, "no")]
 
 
-def test_the_turns_before_a_truncated_answer_go_through_the_template() -> None:
-    example = Example("", 1, TALK, [[assistant(GOOD), *TALK, assistant("so it")]], has_eos=[False])
-    (encoded,) = Encoder(chat()).encode([example], Counter())
-    conversation = template(chat(), ("user", USER), ("assistant", GOOD), ("user", USER), ask=True) + "so it"
-    assert encoded.prompt + encoded.completions[0] == ids(chat(), conversation)
-
-
-def test_a_completion_gets_its_eos_before_it_is_truncated() -> None:
-    assert end_and_truncate([5, 6], has_eos=True, eos_id=1, room=3) == [5, 6, 1]
-    assert end_and_truncate([5, 6], has_eos=True, eos_id=1, room=2) == [5, 6]
-    assert end_and_truncate([5, 6], has_eos=False, eos_id=1, room=3) == [5, 6]
+def test_context_that_nothing_counted_follows_is_truncated_too() -> None:
+    completion = EncodedCompletion([5, 6, 7, 8, 9], [True, True, False, False, True])
+    assert completion.truncated(9) == completion
+    for room in (4, 3, 2):
+        assert completion.truncated(room) == EncodedCompletion([5, 6], [True, True])
+    assert completion.truncated(1) == EncodedCompletion([5], [True])
 
 
 # ---------------------------------------------------------------- batches of examples
@@ -190,20 +184,22 @@ def test_a_completion_gets_its_eos_before_it_is_truncated() -> None:
 def test_examples_are_encoded_one_by_one_as_in_a_batch() -> None:
     """Whatever stands beside an example, with all its completions, the first ones, or none."""
     examples = [
-        Example("", 1, USER, [GOOD, BAD], has_eos=[True, True]),
-        Example("", 2, TALK, [[assistant(GOOD)]], has_eos=[True]),
-        Example("", 3, "a</s>b", ["", "<s>", "ok"], has_eos=[True, False, True]),
-        Example("", 4, None, ["ok 42", BAD], has_eos=[True, True]),
+        Example("", 1, USER, [Completion(GOOD), Completion(BAD)]),
+        Example("", 2, TALK, [Completion([assistant(GOOD)])]),
+        Example("", 3, "a</s>b", [Completion(""), Completion("<s>", is_finished=False), Completion("ok")]),
+        Example("", 4, None, [Completion("ok 42"), Completion(BAD)]),
+        Example("", 5, "a ", [Completion("ok"), Completion("no")]),  # whose ids change when a word follows
+        Example("", 6, TALK, [Completion([assistant(GOOD), *TALK, assistant(BAD)])]),
     ]
     encoder = Encoder(chat())
     for num_completions in (None, 1):
-        batch = list(encoder.encode(examples, Counter(), num_completions))
+        batch = list(encoder.encode(examples, num_completions))
         for example, encoded in zip(examples, batch, strict=True):
-            (alone,) = encoder.encode([example], Counter(), num_completions)
+            (alone,) = encoder.encode([example], num_completions)
             assert encoded == alone
             assert len(encoded.completions) == len(example.completions[:num_completions])
 
-    prompts = list(encoder.encode(examples[:3], Counter(), 0))
+    prompts = list(encoder.encode(examples[:3], 0))
     assert [encoded.completions for encoded in prompts] == [[], [], []]
 
 
@@ -211,15 +207,15 @@ def test_examples_that_cannot_be_encoded_are_counted() -> None:
     refusing = tiny.make_tokenizer(bos=False, chat=True)
     refusing.chat_template = "{{ raise_exception('no chats') }}"
     examples = [
-        Example("", 1, TALK, [[assistant(GOOD)]], has_eos=[True]),
-        Example("", 2, "", [GOOD], has_eos=[True]),
-        Example("", 3, USER, [GOOD], has_eos=[True]),
+        Example("", 1, TALK, [Completion([assistant(GOOD)])]),
+        Example("", 2, "", [Completion(GOOD)]),
+        Example("", 3, USER, [Completion(GOOD)]),
     ]
 
-    dropped: Counter[str] = Counter()
-    (encoded,) = Encoder(refusing).encode(examples, dropped)
+    counts = Counts()
+    (encoded,) = Encoder(refusing, counts).encode(examples)
     assert encoded.example.number == 3
-    assert dropped == {"refused by the chat template (no chats)": 1, "empty prompt": 1}
+    assert counts.dropped == {"refused by the chat template (no chats)": 1, "empty prompt": 1}
 
 
 DIFFERENT = "the chat template renders the prompt differently once an answer follows"
@@ -228,7 +224,7 @@ CHANGES_FOR_NO = "{% if messages[-1]['content'] == 'no' %}{{ 'x' }}{% endif %}" 
 
 
 @pytest.mark.parametrize(
-    "changing", ["{{ messages | length }}" + tiny.CHATML, OPENS_THOUGHTS, "{{ messages[-1]['role'] }}" + tiny.CHATML]
+    "changing", ["{{ messages | length }}" + tiny.CHATML, "{{ messages[-1]['role'] }}" + tiny.CHATML]
 )
 def test_a_template_that_changes_every_prompt_leaves_no_row(tmp_path: Path, changing: str) -> None:
     tokenizer = tiny.make_tokenizer(chat=True)
@@ -243,13 +239,13 @@ def test_a_row_whose_prompt_the_template_changes_is_dropped(answers: tuple[str, 
     tokenizer = tiny.make_tokenizer(chat=True)
     tokenizer.chat_template = CHANGES_FOR_NO
     examples = [
-        Example("", 1, TALK, [[assistant(GOOD)], [assistant(BAD + "!")]], has_eos=[True, True]),
-        Example("", 2, TALK, [[assistant(answer)] for answer in answers], has_eos=[True, True]),
+        Example("", 1, TALK, [Completion([assistant(GOOD)]), Completion([assistant(BAD + "!")])]),
+        Example("", 2, TALK, [Completion([assistant(answer)]) for answer in answers]),
     ]
-    dropped: Counter[str] = Counter()
-    (encoded,) = Encoder(tokenizer).encode(examples, dropped)
+    counts = Counts()
+    (encoded,) = Encoder(tokenizer, counts).encode(examples)
     assert encoded.example.number == 1
-    assert dropped == {DIFFERENT: 1}
+    assert counts.dropped == {DIFFERENT: 1}
 
 
 PARTS = "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from scripts import evaluate
-from scripts.lab.policies import Samples, log_ratios, rewards_of, sample_policy, summarise
+from scripts.lab.policies import Samples, log_ratios, prompt_example, rewards_of, sample_policy, summarise
 from scripts.lab.statistics import bootstrap
 from shared import UserError
 from shared.command import check_arguments
+from shared.rows import Completion, Example
 
 EOS = 1  # its id in the tokenizer of `tiny`
 PROMPT = "we lost a lamp. it was at the school in may. the tag says five. please call anna. summary:"
@@ -41,6 +42,7 @@ def test_intervals_resample_prompts_not_completions() -> None:
         ids=[[[1]] * 5] * 40,
         texts=[[""] * 5] * 40,
         has_eos=[[True] * 5] * 40,
+        vocabulary="",
     )
 
     numbers = summarise(repeated, values, repeated, samples, seed=0)
@@ -74,11 +76,11 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture(scope="module")
 def sampled(policies: list[str]) -> Sampled:
     args = make_args()
-    texts = [row["prompt"] for row in tiny.make_rows(7, seed=5, k=1)]
+    examples = [prompt_example(row["prompt"]) for row in tiny.make_rows(7, seed=5, k=1)]
     prompts = []
     samples = []
     for path in policies:
-        prompt_ids, policy_samples = sample_policy(path, texts, args, args.num_samples)
+        prompt_ids, policy_samples = sample_policy(path, examples, args, args.num_samples)
         policy_samples.ids[0][0] = [9, EOS]  # one completion that certainly has an EOS
         policy_samples.has_eos[0][0] = True
         prompts.append(prompt_ids)
@@ -140,7 +142,8 @@ def test_a_reward_model_scores_what_stock_transformers_scores(policies: list[str
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
-    finished, unfinished = rewards_of(path, ["bade", "bade lo,"], ["do", "fi sapa"], [True, False])
+    cut_off = Example("", 0, "bade lo,", [Completion("fi sapa", is_finished=False)])
+    finished, unfinished = rewards_of(path, [prompt_example("bade", "do"), cut_off])
 
     def stock_reward(prompt: str, completion: str, end: list[int]) -> float:
         ids = tokenizer(prompt).input_ids

@@ -218,7 +218,8 @@ def test_the_advice_on_control_strings_is_printed_once(tmp_path: Path, capsys: p
     steps = {"batch_size": 1, "micro_batch_tokens": LENGTH, "shuffle": False, "epochs": 1, "max_steps": None}
     for answer, count in (("ok</s>", 1), ("ok", 0)):
         source = write(tmp_path / "rows.jsonl", [{**PAIR, "chosen": answer}])
-        args = SimpleNamespace(train_data=source, eval_data=source, **lengths, **steps)
+        paths = {"train_data": source, "eval_data": source, "output_dir": str(tmp_path), "resume": False}
+        args = SimpleNamespace(**paths, **lengths, **steps)
         config = tiny.make_config("llama", vocab=1000, max_position_embeddings=LENGTH)
         ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
         load_batches(args, ranks, plain(), config, RANKING)

@@ -25,6 +25,7 @@ from scripts.lab.row_files import EncodedRow
 from scripts.lab.scoring import make_groups, token_logps_of
 from shared import NonFinite, UserError
 from shared.distributed import single_process
+from shared.encode import EncodedCompletion
 from shared.loading import load_policy_from
 from shared.rows import Example
 
@@ -246,7 +247,10 @@ def test_many_groups_in_small_batches(models: list[Path]) -> None:
     groups = [reference.encode(tokenizer, row) for row in tiny.make_rows(9, seed=3, k=3)]
 
     example = Example("", 0, "", [])
-    rows = [EncodedRow(example, group.prompt, group.completions) for group in groups]
+    rows = []
+    for group in groups:
+        completions = [EncodedCompletion(ids, [True] * len(ids)) for ids in group.completions]
+        rows.append(EncodedRow(example, group.prompt, completions))
     with single_process("float32") as ranks:
         policy = load_policy_from(str(models[0]), ranks)
         logps = token_logps_of(policy, make_groups(rows), 100, ranks)

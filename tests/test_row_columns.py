@@ -1,6 +1,5 @@
 """Columns beside those of a form: each is used, refused, or named."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from scripts.lab.sampling import as_written
 from shared import UserError
 from shared.encode import Encoder
 from shared.groups import Requires, describe
-from shared.rows import UserTurn
+from shared.rows import Counts, UserTurn
 
 # ---------------------------------------------------------------- columns that are not used
 
@@ -73,9 +72,9 @@ def test_a_column_of_a_later_row_is_named_once(tmp_path: Path) -> None:
 
 def test_the_scripts_name_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "rows.jsonl", [{**PAIR, "id": 7}])
-    unused: set[str] = set()
-    assert len(list(read_examples(source, Counter(), unused=unused))) == 1
-    assert summary(source, 1, Counter(), unused) == "rows 1, kept 1; not used: id"
+    counts = Counts()
+    assert len(list(read_examples(source, counts))) == 1
+    assert summary(source, 1, counts) == "rows 1, kept 1; not used: id"
 
     first_examples(source, 1)
     assert capsys.readouterr().err == f"{source}: rows 1, kept 1; not used: id\n"

@@ -19,9 +19,11 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from scripts import sample
 from scripts.lab import notices, row_files
-from scripts.lab.sampling import Sampling, decode, end_ids, make_batches, sample_completions, truncate_after
+from scripts.lab.sampling import Sampling, decode, ids_that_end, make_batches, sample_completions, truncate_after
 from shared import UserError
+from shared.encode import Encoder
 from shared.groups import Requires, tokenise
+from shared.rows import Counts
 
 SCRIPT = "scripts/sample.py"
 PROMPTS = [
@@ -73,11 +75,12 @@ def sample_texts(
 ) -> list[tuple[list[str], list[bool]]]:
     """The texts of each prompt's completions, and which of them ended."""
     model, tokenizer = policy
-    eos_ids = end_ids(model, tokenizer)
+    eos_ids = ids_that_end(model, tokenizer)
     sampling = Sampling(**options)
     results = []
-    for completions in sample_completions(model, eos_ids, prompts, count, sampling):
-        texts = [decode(tokenizer, ids) for ids in completions]
+    samples = sample_completions(model, eos_ids, prompts, count, sampling)
+    for prompt, completions in zip(prompts, samples, strict=True):
+        texts = [decode(tokenizer, prompt, ids) for ids in completions]
         finished = [ids[-1] in eos_ids for ids in completions]
         results.append((texts, finished))
     return results
@@ -234,8 +237,8 @@ def run(model: Path, rows: Path, output: Path, **options: Any) -> list[dict]:
 
 def prompt_ids(rows: Path, tokenizer: Any) -> list[list[int]]:
     """The prompts as sampling encodes them."""
-    examples = row_files.read_examples(str(rows), Counter())
-    encoded = row_files.encode_rows(examples, tokenizer, Counter(), 500)
+    examples = row_files.read_examples(str(rows), Counts())
+    encoded = row_files.encode_rows(examples, Encoder(tokenizer), 500)
     return [row.prompt for row in encoded]
 
 
@@ -267,13 +270,16 @@ def test_every_form_has_the_prompts_of_training_and_keeps_its_columns(
         assert prompts == training_prompt_ids(rows, tokenizer, form)
 
     written = run(models["chat"], rows, tmp_path / "k.jsonl", num_completions=2)
-    assert [set(row) for row in written] == [{"prompt", "completions", "finished"}] * 3
+    columns = {"prompt", "completions", "finished", "completion_ids", "vocabulary"}
+    assert [set(row) for row in written] == [columns] * 3
     assert prompt_ids(tmp_path / "k.jsonl", tokenizer) == prompts
 
     written = run(models["chat"], rows, tmp_path / "m.jsonl", reference_samples=2)
     for row in written:
         assert len(row.pop("reference_samples")) == 2
         assert len(row.pop("reference_samples_finished")) == 2
+        assert len(row.pop("reference_sample_ids")) == 2
+        assert row.pop("reference_vocabulary") == Encoder(tokenizer).vocabulary
     assert written == original
     assert prompt_ids(tmp_path / "m.jsonl", tokenizer) == prompts
 
@@ -361,8 +367,8 @@ def test_rows_are_read_one_window_at_a_time(tmp_path: Path) -> None:
 def test_rows_are_tokenised_one_chunk_at_a_time(models: dict[str, Path], tmp_path: Path) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "lo"}] * (3 * row_files.CHUNK_SIZE))
     tokenizer = AutoTokenizer.from_pretrained(models["plain"])
-    examples = row_files.read_examples(str(rows), Counter())
-    next(row_files.encode_rows(examples, tokenizer, Counter(), 500))
+    examples = row_files.read_examples(str(rows), Counts())
+    next(row_files.encode_rows(examples, Encoder(tokenizer), 500))
     assert len(list(examples)) == 2 * row_files.CHUNK_SIZE
 
 

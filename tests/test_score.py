@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from scripts import score
 from scripts.lab import notices, row_files
 from shared import UserError
 from shared.groups import Requires, tokenise
-from shared.rows import parse_rows
+from shared.rows import Counts, parse_rows
 
 SCRIPT = "scripts/score.py"
 MEANS = [0.5, -2.0, 0.0]  # of each reward model over its training completions
@@ -161,7 +160,7 @@ def test_every_form_is_read_again_with_its_scores_and_its_order(
         sequences.reverse()
 
     (scored,) = run(rows, tmp_path / "out.jsonl", *models[:num_models], normalise=False)
-    (example,) = parse_rows(str(tmp_path / "out.jsonl"), Counter())
+    (example,) = parse_rows(str(tmp_path / "out.jsonl"), Counts())
     assert len(example.scores) == 2
     for i in range(num_models):
         expected = stock_scores(models[i], sequences)

@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import random
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +34,7 @@ from shared.groups import Requires, load_groups
 from shared.loading import load_policy_from
 from shared.logprobs import sum_over_completions
 from shared.reference import add_reference_logps
-from shared.rows import parse_rows
+from shared.rows import Counts, parse_rows
 
 SCRIPT = "algos/token_dpo_beam.py"
 MAX_LENGTH = 512
@@ -721,11 +720,11 @@ def test_what_is_decoded(folder: Path, alone: Path) -> None:
 
 def test_what_is_decoded_is_a_form_of_rows(alone: Path) -> None:
     path = alone / "beams.jsonl"
-    examples = parse_rows(str(path), Counter())
+    examples = parse_rows(str(path), Counts())
     for row, example in zip(tiny.read_jsonl(path), examples, strict=True):
         assert example.prompt == row["prompt"]
-        assert list(example.completions) == row["completions"]
-        assert list(example.has_eos) == row["finished"]
+        assert example.texts == row["completions"]
+        assert [completion.is_finished for completion in example.completions] == row["finished"]
 
 
 def test_two_processes(folder: Path, alone: Path) -> None:

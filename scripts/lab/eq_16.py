@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from algos.token_dpo_beam import token_rewards
-from scripts.lab.policies import sample_policy
+from scripts.lab.policies import prompt_example, sample_policy
 from scripts.lab.sampling import Sampling
 from scripts.lab.statistics import mean_and_interval
 from shared.encode import TokenIds
@@ -83,7 +83,8 @@ def check_eq_16(
 
     By the chain rule, the mean of the sums is -β KL(π_ref(y|x) ‖ π(y|x)) of whole completions.
     """
-    prompt_ids, samples = sample_policy(str(reference), prompts, sampling, num_samples)
+    examples = [prompt_example(prompt) for prompt in prompts]
+    prompt_ids, samples = sample_policy(str(reference), examples, sampling, num_samples)
     repeated_prompts = []
     completions = []
     for prompt, prompt_completions in zip(prompt_ids, samples.ids, strict=True):

@@ -19,7 +19,7 @@ class Piece:
     """The text of one token, or of several tokens that form characters only together."""
 
     text: str
-    rewards: list[float]  # r(s_t, a_t) of its tokens, nats
+    rewards: list[float]  # r(s_t, a_t) of its tokens, nats; none for context
     special: bool
 
     @property

@@ -1,7 +1,6 @@
 """What policies write for held-out prompts, its rewards, and its log-ratios to a reference."""
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from scripts.lab.statistics import RESAMPLES, interval_text, mean_and_interval, 
 from scripts.lab.tables import aligned
 from shared import UserError
 from shared.distributed import Ranks, single_process
+from shared.encode import EncodedCompletion, Encoder
 from shared.groups import Groups, full_attention_length
 from shared.loading import load_policy_from, load_tokenizer
-from shared.rows import Example, Prompt, Text, UserTurn
+from shared.rows import Completion, Example, Prompt, Text, UserTurn
 
 MICRO_BATCH_TOKENS = 8_192
 MEASURES = {"reward": ".2f", "kl": ".2f", "length": ".1f", "win_rate": ".3f"}  # with the format of their numbers
@@ -33,6 +33,7 @@ class Samples:
     ids: list[list[list[int]]]  # token ids of each completion, with the EOS if it was sampled
     texts: list[list[str]]
     has_eos: list[list[bool]]
+    vocabulary: str  # a hash of what the ids mean
 
 
 # ---------------------------------------------------------------- the policies of a command line
@@ -78,41 +79,27 @@ def evaluation_settings(args: Any, reference: str, num_prompts: int) -> dict:
 # ---------------------------------------------------------------- token ids
 
 
-def encode_prompts(source: str, prompts: Sequence[Prompt], tokenizer: Any, room: int) -> list[list[int]]:
+def prompt_example(prompt: Prompt, *texts: str) -> Example:
+    """An example of a prompt and finished completions."""
+    return Example("", 0, prompt, [Completion(text) for text in texts])
+
+
+def encode_prompts(source: str, examples: Sequence[Example], tokenizer: Any, room: int) -> list[list[int]]:
     """The token ids of prompts of less than `room` tokens. Raises UserError, naming `source`, if one is unusable."""
-    examples = []
-    for number, prompt in enumerate(prompts, 1):
-        examples.append(Example("", number, prompt, []))
-    rows = _encode_all(source, examples, tokenizer, room, completions=False)
+    rows = encode_all(source, examples, Encoder(tokenizer), room, completions=False)
     return [row.prompt for row in rows]
 
 
-def encode_completions(
-    source: str,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Text]],
-    has_eos: list[list[bool]],
-    tokenizer: Any,
-    room: int,
+def encode_all(
+    source: str, examples: Sequence[Example], encoder: Encoder, room: int, completions: bool
 ) -> list[EncodedRow]:
-    """The token ids of prompts and their completions, at most `room` for a prompt with each of its completions.
+    """The token ids of prompts and, on request, their completions, at most `room` for a prompt with each of them.
 
-    Raises UserError, naming `source`, if a prompt is unusable.
+    Raises UserError, naming `source`, if an example is unusable: policies are compared on the same prompts.
     """
-    examples = []
-    columns = zip(prompts, completions, has_eos, strict=True)
-    for number, (prompt, texts, ends) in enumerate(columns, 1):
-        example = Example("", number, prompt, list(texts), has_eos=ends)
-        examples.append(example)
-    return _encode_all(source, examples, tokenizer, room, completions=True)
-
-
-def _encode_all(source: str, examples: list[Example], tokenizer: Any, room: int, completions: bool) -> list[EncodedRow]:
-    """No example may be dropped, because the policies are compared on the same prompts."""
-    dropped: Counter[str] = Counter()
-    rows = list(encode_rows(examples, tokenizer, dropped, room, completions))
-    if dropped:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
+    rows = list(encode_rows(examples, encoder, room, completions))
+    if encoder.counts.dropped:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in encoder.counts.dropped.items())
         raise UserError(f"{source}: cannot use all prompts: {reasons}")
     return rows
 
@@ -121,7 +108,7 @@ def _encode_all(source: str, examples: list[Example], tokenizer: Any, room: int,
 
 
 def sample_policy(
-    path: str, prompts: Sequence[Prompt], sampling: Sampling, num_samples: int
+    path: str, examples: Sequence[Example], sampling: Sampling, num_samples: int
 ) -> tuple[list[list[int]], Samples]:
     """Sample `num_samples` completions of each prompt from the policy in `path`; returns the prompts' ids as well."""
     model, tokenizer, eos_ids = load_sampler(path, sampling.dtype)
@@ -129,20 +116,22 @@ def sample_policy(
     # a sequence that is longer than a layer's window would not get its log-probs from packed rows
     longest_prompt = full_attention_length(model.config) - max_new_tokens
     room = min(prompt_room(model, max_new_tokens), longest_prompt + 1)
-    prompt_ids = encode_prompts(path, prompts, tokenizer, room)
+    prompt_ids = encode_prompts(path, examples, tokenizer, room)
 
     completions = sample_completions(model, eos_ids, prompt_ids, num_samples, sampling, progress=f"sample {path}")
-    return prompt_ids, collect_samples(completions, tokenizer, eos_ids)
+    return prompt_ids, collect_samples(prompt_ids, completions, tokenizer, eos_ids)
 
 
-def collect_samples(completions: Iterable[list[list[int]]], tokenizer: Any, eos_ids: list[int]) -> Samples:
+def collect_samples(
+    prompts: list[list[int]], completions: Iterable[list[list[int]]], tokenizer: Any, eos_ids: list[int]
+) -> Samples:
     """The token ids of each prompt's completions, with their texts and whether they have an EOS."""
-    samples = Samples([], [], [])
-    for prompt_completions in completions:
+    samples = Samples([], [], [], Encoder(tokenizer).vocabulary)
+    for prompt, prompt_completions in zip(prompts, completions, strict=True):
         texts = []
         has_eos = []
         for ids in prompt_completions:
-            texts.append(decode(tokenizer, ids))
+            texts.append(decode(tokenizer, prompt, ids))
             has_eos.append(ids[-1] in eos_ids)
 
         samples.ids.append(prompt_completions)
@@ -175,10 +164,11 @@ def log_ratios(
 
 
 def _groups_of_samples(prompts: list[list[int]], samples: Samples) -> Groups:
-    example = Example("", 0, "", [])  # only token ids are needed
+    example = prompt_example("")  # only token ids are needed
     rows = []
     for prompt, completions in zip(prompts, samples.ids, strict=True):
-        rows.append(EncodedRow(example, prompt, completions))
+        encoded = [EncodedCompletion(ids, [True] * len(ids)) for ids in completions]
+        rows.append(EncodedRow(example, prompt, encoded))
     return make_groups(rows)
 
 
@@ -191,46 +181,43 @@ def _logps_under(path: str, groups: list[Groups], ranks: Ranks) -> list[Tensor]:
 # ---------------------------------------------------------------- rewards
 
 
-def rewards_of(
-    reward: str, prompts: Sequence[Prompt], completions: list[str], has_eos: list[bool] | None = None
-) -> list[float]:
-    """The reward of each completion, given its prompt.
+def rewards_of(reward: str, examples: Sequence[Example]) -> list[float]:
+    """The reward of the only completion of each example.
 
     reward: `notices`, the oracle, or the directory of a reward model. Raises UserError if a prompt cannot have one.
     """
     if reward != "notices":
-        if has_eos is None:
-            has_eos = [True] * len(completions)
-        return model_rewards(reward, prompts, completions, has_eos)
-
-    posts = []
-    for prompt in prompts:
-        post = plain_prompt(prompt)
-        if not isinstance(post, str):
-            raise UserError(f"--reward {reward}: a prompt is not a string")
-        posts.append(post)
+        return model_rewards(reward, examples)
 
     rewards = []
     try:
-        for post, text in zip(posts, completions, strict=True):
+        for example in examples:
+            post = plain_prompt(example.prompt)
+            (text,) = example.texts
+            if not isinstance(post, str) or not isinstance(text, str):
+                raise UserError(f"--reward {reward}: a prompt is not a string")
             rewards.append(notices.oracle(post, text))
     except ValueError as error:
         raise UserError(f"--reward {reward}: {error}") from None
     return rewards
 
 
-def rewards_of_samples(reward: str, prompts: Sequence[Prompt], samples: Samples) -> Tensor:
-    """The reward of each sample, (n, K), float64."""
-    repeated: list[Prompt] = []
-    texts: list[str] = []
-    has_eos: list[bool] = []
-    for prompt, prompt_texts, prompt_has_eos in zip(prompts, samples.texts, samples.has_eos, strict=True):
-        repeated += [prompt] * len(prompt_texts)
-        texts += prompt_texts
-        has_eos += prompt_has_eos
+def check_rewards(reward: str, examples: Sequence[Example]) -> None:
+    """Raises UserError if there are no rewards, before minutes are spent on sampling."""
+    if reward != "notices":
+        examples = examples[:1]  # enough to load a reward model; the oracle must be able to read every prompt
+    rewards_of(reward, [dataclasses.replace(example, completions=[Completion("")]) for example in examples])
 
-    rewards = rewards_of(reward, repeated, texts, has_eos)
-    return torch.tensor(rewards, dtype=torch.double).view(len(prompts), -1)
+
+def rewards_of_samples(reward: str, examples: Sequence[Example], samples: Samples) -> Tensor:
+    """The reward of each sample of the examples' prompts, (n, K), float64."""
+    answered = []
+    for i, example in enumerate(examples):
+        for text, ends, ids in zip(samples.texts[i], samples.has_eos[i], samples.ids[i], strict=True):
+            completion = Completion(text, ends, True, ids, samples.vocabulary)
+            answered.append(dataclasses.replace(example, completions=[completion]))
+    rewards = rewards_of(reward, answered)
+    return torch.tensor(rewards, dtype=torch.double).view(len(examples), -1)
 
 
 def plain_prompt(prompt: Prompt) -> Text | None:
@@ -242,19 +229,11 @@ def plain_prompt(prompt: Prompt) -> Text | None:
     return prompt
 
 
-def model_rewards(path: str, prompts: Sequence[Prompt], completions: list[str], has_eos: list[bool]) -> list[float]:
+def model_rewards(path: str, examples: Sequence[Example]) -> list[float]:
     """r(x, y) of the reward model in `path`, less its mean over its own training completions."""
-    written: list[list[Text]] = []
-    for prompt, text in zip(prompts, completions, strict=True):
-        if isinstance(prompt, list):
-            written.append([[{"role": "assistant", "content": text}]])
-        else:
-            written.append([text])
-
     with single_process("float32") as ranks:
         models = load_reward_models([path], ranks)
-        ends = [[end] for end in has_eos]
-        rows = encode_completions(path, prompts, written, ends, models.tokenizer, models.room)
+        rows = encode_all(path, examples, Encoder(models.tokenizer), models.room, completions=True)
         rewards = models.rewards(rows, MICRO_BATCH_TOKENS, normalise=True)
     return [row_rewards[0][0] for row_rewards in rewards]
 

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,14 +25,14 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from shared import UserError
-from shared.encode import EncodedExample, Encoder, end_and_truncate
+from shared.encode import EncodedCompletion, EncodedExample, Encoder
 from shared.files import replacing
-from shared.groups import describe
-from shared.rows import PROMPT_FORMS, Example, parse_rows
+from shared.groups import describe, report_of
+from shared.rows import PROMPT_FORMS, Counts, Example, parse_rows
 from shared.sources import source_hash
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 CHUNK_SIZE = 256  # rows that are tokenised together
 INPUT_CONTENTS = "contents of --rows"
@@ -46,7 +45,7 @@ class EncodedRow:
 
     example: Example
     prompt: list[int]
-    completions: list[list[int]] = field(default_factory=list)  # with their EOS, unless they were truncated
+    completions: list[EncodedCompletion] = field(default_factory=list)
 
 
 # ---------------------------------------------------------------- json lines
@@ -69,14 +68,12 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
 # ---------------------------------------------------------------- in
 
 
-def read_examples(
-    source: str, dropped: Counter[str], max_rows: int | None = None, unused: set[str] | None = None
-) -> Iterator[Example]:
+def read_examples(source: str, counts: Counts, max_rows: int | None = None) -> Iterator[Example]:
     """The first `max_rows` examples of a source. Raises UserError for a row without a prompt.
 
-    Reasons of rows that cannot be used are added to `dropped`, and columns of which an example has nothing to `unused`.
+    What becomes of the rows is added to `counts`.
     """
-    examples = parse_rows(source, dropped, PROMPT_FORMS, unused)
+    examples = parse_rows(source, counts, PROMPT_FORMS)
     for example in islice(examples, max_rows):
         if example.prompt is None:
             raise UserError(f"{example.location}: running text has no prompt")
@@ -88,53 +85,50 @@ def first_examples(source: str, n: int) -> list[Example]:
 
     Prints the counts if rows were dropped or columns are not used.
     """
-    dropped: Counter[str] = Counter()
-    unused: set[str] = set()
-    examples = list(read_examples(source, dropped, n, unused))
-    counts = summary(source, len(examples), dropped, unused)
-    if dropped or unused:
-        print(f"{source}: {counts}", file=sys.stderr)
+    counts = Counts()
+    examples = list(read_examples(source, counts, n))
+    line = summary(source, len(examples), counts)
+    if counts.dropped or counts.unused:
+        print(f"{source}: {line}", file=sys.stderr)
     return examples
 
 
 def count_rows(source: str, max_rows: int | None = None) -> int:
     """The number of usable rows. A malformed row raises UserError here, before anything has been computed."""
     total = 0
-    for _ in read_examples(source, Counter(), max_rows):
+    for _ in read_examples(source, Counts(), max_rows):
         total += 1
     return total
 
 
 def encode_rows(
-    examples: Iterable[Example],
-    tokenizer: "PreTrainedTokenizerBase",
-    dropped: Counter[str],
-    room: int,
-    completions: bool = False,
+    examples: Iterable[Example], encoder: Encoder, room: int, completions: bool = False
 ) -> Iterator[EncodedRow]:
     """Examples with the token ids that training would give them; completions are encoded on request.
 
     A prompt and each of its completions have at most `room` tokens together. A prompt that leaves no token for a
-    completion is dropped; a longer completion is truncated; one without any token becomes its EOS.
+    completion is dropped; a longer completion is truncated; one without any token becomes its EOS. What becomes of the
+    rows is added to the encoder's counts.
     """
-    encoder = Encoder(tokenizer)
     num_completions: int | None = 0
     if completions:
         num_completions = None  # all of them
     examples = iter(examples)
     while chunk := list(islice(examples, CHUNK_SIZE)):
-        for encoded in encoder.encode(chunk, dropped, num_completions):
+        for encoded in encoder.encode(chunk, num_completions):
             if len(encoded.prompt) >= room:
-                dropped["prompt too long"] += 1
+                encoder.counts.dropped["prompt too long"] += 1
             else:
+                encoder.counts.noted.update(encoded.notes)
                 yield _to_row(encoded, encoder.eos_id, room - len(encoded.prompt))
 
 
 def _to_row(encoded: EncodedExample, eos_id: int, room: int) -> EncodedRow:
     completions = []
-    all_have_eos = encoded.example.has_eos[: len(encoded.completions)]
-    for ids, has_eos in zip(encoded.completions, all_have_eos, strict=True):
-        completions.append(end_and_truncate(ids, has_eos or not ids, eos_id, room))
+    for completion in encoded.completions:
+        if not completion.ids:
+            completion = EncodedCompletion([eos_id], [True])
+        completions.append(completion.truncated(room))
     return EncodedRow(encoded.example, encoded.prompt, completions)
 
 
@@ -301,10 +295,9 @@ def _join_parts(parts: list[Path], output: Path, window_size: int, num_rows: int
         part.unlink()
 
 
-def summary(source: str, kept: int, dropped: Counter[str], unused: Iterable[str] = ()) -> str:
+def summary(source: str, kept: int, counts: Counts) -> str:
     """One line that says what became of the rows and columns. Raises UserError if no row could be used."""
-    report = {"rows": kept + dropped.total(), "kept": kept, "dropped": dropped, "not used": sorted(unused)}
-    counts = describe(report)
+    line = describe(report_of(counts, kept))
     if not kept:
-        raise UserError(f"{source}: no usable row; {counts}")
-    return counts
+        raise UserError(f"{source}: no usable row; {line}")
+    return line

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from algos.token_dpo_beam import proxy_logps
 from shared import UserError
 from shared.command import Above, AtLeast
-from shared.encode import Encoder
+from shared.encode import Encoder, end_ids
 from shared.rows import Text, UserTurn
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def load_sampler(path: str, dtype: str) -> "tuple[Any, PreTrainedTokenizerBase, 
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     tokenizer, _ = load_tokenizer(path)
     model = load_generator(path, getattr(torch, dtype), device)
-    eos_ids = end_ids(model, tokenizer)
+    eos_ids = ids_that_end(model, tokenizer)
     if not eos_ids:
         raise UserError(f"model {path}: the tokenizer has no EOS token; set one so that completions can end")
     return model, tokenizer, eos_ids
@@ -83,9 +83,9 @@ def load_proxies(proxy: str, reference: str, dtype: str, tokenizer: "PreTrainedT
     return models, eos_ids
 
 
-def end_ids(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS and the model's (a chat model has several), ascending."""
-    eos_ids = {tokenizer.eos_token_id}
+def ids_that_end(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids that end a completion, ascending: the tokenizer's and its template's, and those of the model."""
+    eos_ids = set(end_ids(tokenizer))
     of_model = model.generation_config.eos_token_id
     if isinstance(of_model, list):
         eos_ids.update(of_model)
@@ -253,9 +253,17 @@ def sample_completions(
 # ---------------------------------------------------------------- texts
 
 
-def decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
-    """The text of a completion, with blanks as the model wrote them."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: "PreTrainedTokenizerBase", prompt: list[int], ids: list[int]) -> str:
+    """The text of a completion, with blanks as the model wrote them.
+
+    Some tokenizers leave out the blank at the start of a text, so it is decoded behind its prompt.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt, **options)
+    together = tokenizer.decode(prompt + ids, **options)
+    if together.startswith(before):
+        return together.removeprefix(before)
+    return tokenizer.decode(ids, **options)
 
 
 def as_written(prompt: Text | UserTurn, encoder: Encoder) -> Text:

@@ -19,6 +19,7 @@ from scripts.lab.row_files import EncodedRow
 from shared import UserError
 from shared.batches import Batch, Batches
 from shared.distributed import Ranks, inference
+from shared.encode import EncodedCompletion
 from shared.groups import Groups, check_fit, full_attention_length
 from shared.model import PackedModel, Policy, RewardModel
 from shared.rows import Example
@@ -32,15 +33,18 @@ BATCH_SIZE = 256  # groups that are divided into micro-batches together
 def make_groups(rows: list[EncodedRow]) -> Groups:
     """Rows with equally many completions as Groups of their token ids."""
     tokens: list[int] = []
+    is_counted: list[bool] = []
     offsets = []
     for row in rows:
         starts = [len(tokens)]
-        for piece in (row.prompt, *row.completions):
-            tokens += piece
+        for piece in (EncodedCompletion(row.prompt, [False] * len(row.prompt)), *row.completions):
+            tokens += piece.ids
+            is_counted += piece.is_counted
             starts.append(len(tokens))
         offsets.append(starts)
     row_numbers = torch.arange(1, len(rows) + 1)
-    return Groups(torch.tensor(tokens, dtype=torch.int32), torch.tensor(offsets), row_numbers, {})
+    token_ids = torch.tensor(tokens, dtype=torch.int32)
+    return Groups(token_ids, torch.tensor(offsets), row_numbers, {}, torch.tensor(is_counted))
 
 
 def over_groups(
@@ -60,13 +64,13 @@ def over_groups(
 
 
 def token_logps_of(policy: Policy, groups: Groups, budget: int, ranks: Ranks) -> list[list[Tensor]]:
-    """log π of each token of each completion: for each group K tensors (T,), float64.
+    """log π of each token of each completion: for each group K tensors (T,), float64; NaN for context.
 
     budget: most tokens in one forward pass.
     """
     check_fit(groups, policy.lm.config, "rows")
     batches = Batches(groups, BATCH_SIZE, budget, None, ranks)
-    logps = torch.zeros(groups.tokens.shape, device=ranks.device)
+    logps = torch.full(groups.tokens.shape, torch.nan, device=ranks.device)
     with inference(policy):
         for batch in batches.all_batches():
             logps[batch.target_index] = policy(batch)
@@ -153,7 +157,7 @@ def _check_head(path: str, config: "PretrainedConfig") -> None:
 
 def score_with_oracle(example: Example) -> list[float]:
     """The oracle's reward of each completion. Raises UserError if the prompt is not a notice or a text is a chat."""
-    texts = [text for text in (example.prompt, *example.completions) if isinstance(text, str)]
+    texts = [text for text in (example.prompt, *example.texts) if isinstance(text, str)]
     if len(texts) < 1 + len(example.completions):
         raise UserError(f"{example.location}: --reward notices scores plain texts, not chat messages")
     prompt, *completions = texts

@@ -10,7 +10,6 @@ import json
 import math
 import random
 import statistics
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +23,7 @@ from shared import UserError
 from shared.files import storage_errors
 from shared.groups import Requires, tokenise
 from shared.loading import load_tokenizer
-from shared.rows import UserTurn, parse_rows
+from shared.rows import Counts, UserTurn, parse_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -200,8 +199,8 @@ def real_rows(workload: Workload, tokenizer: "PreTrainedTokenizerBase") -> Itera
     """
     assert workload.rows is not None
     rng = random.Random(0)
-    for example in parse_rows(workload.rows, Counter()):
-        texts = [text for text in (text_of(example.prompt), *example.completions) if isinstance(text, str)]
+    for example in parse_rows(workload.rows, Counts()):
+        texts = [text for text in (text_of(example.prompt), *example.texts) if isinstance(text, str)]
         if len(texts) != 3 or len(example.completions) != 2:
             raise UserError(f"{example.location}: --rows must be pairs of plain text, with a prompt")
 
@@ -273,8 +272,8 @@ def trained_tokenizer(source: str) -> "Tokenizer":
     from tokenizers.trainers import BpeTrainer
 
     def texts() -> Iterator[str]:
-        for example in parse_rows(source, Counter()):
-            for text in (text_of(example.prompt), *example.completions):
+        for example in parse_rows(source, Counts()):
+            for text in (text_of(example.prompt), *example.texts):
                 yield str(text)
 
     backend = Tokenizer(BPE())

@@ -256,7 +256,9 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     """
     lm = model.lm
     if activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # newer transformers have it under the first name, and warn of the second
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     try:
         layers = _layers(lm)
         skip_unread(layers[-1])

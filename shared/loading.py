@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +13,9 @@ from tqdm import tqdm
 
 from shared import UserError, first_line
 from shared.attention import ATTENTION_NAME, span_attention
+from shared.batches import Batches
 from shared.distributed import Ranks, from_main, shard
+from shared.encode import end_ids
 from shared.files import bytes_of, is_complete
 from shared.last_layer import skip_unread
 from shared.model import Policy, RewardModel
@@ -109,17 +112,21 @@ def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = F
     return _prepare(Policy(lm), path, ranks, activation_checkpointing)
 
 
-def load_reward_model(args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBase") -> RewardModel:
+def load_reward_model(
+    args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBase", *sets: Batches | None
+) -> RewardModel:
     """The reward model to train, from `args.model`. A language model gets a new head, drawn by `args.seed`.
 
-    The classifier of transformers finds the end of a completion by the pad token. The EOS is part of the completion, so
-    the tokenizer gets another pad token if need be. Raises UserError if it has none, and as `load_policy` does.
+    The classifier of transformers finds the end of a completion by the pad token, which no completion may end with. The
+    tokenizer gets another one if need be, which occurs in none of the sets. Raises UserError if there is none, and as
+    `load_policy` does.
     """
-    _set_pad_token(tokenizer, args.model)
+    _set_pad_token(tokenizer, args.model, sets, ranks)
     torch.manual_seed(args.seed)
     lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
     model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
-    model.lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    for config in (model.lm.config, model.lm.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
     _say_what_is_left_out(model, args.model, ranks)
     return model
 
@@ -163,15 +170,46 @@ def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) 
         tqdm.write(f"model {path}: its text part is trained; frozen are its {', '.join(sorted(frozen))}")
 
 
-def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = None
-        for token in tokenizer.added_tokens_decoder.values():
-            if token.special and token.content not in (tokenizer.eos_token, tokenizer.bos_token):
-                tokenizer.pad_token = token.content
-                break
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"model {path}: a reward model needs a pad token other than the EOS; give its tokenizer one")
+def _set_pad_token(
+    tokenizer: "PreTrainedTokenizerBase", path: str, sets: Iterable[Batches | None], ranks: Ranks
+) -> None:
+    """Let the pad token be one that rows do not hold. The tokenizer's own is kept if it is such a token."""
+    unfit: dict[int, str] = {}
+    for batches in sets:
+        if batches is not None:
+            unfit |= dict.fromkeys(batches.groups.tokens.unique().tolist(), "occurs in the rows")
+    unfit |= _unfit_for_padding(tokenizer, path)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in unfit:
+        return
+
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in unfit]
+    if not special:
+        remedy = "add one to its tokenizer, and a row for it to the model's embedding"
+        raise UserError(f"model {path}: a reward model needs a pad token that no row holds; {remedy}")
+    # texts that are scored later may hold the unknown token
+    new_id = min(special, key=lambda i: (i == tokenizer.unk_token_id, i))
+    new = tokenizer.added_tokens_decoder[new_id].content
+    line = f"model {path}: the pad token becomes {new}"
+    if tokenizer.pad_token_id is not None:
+        line += f"; {tokenizer.pad_token} {unfit[tokenizer.pad_token_id]}"
+    tokenizer.pad_token = new
+    if ranks.is_main:
+        tqdm.write(line)
+
+
+def _unfit_for_padding(tokenizer: "PreTrainedTokenizerBase", path: str) -> dict[int, str]:
+    """The special tokens that rows hold, or may hold when others are scored, and why. {id: reason}"""
+    vocab_size = _load_config(path).get_text_config().vocab_size
+    template = str(tokenizer.chat_template)
+    unfit = {}
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.content in template:
+            unfit[i] = "stands in the chat template"
+        if i >= vocab_size:
+            unfit[i] = "has no embedding"
+    if tokenizer.bos_token_id is not None:
+        unfit[tokenizer.bos_token_id] = "begins a text"
+    return unfit | dict.fromkeys(end_ids(tokenizer), "ends a completion")
 
 
 def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
@@ -241,7 +279,9 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     """
     lm = model.lm
     if activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # newer transformers have it under the first name, and warn of the second
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     try:
         layers = _layers(model)
         skip_unread(layers[-1])

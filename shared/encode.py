@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ANCHOR = "\n"  # stands before a text that goes on from another
 # Counts of rows in the report.
 CONTROL_STRINGS = "control strings as text"
+PLAIN = "plain text without the chat template"
 APART = "completions encoded apart from their prompt"
 OTHER_IDS = "drawn ids other than those of their text"
 FOREIGN_IDS = "drawn ids of another vocabulary not used"
@@ -178,6 +179,9 @@ class Encoder:
         _check_has_no_context(example)
         if example.tools:
             self.counts.unused.add("tools")
+        notes = set(example.notes)
+        if self.tokenizer.chat_template:
+            notes.add(PLAIN)
 
         prompt = example.prompt or ""
         if isinstance(prompt, UserTurn):
@@ -186,7 +190,7 @@ class Encoder:
         for completion in completions:
             text = cast(str, completion.text)
             turns.append([self._drawn_turn(text, completion.is_finished, self.tokenizer.eos_token)])
-        return RenderedExample(example, self.control_strings.protect(cast(str, prompt)), turns, set(example.notes))
+        return RenderedExample(example, self.control_strings.protect(cast(str, prompt)), turns, notes)
 
     def _render_chat(self, example: Example, completions: list[Completion]) -> RenderedExample:
         if not self.tokenizer.chat_template:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK = 1024  # examples that are tokenised together
+SHOWN = 300  # characters of a prompt and of a completion that are printed
 # what the content of a cached file depends on
 CODE = ("sources.py", "rows.py", "control_strings.py", "chat.py", "encode.py", "groups.py")
 
@@ -531,4 +532,8 @@ def shown_example(groups: Groups, tokenizer: "PreTrainedTokenizerBase") -> str:
     start, middle, end = groups.offsets[0, :3].tolist()
     prompt = tokenizer.decode(groups.tokens[start:middle])
     completion = tokenizer.decode(groups.tokens[middle:end])
-    return f"first row: {prompt[-300:]!r} | {completion[:300]!r}"
+    if len(prompt) > SHOWN:
+        prompt = "…" + prompt[-SHOWN:]
+    if len(completion) > SHOWN:
+        completion = completion[:SHOWN] + "…"
+    return f"first row: {prompt!r} | {completion!r}"

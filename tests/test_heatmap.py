@@ -587,7 +587,7 @@ def test_unusable_rows(row: dict, match: str, models: list[Path], tmp_path: Path
 def test_mistakes_have_a_line_each(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _ = models
     fails([PAIR], models, tmp_path, r"out\.png: must end in \.html", "out.png")
-    fails([PAIR], [policy, tmp_path / "none"], tmp_path, "none: no such directory")
+    fails([PAIR], [policy, tmp_path / "none"], tmp_path, "none: no such file or directory")
 
     other = tiny.make_model(tmp_path / "other", vocab=380)
     fails([PAIR], [policy, other], tmp_path, "--reference .*other: its tokenizer")
@@ -602,7 +602,7 @@ def test_mistakes_have_a_line_each(models: list[Path], tmp_path: Path, monkeypat
     fails([PAIR], [other, other], tmp_path, "other: the tokenizer has no EOS token")
 
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    fails([PAIR], models, tmp_path, r"matplotlib: pip install \"cleanpo\[plot\]\"")
+    fails([PAIR], models, tmp_path, r"matplotlib: pip install -e \"\.\[plot\]\"")
 
 
 def test_too_high_for_a_png(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ Details the equation leaves open:
    prompt (section 3). Here the mean over all training completions is stored as `reward_mean` in the model's config, and
    it is not subtracted.
 3. The result is a Hugging Face sequence classifier with one label. Such a classifier looks for the last token that is
-   not the pad token, so the pad token is set to a token other than the EOS.
+   not the pad token, so the pad token is set to one that occurs in no row. The model card says how others use it.
 4. `rewards/confidences` is the mean probability that the model gives to its favourite. If the model is calibrated, it
    equals `rewards/accuracies` (of pairs).
 5. An error in the paper: A.3 says that choices have probability proportional to the reward. Eq 18 has its exponential.
@@ -115,7 +115,7 @@ def main(args: Args) -> None:
     tokenizer, config = load_tokenizer(args.model)
     requires = Requires("ranking")
     train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
-    model = load_reward_model(args, run.ranks, tokenizer)
+    model = load_reward_model(args, run.ranks, tokenizer, train, held_out)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=args.learning_rate,

@@ -27,6 +27,7 @@ top-k and top-p apply to the result; the repetition penalty applies to the polic
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -101,7 +102,7 @@ def main(args: Args) -> None:
         steer = partial(Steering, pair, args.beta)
 
     count = args.num_completions or args.reference_samples
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, today=date.fromisoformat(settings["date"]))
 
     def compute(number: int, window: list[EncodedRow]) -> Iterator[dict]:
         prompts = [row.prompt for row in window]

@@ -20,6 +20,7 @@ scores its share of the rows.
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,7 +108,8 @@ def write_model_scores(args: Args, settings: dict, examples: Iterator[Example], 
             for row, scores in zip(window, rewards, strict=True):
                 yield with_scores(row.example.row, scores)
 
-        rows = encode_rows(examples, Encoder(models.tokenizer, counts), room, completions=True)
+        encoder = Encoder(models.tokenizer, counts, date.fromisoformat(settings["date"]))
+        rows = encode_rows(examples, encoder, room, completions=True)
         return write_windows(args.output, settings, rows, WINDOW_SIZE, compute, total)
 
 

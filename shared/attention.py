@@ -16,11 +16,16 @@ corner of that rectangle. A group with a prompt of P tokens and completions of C
 
 In half precision on a GPU, all segments are one call of a variable-length flash kernel. Otherwise each segment is one
 call of PyTorch's scaled_dot_product_attention.
+
+A layer may have a window of W tokens: a token then sees only the last W of these keys, its own among them. The keys of
+a segment are a prompt and one completion in their order, so the window reaches as far as in a row of these two alone.
+Without the flash kernel, a segment longer than the window is computed in blocks of W queries.
 """
 
 import inspect
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ATTENTION_NAME = "spans"  # under which transformers knows `span_attention`
+NOT_COMPUTED = {  # arguments of transformers that change what attention computes
+    "softcap": "soft caps on its scores",
+    "s_aux": "sinks",
+    "position_bias": "position biases",
+}
 
 Group = tuple[int, tuple[int, ...]]  # the tokens of the prompt, at least 1, and of each completion
 
@@ -46,6 +56,7 @@ class Spans:
     max_keys: int
     key_index: Tensor  # (sum of key lengths,) positions in the row; a prompt's are there once per completion
     dtype: torch.dtype  # of the attention mask
+    largest_masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)  # by window, made when needed
 
     @classmethod
     def of(cls, groups: list[Group], device: torch.device | str, dtype: torch.dtype) -> "Spans":
@@ -78,9 +89,14 @@ class Spans:
             dtype=dtype,
         )
 
-    def mask(self, before: int, queries: int) -> Tensor:
-        """(queries, before + queries), additive: each query sees `before` keys, and then up to its own key."""
-        largest = self._largest_mask
+    def mask(self, before: int, queries: int, window: int | None = None) -> Tensor:
+        """(queries, before + queries), additive: each query sees `before` keys, and then up to its own key.
+
+        Of these it sees the last `window`, if there is a window.
+        """
+        if window not in self.largest_masks:
+            self.largest_masks[window] = self._largest_mask(window)
+        largest = self.largest_masks[window]
         most_before = largest.shape[1] - largest.shape[0]
         mask = largest[:queries, most_before - before : most_before + queries]
         if mask.is_cuda:
@@ -88,11 +104,13 @@ class Spans:
             mask = mask.contiguous()
         return mask
 
-    @cached_property
-    def _largest_mask(self) -> Tensor:
-        """The largest mask of this row; every other one is a slice of it."""
+    def _largest_mask(self, window: int | None) -> Tensor:
+        """The largest mask of this row with that window; every other one is a slice of it."""
         most_before = 0
         most_queries = 0
+        if window is not None:
+            most_before = min(window - 1, self.max_keys)
+            most_queries = min(window, self.max_queries)
         for (prompt, completions), skipped in zip(self.groups, self.skipped, strict=True):
             for length in completions[1:]:
                 most_before = max(most_before, prompt)
@@ -103,7 +121,10 @@ class Spans:
 
         shape = (most_queries, most_before + most_queries)
         nothing_visible = torch.full(shape, float("-inf"), dtype=self.dtype, device=self.key_index.device)
-        return nothing_visible.triu(most_before + 1)
+        mask = nothing_visible.triu(most_before + 1)
+        if window is not None:
+            mask += nothing_visible.tril(most_before - window)
+        return mask
 
 
 def _cumulative(lengths: list[int]) -> Tensor:
@@ -116,20 +137,30 @@ def span_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    spans: Spans,
+    spans: Spans | None = None,
     scaling: float | None = None,
-    **_: object,
+    sliding_window: int | None = None,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Attention with the signature of transformers' `AttentionInterface`, which passes more arguments than are used.
 
-    query (1, H, T, D), key and value (1, H_kv, T, D) → (1, T, H, D).
+    query (1, H, T, D), key (1, H_kv, T, D) and value (1, H_kv, T, D') → (1, T, H, D'). A token sees the last
+    `sliding_window` tokens, itself among them, of those that it would see without a window. Raises ValueError if the
+    layer wants something else of its attention.
     """
+    for name, meaning in NOT_COMPUTED.items():
+        if others.get(name) is not None:
+            raise ValueError(f"its attention has {meaning}")
+    if spans is None:
+        raise ValueError("its layers do not tell its attention which tokens see each other")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _variable_length(query, key, value, spans, scaling), None
-    return _per_segment(query, key, value, spans, scaling), None
+        return _variable_length(query, key, value, spans, scaling, sliding_window), None
+    return _per_segment(query, key, value, spans, scaling, sliding_window), None
 
 
-def _per_segment(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+def _per_segment(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, window: int | None
+) -> Tensor:
     grouped_heads = query.shape[1] != key.shape[1]
     attend = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=grouped_heads)
 
@@ -143,25 +174,45 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale:
     for (prompt, completions), skipped in zip(spans.groups, spans.skipped, strict=True):
         q, k, v = next(segments)
         if skipped:
-            batch, heads, length, width = q.shape
-            outputs.append(q.new_zeros(batch, heads, skipped, width))
-            mask = spans.mask(skipped, length - skipped)
-            outputs.append(attend(q[:, :, skipped:], k, v, attn_mask=mask))
-        else:
-            outputs.append(attend(q, k, v, is_causal=True))
+            batch, heads, _, _ = q.shape
+            outputs.append(q.new_zeros(batch, heads, skipped, v.shape[-1]))
+            q = q[:, :, skipped:]
+        outputs += _in_blocks(attend, q, k, v, spans, window)
 
         prompt_k = k[:, :, :prompt]
         prompt_v = v[:, :, :prompt]
-        for length in completions[1:]:
+        for _ in completions[1:]:
             q, k, v = next(segments)
             k = torch.cat([prompt_k, k], 2)
             v = torch.cat([prompt_v, v], 2)
-            mask = spans.mask(prompt, length)
-            outputs.append(attend(q, k, v, attn_mask=mask))
-    return torch.cat(outputs, 2).transpose(1, 2)
+            outputs += _in_blocks(attend, q, k, v, spans, window)
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1)
 
 
-def _variable_length(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+def _in_blocks(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None
+) -> Iterator[Tensor]:
+    """The outputs of one segment, whose queries are those of its last keys: all at once, or in blocks of a window."""
+    queries = q.shape[2]
+    before = k.shape[2] - queries
+    if window is None or k.shape[2] <= window:
+        if before:
+            yield attend(q, k, v, attn_mask=spans.mask(before, queries))
+        else:
+            yield attend(q, k, v, is_causal=True)
+        return
+
+    for start in range(0, queries, window):
+        end = min(start + window, queries)
+        first_key = max(0, before + start - window + 1)
+        visible = slice(first_key, before + end)
+        mask = spans.mask(before + start - first_key, end - start, window)
+        yield attend(q[:, :, start:end], k[:, :, visible], v[:, :, visible], attn_mask=mask)
+
+
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     q = query[0].transpose(0, 1)  # (T, H, D)
@@ -169,17 +220,26 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sc
     v = value[0].transpose(0, 1)
 
     width = q.shape[2]
-    missing = -width % 8
-    if missing:  # the kernel needs a multiple of 8, and zeros change no product
-        q = F.pad(q, (0, missing))
-        k = F.pad(k, (0, missing))
-        v = F.pad(v, (0, missing))
+    value_width = v.shape[2]
+    kernel_width = max(width, value_width)
+    kernel_width += -kernel_width % 8  # the kernel needs one width, a multiple of 8, and zeros change no product
+    if kernel_width > min(width, value_width):
+        q = F.pad(q, (0, kernel_width - width))
+        k = F.pad(k, (0, kernel_width - width))
+        v = F.pad(v, (0, kernel_width - value_width))
         if scale is None:
             scale = width**-0.5
 
-    options = _kernel_options()
+    if window is None:
+        window_size = (-1, 0)
+    else:
+        window_size = (window - 1, 0)  # the tokens before a query's own, and those after it
+
+    options: dict[str, Any] = {}
     queries_per_key = q.shape[1] // k.shape[1]
-    if queries_per_key > 1 and "enable_gqa" not in options:
+    if _knows_grouped_heads():
+        options["enable_gqa"] = True
+    elif queries_per_key > 1:
         k = k.repeat_interleave(queries_per_key, 1)
         v = v.repeat_interleave(queries_per_key, 1)
     k = k[spans.key_index]
@@ -194,23 +254,16 @@ def _variable_length(query: Tensor, key: Tensor, value: Tensor, spans: Spans, sc
         spans.max_queries,
         spans.max_keys,
         scale=scale,
+        window_size=window_size,
         **options,
     )
     assert isinstance(output, Tensor), "the kernel returns a tuple only when it is asked for more than the output"
-    return output[None, ..., :width]
+    return output[None, ..., :value_width]
 
 
 @cache
-def _kernel_options() -> dict[str, Any]:
-    """`varlen_attn` has another flag for causal attention since torch 2.11, and knows grouped heads since 2.12."""
+def _knows_grouped_heads() -> bool:
+    """Whether `varlen_attn` takes fewer keys than queries, as it does since torch 2.12."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options: dict[str, Any] = {}
-    parameters = inspect.signature(varlen_attn).parameters
-    if "window_size" in parameters:
-        options["window_size"] = (-1, 0)
-    else:
-        options["is_causal"] = True
-    if "enable_gqa" in parameters:
-        options["enable_gqa"] = True
-    return options
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters

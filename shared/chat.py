@@ -118,7 +118,10 @@ class ChatTemplate:
 
     @cached_property
     def _outline_of_one_turn(self) -> Outline:
-        return Outline(self._left_out([USER], ANSWERS[:1], None), [])
+        try:
+            return Outline(self._left_out([USER], ANSWERS[:1], None), [])
+        except Dropped:  # by a template that needs more than one message of the user, say
+            return Outline("", [])
 
     def outline(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> Outline:
         """The outline of a conversation, found by placeholders in the place of the assistant's texts.

@@ -152,12 +152,23 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks) -> Callable[[
 
     is_sharded = ranks.shard_size > 1  # only sharded weights are gathered for a forward pass and freed after it
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    frozen = _frozen_parameters(model)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded)
-    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded)
+    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded, ignored_params=frozen)
     if is_sharded:
         return root.set_requires_all_reduce
     return root.set_requires_gradient_sync
+
+
+def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters without gradients. A forward pass over tokens does not need them, so no process gathers them."""
+    frozen = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                frozen.add(parameter)
+    return frozen
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -1,39 +1,75 @@
-"""Write the trained model as a Hugging Face directory."""
+"""Write the trained model as a Hugging Face directory.
 
+weights            in float32, with the configuration
+tokenizer          the files of the starting model, byte for byte where the tokenizer is still the one that they give
+generation config  that of the starting model, with the ids that ended the completions of training
+model card         README.md; that of a reward model has code that computes its rewards with transformers alone
+"""
+
+import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from shared.distributed import Ranks, unsharded
-from shared.files import storage_errors
-from shared.model import PackedModel
+from shared.encode import Encoder, end_ids
+from shared.files import storage_errors, write_json
+from shared.model import PackedModel, RewardModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAST_FILE = "config.json"  # nothing can be loaded without it, so it appears when all others are there
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+)
+PROCESSOR_FILES = ("*processor_config.json",)  # of a model that reads pictures too
+SPECIAL_TOKENS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 def export(
     model: PackedModel, tokenizer: "PreTrainedTokenizerBase", directory: Path, model_card: str, ranks: Ranks
 ) -> None:
-    """Write the weights, gathered, in float32, with configuration, tokenizer and model card. Raises StorageError."""
+    """Write the weights, gathered, with configuration, tokenizer and model card. Raises StorageError.
+
+    Trained weights are in float32, frozen ones in the dtype of the starting model's files.
+    """
     state_dict = _gather(model, ranks)
     if not ranks.is_main:
         return
 
     temporary = directory / ".export"
+    source = _source_directory(tokenizer)
+    if isinstance(model, RewardModel):
+        model_card += reward_recipe(tokenizer)
     try:
         with storage_errors(directory):
-            model.lm.save_pretrained(temporary, state_dict=state_dict)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(model_card)
+            _write_model(model.lm, state_dict, temporary)
+            _write_tokenizer(tokenizer, source, temporary)
+            _copy(source, PROCESSOR_FILES, temporary)
+            if model.lm.can_generate():
+                _write_generation_config(model.lm, end_ids(tokenizer), source, temporary)
+            (temporary / "README.md").write_text(model_card, encoding="utf-8")
             files = sorted(temporary.iterdir(), key=lambda file: file.name == LAST_FILE)
             for file in files:
-                os.replace(file, directory / file.name)
+                _move(file, directory / file.name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -52,3 +88,201 @@ def _gather(model: PackedModel, ranks: Ranks) -> dict[str, Tensor | None]:
                 gathered[id(tensor)] = None
         state_dict[name] = gathered[id(tensor)]
     return state_dict
+
+
+def _move(file: Path, target: Path) -> None:
+    if target.is_dir():  # of an earlier export of the same run
+        shutil.rmtree(target)
+    os.replace(file, target)
+
+
+def _source_directory(tokenizer: "PreTrainedTokenizerBase") -> Path | None:
+    """The directory that the tokenizer was loaded from, for a hub id that of its files in the cache."""
+    from huggingface_hub import snapshot_download
+
+    name = tokenizer.name_or_path
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # it is gone, or was never there
+        return None
+
+
+# ---------------------------------------------------------------- model
+
+
+def _write_model(lm: Any, state_dict: dict[str, Tensor | None], directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    loaded = getattr(lm, "generation_config", None)
+    if lm.can_generate():
+        # transformers refuses to save some generation configurations that it has loaded, but never this one
+        lm.generation_config = GenerationConfig()
+    lm.save_pretrained(directory, state_dict=state_dict)
+    lm.generation_config = loaded
+
+    lm.config.dtype = "float32"  # the text part's, whatever a frozen part has
+    lm.config.save_pretrained(directory)
+
+
+def _write_generation_config(lm: Any, eos_ids: list[int], source: Path | None, directory: Path) -> None:
+    """What the starting model has, as it stands, with the ids that end a completion added to `eos_token_id`.
+
+    Plain transformers stops at each of them. A chat model ends its turns with a token that is often not its EOS.
+    """
+    copies = _copy(source, [GENERATION_CONFIG], directory)
+    content = _read_json(directory / GENERATION_CONFIG)
+    if content is None:
+        copies = []
+        content = json.loads(lm.generation_config.to_json_string())
+        content.pop("_from_model_config", None)
+
+    known = content.get("eos_token_id")
+    is_given = known is not None
+    if not is_given:
+        known = lm.config.get_text_config().eos_token_id
+    if not isinstance(known, list):
+        known = [known]
+    all_ids = [i for i in dict.fromkeys([*known, *eos_ids]) if i is not None]
+    if copies and is_given and all_ids == known:
+        return  # it stays byte for byte
+
+    content["eos_token_id"] = all_ids
+    if len(all_ids) == 1:
+        content["eos_token_id"] = all_ids[0]
+    write_json(directory / GENERATION_CONFIG, content, indent=2)
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: Path | None, directory: Path) -> None:
+    """The files of the starting model, if they give this tokenizer, or do with its pad token; else new ones.
+
+    Other programs, and earlier transformers, cannot read everything that this transformers would write.
+    """
+    copied = _copy(source, TOKENIZER_FILES, directory)
+    loaded = _load_tokenizer(directory)
+    if loaded is not None and loaded.pad_token != tokenizer.pad_token:
+        _write_pad_token(tokenizer.pad_token, directory)
+        loaded = _load_tokenizer(directory)
+    if loaded is None or _content(loaded) != _content(tokenizer):
+        for file in copied:
+            file.unlink()
+        tokenizer.save_pretrained(directory)
+
+
+def _load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that transformers finds in a directory, or None."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception:  # it raises OSError, ValueError, KeyError, ... for the same mistakes
+        return None
+
+
+def _content(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    """All that the token ids of rows depend on, and the special tokens."""
+    model: Any = sorted(tokenizer.get_vocab().items())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = json.loads(backend.to_str())
+        for name in ("padding", "truncation"):  # settings of the last call
+            model.pop(name)
+    return [model, tokenizer.chat_template, tokenizer.special_tokens_map]
+
+
+def _write_pad_token(pad_token: str, directory: Path) -> None:
+    """Change the name of the pad token, and nothing else, in the files that have one."""
+    for name in SPECIAL_TOKENS_FILES:
+        content = _read_json(directory / name)
+        if content is not None:
+            content["pad_token"] = pad_token
+            write_json(directory / name, content, indent=2)
+
+
+def _copy(source: Path | None, patterns: Iterable[str], directory: Path) -> list[Path]:
+    """Copy the files that match and can be read; returns the copies."""
+    copies: list[Path] = []
+    if source is None:
+        return copies
+    for file in sorted({file for pattern in patterns for file in source.glob(pattern)}):
+        try:
+            content = file.read_bytes()
+        except OSError:  # such as of a directory
+            continue
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(content)
+        copies.append(copy)
+    return copies
+
+
+def _read_json(file: Path) -> dict | None:
+    """The content of a JSON file, or None if there is no such file or no JSON object in it."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict):
+        return None
+    return content
+
+
+# ---------------------------------------------------------------- model card
+
+RECIPE = """
+## Rewards
+
+A reward is read at the last token of a completion: its EOS, or the end of the assistant's last turn. A chat template
+may write more behind that, such as a line break, where the model was never trained. With transformers alone, this code
+gives the rewards that `scripts/score.py` of cleanpo gives. Both subtract `reward_mean`, the mean over the completions
+of training. The texts must not hold the strings of special tokens.
+
+```python
+from os.path import commonprefix
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+FOLDER = "."  # where this file lies
+model = AutoModelForSequenceClassification.from_pretrained(FOLDER).eval()
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+
+
+def reward(ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits.item() - model.config.reward_mean
+
+
+def encode(prompt, text, add_special_tokens):  # in two parts if the tokens of the prompt are not the first of the text
+    first = tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids
+    ids = tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+    if ids[: len(first)] != first:
+        ids = first + tokenizer(text[len(prompt) :], add_special_tokens=False).input_ids
+    return ids
+
+
+def reward_of_text(prompt, completion):
+    ids = encode(prompt, prompt + completion, add_special_tokens=True)
+    return reward([*ids, tokenizer.eos_token_id])
+"""
+CHAT_RECIPE = """
+
+def reward_of_chat(messages):  # the last message is the assistant's
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = (text.rpartition(TURN_END)[0] or text) + TURN_END
+    return reward(encode(commonprefix([prompt, text]), text, add_special_tokens=False))
+"""
+
+
+def reward_recipe(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The part of a reward model's card that says how to compute its rewards without this project."""
+    recipe = RECIPE
+    if tokenizer.chat_template:
+        turn_end = Encoder(tokenizer).template.turn_ends.last
+        recipe += CHAT_RECIPE.replace("TURN_END", repr(turn_end or tokenizer.eos_token))
+    return recipe + "```\n"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from shared import StorageError
@@ -97,7 +98,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, to be hashed."""
-    return tensor.contiguous().numpy().data
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def is_complete(path: Path) -> bool:

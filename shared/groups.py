@@ -501,12 +501,12 @@ def describe(report: dict) -> str:
 
 
 def full_attention_length(config: "PretrainedConfig") -> int:
-    """The length up to which every token attends to all before it, at unchanged rotary frequencies.
+    """The length up to which rotary frequencies are unchanged and attention is not cut into chunks.
 
     Packed rows assume both.
     """
     config = config.get_text_config()
-    limits = [getattr(config, "sliding_window", None)]
+    limits = [getattr(config, "attention_chunk_size", None)]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         limits += [rope.get("original_max_position_embeddings"), config.max_position_embeddings]
@@ -514,7 +514,7 @@ def full_attention_length(config: "PretrainedConfig") -> int:
 
 
 def check_fit(groups: Groups, config: "PretrainedConfig", source: str) -> None:
-    """Raises UserError for a token without an embedding, and for a row that is too long for full attention."""
+    """Raises UserError for a token without an embedding, and for a row that is too long for packed rows."""
     largest_id = int(groups.tokens.max())
     vocab_size = config.get_text_config().vocab_size
     if largest_id >= vocab_size:
@@ -522,7 +522,7 @@ def check_fit(groups: Groups, config: "PretrainedConfig", source: str) -> None:
 
     limit = full_attention_length(config)
     if groups.longest > limit:
-        problem = f"beyond {limit} tokens the model's attention window or rotary embedding changes; give --max-length"
+        problem = f"beyond {limit} tokens the model's attention or rotary embedding changes; give --max-length"
         raise UserError(f"{source}: {groups.longest} tokens, but {problem}")
 
 

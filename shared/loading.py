@@ -2,30 +2,32 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
 from shared import UserError, first_line
 from shared.attention import ATTENTION_NAME, span_attention
+from shared.batches import Batches
 from shared.distributed import Ranks, from_main, shard
+from shared.encode import end_ids
 from shared.files import bytes_of, is_complete
 from shared.last_layer import skip_unread
 from shared.model import Policy, RewardModel
-from shared.packing import check_packing
+from shared.packing import check_packing, reason_of_refusal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 POLICY_CLASS = "AutoModelForCausalLM"
+MULTIMODAL_CLASS = "AutoModelForImageTextToText"
 REWARD_MODEL_CLASS = "AutoModelForSequenceClassification"
 REWARD_HEAD = "score.weight"
-NOT_IN_ROWS = (
-    "packed rows have no soft caps, sinks, position biases, latent attention, logit scales or recurrent layers"
-)
 
 AnyModel = TypeVar("AnyModel", Policy, RewardModel)
 
@@ -41,10 +43,13 @@ def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrained
     tokenizer, config = _load_tokenizer_and_config(path)
     if reference is not None:
         reference_tokenizer, reference_config = _load_tokenizer_and_config(reference)
-        same_tokens = reference_tokenizer.get_vocab() == tokenizer.get_vocab()
-        same_size = reference_config.get_text_config().vocab_size == config.get_text_config().vocab_size
-        if not same_tokens or not same_size:
-            raise UserError(f"--reference {reference}: its tokenizer or vocabulary size is not that of {path}")
+        if reference_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"--reference {reference}: its tokenizer is not that of {path}")
+        reference_size = reference_config.get_text_config().vocab_size
+        size = config.get_text_config().vocab_size
+        if reference_size != size:
+            sizes = f"its vocabulary size is {reference_size}, that of {path} is {size}"
+            raise UserError(f"--reference {reference}: {sizes}; resize one of them")
     return tokenizer, config
 
 
@@ -103,21 +108,25 @@ def load_policy(args: Any, ranks: Ranks) -> Policy:
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
     """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails."""
-    lm = _load_lm(POLICY_CLASS, path)
+    lm = _load_lm(_policy_class(path), path)
     return _prepare(Policy(lm), path, ranks, activation_checkpointing)
 
 
-def load_reward_model(args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBase") -> RewardModel:
+def load_reward_model(
+    args: Any, ranks: Ranks, tokenizer: "PreTrainedTokenizerBase", *sets: Batches | None
+) -> RewardModel:
     """The reward model to train, from `args.model`. A language model gets a new head, drawn by `args.seed`.
 
-    The classifier of transformers finds the end of a completion by the pad token. The EOS is part of the completion, so
-    the tokenizer gets another pad token if need be. Raises UserError if it has none, and as `load_policy` does.
+    The classifier of transformers finds the end of a completion by the pad token, which no completion may end with. The
+    tokenizer gets another one if need be, which occurs in none of the sets. Raises UserError if there is none, and as
+    `load_policy` does.
     """
-    _set_pad_token(tokenizer, args.model)
+    _set_pad_token(tokenizer, args.model, sets, ranks)
     torch.manual_seed(args.seed)
     lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
     model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
-    model.lm.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.lm.config, model.lm.config.get_text_config()):
+        config.pad_token_id = tokenizer.pad_token_id
     _say_what_is_left_out(model, args.model, ranks)
     return model
 
@@ -130,59 +139,109 @@ def load_scorer(path: str, ranks: Ranks) -> RewardModel:
 
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> Any:
     """A causal language model as transformers has it, to generate with. Raises UserError if it cannot be loaded."""
-    lm = _from_pretrained(POLICY_CLASS, path, dtype=dtype)
+    lm = _from_pretrained(_policy_class(path), path, dtype=dtype)
     return lm.to(device).eval()
 
 
+def _policy_class(path: str) -> str:
+    """The auto class of transformers that loads a language model whole, with the parts that read no text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    config = _load_config(path)
+    if config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return MULTIMODAL_CLASS
+    return POLICY_CLASS
+
+
 def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) -> None:
-    """Print that a mixture of experts is trained without the loss that balances the load of its experts."""
-    coefficient = getattr(model.lm.config, "router_aux_loss_coef", None)
-    if coefficient and ranks.is_main:
+    """Print that a mixture of experts is trained without its load-balancing loss, and which parts are frozen."""
+    if not ranks.is_main:
+        return
+    coefficient = getattr(model.lm.config.get_text_config(), "router_aux_loss_coef", None)
+    if coefficient:
         left_out = f"its load-balancing loss (router_aux_loss_coef {coefficient}) is left out"
         tqdm.write(f"model {path}: a mixture of experts; {left_out}")
 
+    frozen = set()
+    for name, parameter in model.lm.named_parameters():
+        if not parameter.requires_grad:
+            frozen.add(name.removeprefix("model.").split(".")[0])
+    if frozen:
+        tqdm.write(f"model {path}: its text part is trained; frozen are its {', '.join(sorted(frozen))}")
 
-def _set_pad_token(tokenizer: "PreTrainedTokenizerBase", path: str) -> None:
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = None
-        for token in tokenizer.added_tokens_decoder.values():
-            if token.special and token.content not in (tokenizer.eos_token, tokenizer.bos_token):
-                tokenizer.pad_token = token.content
-                break
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"model {path}: a reward model needs a pad token other than the EOS; give its tokenizer one")
+
+def _set_pad_token(
+    tokenizer: "PreTrainedTokenizerBase", path: str, sets: Iterable[Batches | None], ranks: Ranks
+) -> None:
+    """Let the pad token be one that rows do not hold. The tokenizer's own is kept if it is such a token."""
+    unfit: dict[int, str] = {}
+    for batches in sets:
+        if batches is not None:
+            unfit |= dict.fromkeys(batches.groups.tokens.unique().tolist(), "occurs in the rows")
+    unfit |= _unfit_for_padding(tokenizer, path)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in unfit:
+        return
+
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in unfit]
+    if not special:
+        remedy = "add one to its tokenizer, and a row for it to the model's embedding"
+        raise UserError(f"model {path}: a reward model needs a pad token that no row holds; {remedy}")
+    # texts that are scored later may hold the unknown token
+    new_id = min(special, key=lambda i: (i == tokenizer.unk_token_id, i))
+    new = tokenizer.added_tokens_decoder[new_id].content
+    line = f"model {path}: the pad token becomes {new}"
+    if tokenizer.pad_token_id is not None:
+        line += f"; {tokenizer.pad_token} {unfit[tokenizer.pad_token_id]}"
+    tokenizer.pad_token = new
+    if ranks.is_main:
+        tqdm.write(line)
+
+
+def _unfit_for_padding(tokenizer: "PreTrainedTokenizerBase", path: str) -> dict[int, str]:
+    """The special tokens that rows hold, or may hold when others are scored, and why. {id: reason}"""
+    vocab_size = _load_config(path).get_text_config().vocab_size
+    template = str(tokenizer.chat_template)
+    unfit = {}
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.content in template:
+            unfit[i] = "stands in the chat template"
+        if i >= vocab_size:
+            unfit[i] = "has no embedding"
+    if tokenizer.bos_token_id is not None:
+        unfit[tokenizer.bos_token_id] = "begins a text"
+    return unfit | dict.fromkeys(end_ids(tokenizer), "ends a completion")
 
 
 def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
     """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
 
-    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded, if it is quantised or
-    multimodal, or if a tensor is missing or not finite.
+    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded or is quantised, or if a
+    tensor is missing or not finite.
     """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
-    _refuse_kind(path, _load_config(path))
+    config = _load_config(path)
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
     options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
     lm = _from_pretrained(auto_class, path, new_tensor, **options)
     for name, parameter in lm.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"model {path}: {name} holds values that are not finite")
-    for module in lm.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    _remove_randomness(lm)
     return lm.train()  # activation checkpointing works in training mode only
 
 
-def _refuse_kind(path: str, config: "PretrainedConfig") -> None:
-    """Raises UserError for a model that is quantised, or whose language model is only a part of it."""
-    text_config = config.get_text_config()
-    for part in (config, text_config):
-        if getattr(part, "quantization_config", None):
-            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
-    if text_config is not config:
-        remedy = f"its text part cannot be trained inside it; save that part as a {text_config.model_type} model first"
-        raise UserError(f"model {path}: is a multimodal model; {remedy}")
+def _remove_randomness(lm: nn.Module) -> None:
+    """Set every dropout and every noise on the routing of experts to 0."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or "noise" in name):
+                setattr(module, name, 0.0)
 
 
 def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
@@ -195,6 +254,8 @@ def _from_pretrained(auto_class: str, path: str, new_tensor: str = "", **options
     try:
         lm, info = getattr(transformers, auto_class).from_pretrained(path, **options)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
+        if str(error) == repr(ATTENTION_NAME):  # a KeyError: the family has a fixed list of attentions
+            raise _unsupported(path, "its attention cannot be told which tokens see each other") from None
         raise _unloadable(_damaged_file(path) or path, error) from None
 
     mismatched = {name for name, *_ in info["mismatched_keys"]}
@@ -218,16 +279,19 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     """
     lm = model.lm
     if activation_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # newer transformers have it under the first name, and warn of the second
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     try:
-        layers = _layers(lm)
+        layers = _layers(model)
         skip_unread(layers[-1])
         if ranks.is_main:
             check_packing(model)
     except Exception as error:  # an architecture that does not fit fails in many ways
-        problem = f"{type(lm).__name__} is not supported; {NOT_IN_ROWS} ({first_line(error)})"
-        raise UserError(f"model {path}: {problem}") from None
+        raise _unsupported(path, reason_of_refusal(model, error)) from None
 
+    if lm.config.get_text_config() is not lm.config:
+        _freeze_other_parts(model, path)
     fingerprint = ""
     if ranks.is_main:
         fingerprint = _weights_hash(lm)
@@ -236,13 +300,45 @@ def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing:
     return model
 
 
-def _layers(lm: Any) -> list[nn.Module]:
+def _unsupported(path: str, reason: str) -> UserError:
+    return UserError(f"model {path}: its architecture is not supported: {reason}")
+
+
+def _layers(model: Policy | RewardModel) -> list[nn.Module]:
     """The layers of a transformer, from the first to the last."""
-    num_layers = lm.config.get_text_config().num_hidden_layers
-    for module in lm.base_model.modules():
+    if model.text_model.get_output_embeddings() is not None:
+        raise ValueError("its text part is not a module of its own")
+    num_layers = model.lm.config.get_text_config().num_hidden_layers
+    for module in model.text_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
     raise ValueError("it has no list of layers")
+
+
+def _freeze_other_parts(model: Policy | RewardModel, path: str) -> None:
+    """Freeze all that is neither the text part nor the head, and give it back the dtype that its file has."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    trained = {*model.text_model.state_dict(keep_vars=True).values(), *model.head.state_dict(keep_vars=True).values()}
+    others = {}
+    for name, tensor in model.lm.state_dict(keep_vars=True).items():
+        if tensor not in trained:
+            others[name] = tensor.requires_grad_(False)
+
+    tensors_of_files = revert_weight_conversion(model.lm, others)
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as stored:
+            for name in tensors_of_files.keys() & stored.keys():
+                tensors_of_files[name].data = stored.get_tensor(name).clone()
+
+
+def _weight_files(path: str) -> list[Path]:
+    """The safetensors of a model directory, or of a hub id that has been loaded."""
+    from huggingface_hub import snapshot_download
+
+    if not Path(path).is_dir():
+        path = snapshot_download(path, allow_patterns="*.safetensors", local_files_only=True)
+    return sorted(Path(path).glob("*.safetensors"))
 
 
 def _weights_hash(lm: Any) -> str:

@@ -15,30 +15,36 @@ TILE = {"cpu": (2**9, 2**11), "cuda": (2**9, 2**18)}
 KEPT = 2**23  # keep at most that many logits (32 MiB) for the backward pass; recompute the rest
 
 
-def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None = None
+) -> Tensor:
     """log π(target | context) of N tokens, float32.
 
     hidden (N, H): the states that predict them; weight (V, H), bias (V,) or None: the output head; targets (N,) → (N,).
+    A cap c bounds the logits z softly: c tanh(z / c).
     """
-    return _TokenLogps.apply(hidden, weight, bias, targets)
+    return _TokenLogps.apply(hidden, weight, bias, targets, cap)
 
 
 class _TokenLogps(torch.autograd.Function):
     """log softmax(h Wᵀ + b)[target] = logit[target] − logsumexp(logits), per token."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None
+    ) -> Tensor:
         target_logits = hidden.new_zeros(len(hidden), dtype=torch.float32)
         # in float32, every tile would lose a little
         logsumexp = torch.full_like(target_logits, float("-inf"), dtype=torch.double)
 
+        ctx.cap = cap
         ctx.kept_logits = {}
         room = 0
         if ctx.needs_input_grad[0]:
             room = KEPT
 
         for tokens, vocabulary in _tiles(hidden, weight):
-            logits = _logits(hidden[tokens], weight, bias, vocabulary)
+            logits = _logits(hidden[tokens], weight, bias, vocabulary, cap)
             size = logits.numel()
             if size <= room:
                 room -= size
@@ -72,7 +78,11 @@ class _TokenLogps(torch.autograd.Function):
             key = (tokens.start, vocabulary.start)
             logits = ctx.kept_logits.pop(key, None)
             if logits is None:
-                logits = _logits(hidden[tokens], weight, bias, vocabulary)
+                logits = _logits(hidden[tokens], weight, bias, vocabulary, ctx.cap)
+
+            slope = None
+            if ctx.cap is not None:
+                slope = 1 - (logits / ctx.cap).square()  # of the cap: tanh' = 1 − tanh²
 
             # d logp / d logits = onehot(target) − softmax, computed in the memory of the logits
             token_grad = grad[tokens, None]
@@ -80,6 +90,8 @@ class _TokenLogps(torch.autograd.Function):
             softmax = logits.sub_(logsumexp[tokens, None]).exp_()
             logits_grad = softmax.mul_(-token_grad)  # in place
             logits_grad.scatter_add_(-1, index, token_grad * inside)
+            if slope is not None:
+                logits_grad *= slope
 
             if bias_grad is not None:
                 bias_grad[vocabulary] += logits_grad.sum(0)
@@ -93,7 +105,7 @@ class _TokenLogps(torch.autograd.Function):
         weight_grad = weight_grad.to(weight.dtype)
         if bias_grad is not None:
             bias_grad = bias_grad.to(bias.dtype)
-        return hidden_grad, weight_grad, bias_grad, None
+        return hidden_grad, weight_grad, bias_grad, None, None
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -108,14 +120,16 @@ def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
             yield tokens, slice(first_entry, end)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: slice) -> Tensor:
-    """The logits of hidden states over a slice of the vocabulary, float32."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: slice, cap: float | None) -> Tensor:
+    """The logits of hidden states over a slice of the vocabulary, capped, float32."""
     tile_weight = weight[vocabulary]
     tile_bias = None
     if bias is not None:
         tile_bias = bias[vocabulary]
-    logits = torch.nn.functional.linear(hidden, tile_weight, tile_bias)
-    return logits.float()
+    logits = torch.nn.functional.linear(hidden, tile_weight, tile_bias).float()
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
 
 
 def _index_in(vocabulary: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,9 @@
-"""Policies and reward models: a Hugging Face model whose forward pass reads a packed micro-batch."""
+"""Policies and reward models: a Hugging Face model whose forward pass reads a packed micro-batch.
 
-from collections.abc import Callable
+The model may be multimodal, such as one that also reads pictures. Then its text part is trained and the rest is frozen.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,11 +33,24 @@ class PackedModel(nn.Module):
         # SHA-256 of the weights under "model", and of the reference's under "reference" once it is known
         self.fingerprints: dict[str, str] = {}
 
+    @property
+    def text_model(self) -> Any:
+        """The transformer that reads the tokens, without the head."""
+        if self.lm.config.get_text_config() is self.lm.config:
+            return self.lm.base_model
+        return self.lm.get_decoder()
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that are trained, which are all that an optimizer and a checkpoint see."""
+        for name, parameter in super().named_parameters(*args, **options):
+            if parameter.requires_grad:
+                yield name, parameter
+
     def states_at(self, positions: Tensor, batch: Batch) -> Tensor:
         """The last hidden states (R, H) at some positions (R,) of the packed row, each given once."""
         if torch.is_grad_enabled():
             self.sync(batch.is_last)
-        output = self.lm.base_model(
+        output = self.text_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
             spans=batch.spans,
@@ -47,12 +63,25 @@ class PackedModel(nn.Module):
 class Policy(PackedModel):
     """π_θ(y|x) of a causal language model."""
 
+    def __init__(self, lm: Any):
+        super().__init__(lm)
+        config = lm.config.get_text_config()
+        # the names under which families give what their logits are multiplied with, divided by, and capped at
+        self.logit_scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def head(self) -> Any:
+        """The map from hidden states to logits."""
+        return self.lm.get_output_embeddings()
+
     def forward(self, batch: Batch) -> Tensor:
         """log π of each completion token (N,), given all tokens before it. Float32."""
-        head = self.lm.get_output_embeddings()
         states = self.states_at(batch.predictor_positions, batch)
         states = states.index_select(0, batch.predictor_of_token)
-        return token_logps(states, head.weight, head.bias, batch.targets)
+        if self.logit_scale != 1:
+            states = states * self.logit_scale
+        return token_logps(states, self.head.weight, self.head.bias, batch.targets, self.logit_cap)
 
     def logps(self, batch: Batch) -> Tensor:
         """log π(y|x) of each completion (B, K): the sum over its tokens."""
@@ -71,10 +100,15 @@ class Policy(PackedModel):
 class RewardModel(PackedModel):
     """r(x, y) of a sequence classifier with one label: its head's value at the last token of the completion."""
 
+    @property
+    def head(self) -> Any:
+        """The map from a hidden state to a reward."""
+        return self.lm.score
+
     def forward(self, batch: Batch) -> Tensor:
         """r(x, y) of each completion (B, K). Float32."""
         states = self.states_at(batch.last_positions.flatten(), batch)
-        rewards = nn.functional.linear(states.float(), self.lm.score.weight.float())
+        rewards = nn.functional.linear(states.float(), self.head.weight.float())
         return rewards.view(batch.last_positions.shape).clone()  # FSDP2's hooks need a tensor that is not a view
 
     def values(self, batch: Batch) -> Tensor:

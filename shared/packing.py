@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from shared import first_line
 from shared.attention import ATTENTION_NAME
 from shared.batches import Batches
 from shared.distributed import Ranks
@@ -25,12 +26,17 @@ from shared.model import Policy, RewardModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LENGTHS = ((10, 30, 20), (4, 16, 8), (7, 9, 24))  # of each group: the tokens of its prompt and its two completions
+LENGTHS = ((10, 30, 20), (4, 16, 8), (24, 9, 7))  # of each group: the tokens of its prompt and its two completions
+WINDOW = 12  # the largest attention window in the check, so that its rows are longer than every window
 COMPARED = ((0, 0), (2, 1))  # group and completion; other tokens stand before, between and behind what these two read
 VALUE_TOLERANCE = 1e-4  # of a value
 VALUE_FLOOR = 1e-3  # a value is a sum over up to 30 tokens
 GRADIENT_TOLERANCE = 1e-2  # of a token's own gradient; rounding gives about 1e-5, another attention about 1
 GRADIENT_FLOOR = 1e-5  # of the largest gradient of any token
+
+# parts of the names of modules that go on from one token to the next without attention
+RECURRENT = ("conv1d", "delta", "lightning", "linearattention", "lru", "mamba", "mixer2", "rwkv", "shortconv", "xlstm")
+ALIBI = ("build_alibi_tensor", "build_mpt_alibi_tensor")  # methods of models with biases on the distance of two tokens
 
 
 @torch.enable_grad()
@@ -40,8 +46,29 @@ def check_packing(model: Policy | RewardModel) -> None:
     It leaves weights, gradients and hooks as they are.
     """
     groups = _arbitrary_groups(model.lm.config.get_text_config())
-    values, gradient = _of_packed_row(model, groups)
+    with _short_windows(model.lm):
+        _compare(model, groups)
 
+
+def reason_of_refusal(model: Policy | RewardModel, error: Exception) -> str:
+    """What the model has that packed rows cannot give, as far as its modules tell; else the error's first line."""
+    for module in model.text_model.modules():
+        name = type(module).__name__.lower()
+        is_gpt2_projection = name == "conv1d" and not isinstance(module, nn.Conv1d)
+        if any(part in name for part in RECURRENT) and not is_gpt2_projection:
+            return "it has recurrent or convolution layers, which go on from one completion into the next"
+    if getattr(model.text_model.config, "alibi", False) or any(hasattr(model.text_model, name) for name in ALIBI):
+        return "its attention has position biases"
+    if not model.lm._supports_attention_backend:
+        return "its attention cannot be told which tokens see each other"
+    return first_line(error)
+
+
+def _compare(model: Policy | RewardModel, groups: Groups) -> None:
+    random_state = torch.get_rng_state()
+    values, gradient = _of_packed_row(model, groups)
+    if not torch.equal(torch.get_rng_state(), random_state):
+        raise ValueError("it draws random numbers in training, beside dropout")
     stock_values = torch.zeros_like(values)
     stock_gradient = torch.zeros_like(gradient)
     is_read = torch.zeros(len(gradient), dtype=torch.bool)
@@ -66,7 +93,7 @@ def check_packing(model: Policy | RewardModel) -> None:
 
 
 def _arbitrary_groups(config: "PretrainedConfig") -> Groups:
-    """Groups of arbitrary tokens, shorter than LENGTHS if the model's attention window is."""
+    """Groups of arbitrary tokens, shorter than LENGTHS if only short rows can be packed."""
     lengths = torch.tensor(LENGTHS)
     longest = int((lengths[:, :1] + lengths[:, 1:]).max())
     limit = full_attention_length(config)
@@ -79,20 +106,35 @@ def _arbitrary_groups(config: "PretrainedConfig") -> Groups:
     offsets = torch.cat([starts, ends], 1)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (int(lengths.sum()),), generator=generator)
+    if config.pad_token_id is not None:  # classifiers look for the last token that is no padding
+        tokens[tokens == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     return Groups(tokens.int(), offsets, torch.arange(len(lengths)), {})
+
+
+@contextmanager
+def _short_windows(lm: Any) -> Iterator[None]:
+    """Inside, no attention window of the model is larger than WINDOW."""
+    windows = []
+    for holder in (lm.config.get_text_config(), *lm.modules()):
+        window = getattr(holder, "sliding_window", None)
+        if window:
+            windows.append((holder, window))
+            holder.sliding_window = min(window, WINDOW)
+    try:
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
 
 
 @contextmanager
 def _stock_attention(lm: Any) -> Iterator[None]:
     """Inside, the model runs as transformers has it."""
-    pad_token_id = lm.config.pad_token_id
-    lm.config.pad_token_id = None  # the ids are arbitrary: one of them may be the pad token's
     lm.eval().set_attn_implementation("sdpa")
     try:
         yield
     finally:
         lm.train().set_attn_implementation(ATTENTION_NAME)
-        lm.config.pad_token_id = pad_token_id
 
 
 def _of_packed_row(model: Policy | RewardModel, groups: Groups) -> tuple[Tensor, Tensor]:

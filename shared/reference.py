@@ -98,6 +98,7 @@ def _cache_key(policy: Policy, batches: Batches, per_token: bool) -> str:
     digest = hashlib.sha256()
     digest.update(bytes_of(groups.tokens))
     digest.update(bytes_of(groups.offsets))
+    digest.update(bytes_of(groups.is_counted))
     for step in range(1, batches.used_steps + 1):
         digest.update(bytes_of(batches.groups_of(step)))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from settings import BATCH, LEARNING_RATE, MAX_GRAD_NORM, OPTIONS, PREFERENCE_METRICS, STEPS, WEIGHT_DECAY
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 
 def compare_run(
@@ -51,14 +51,18 @@ def train_reference(
     return reference.train(model, rows, loss, **{**settings, **options})
 
 
-def compare_metrics(lines: list[dict], expected: list[dict], metrics: Sequence[str] = ()) -> None:
-    """Losses and gradient norms to 2e-6 at step one and 1e-4 after; the other metrics to rounding."""
+def compare_metrics(lines: list[dict], expected: list[dict], metrics: Sequence[str] = (), rounding: float = 1) -> None:
+    """Losses and gradient norms to 2e-6 at step one and 1e-4 after; the other metrics to rounding.
+
+    `rounding` is a factor on these tolerances, for a model that rounds more than others.
+    """
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, wanted in zip(lines, expected, strict=True):
         step = line["step"]
         tolerance = 1e-4
         if step == 1:
             tolerance = 2e-6
+        tolerance *= rounding
         for name in ("loss", "grad_norm"):
             assert line[name] == pytest.approx(wanted[name], rel=tolerance), (step, name)
         assert line["learning_rate"] == pytest.approx(wanted["learning_rate"], rel=1e-12)
@@ -101,8 +105,11 @@ def compare_models(
 ) -> None:
     """What was saved loads with stock classes and gives the log-probs of the float64 loop's last weights."""
     weights = load_file(output_dir / "model.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
-    saved = AutoModelForCausalLM.from_pretrained(output_dir, dtype=torch.float32).eval()
+    for name, tensor in weights.items():
+        is_frozen = any(part in name for part in reference.VISION_PARTS)
+        assert is_frozen or tensor.dtype == torch.float32
+    saved = reference.model_class(output_dir).from_pretrained(output_dir).eval()
+    assert saved.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
 
     with torch.no_grad():

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+VISION_PARTS = ("vision", "visual", "projector", "connector", "embed_vision")  # of the names of parameters
 
 
 @dataclass
@@ -143,8 +141,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: dict) -> Group:
 
 
 def load_model(directory: Path) -> nn.Module:
-    """The stock model in float64, without dropout; RMS norms, which transformers computes in float32, too."""
-    return _load(AutoModelForCausalLM, directory)
+    """The stock model in float64, without dropout; RMS norms, which transformers computes in float32, too.
+
+    The vision part of a multimodal model is frozen.
+    """
+    model = _load(model_class(directory), directory)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in VISION_PARTS):
+            parameter.requires_grad_(False)
+    return model
+
+
+def model_class(directory: Path) -> Any:
+    """The class of transformers that a directory names, of a model with a language model's head."""
+    (architecture,) = AutoConfig.from_pretrained(directory).architectures
+    return getattr(transformers, architecture)
 
 
 def load_reward_model(directory: Path) -> nn.Module:
@@ -155,19 +166,35 @@ def load_reward_model(directory: Path) -> nn.Module:
 
 
 def _load(auto_class: Any, directory: Path, **options: object) -> Any:
-    model = auto_class.from_pretrained(
-        directory, dtype=torch.float64, attn_implementation="sdpa", local_files_only=True, **options
-    )
+    options |= {"dtype": torch.float64, "attn_implementation": "sdpa", "experts_implementation": "eager"}
+    model = auto_class.from_pretrained(directory, local_files_only=True, **options)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_rms_norm, module)
+            module.forward = partial(_rms_norm, module, _offset_of_weight(module))
     return model.eval()
 
 
-def _rms_norm(module: Any, x: Tensor) -> Tensor:
+def _rms_norm(module: Any, offset: int, x: Tensor) -> Tensor:
     eps = getattr(module, "variance_epsilon", None) or module.eps
     mean_square = x.square().mean(-1, keepdim=True)
-    return module.weight * (x / (mean_square + eps).sqrt())
+    normed = x / (mean_square + eps).sqrt()
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        return normed
+    return (offset + weight) * normed
+
+
+@torch.no_grad()
+def _offset_of_weight(module: Any) -> int:
+    """What a norm adds to its weight: Gemma's adds 1, so that weights of 0 change nothing."""
+    if getattr(module, "weight", None) is None:
+        return 0
+    x = torch.linspace(-1, 1, len(module.weight), dtype=torch.float64)
+    expected = module(x)
+    for offset in (0, 1):
+        if torch.allclose(_rms_norm(module, offset, x), expected, atol=1e-4):
+            return offset
+    raise AssertionError(f"{type(module).__name__} is another norm")
 
 
 def token_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
@@ -502,7 +529,8 @@ def train(
         model = load_model(model_dir)
         ref_token_logps = _reference_logps(reference_dir or model_dir, groups)
 
-    optimizer = AdamW(model.parameters(), weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(trained, weight_decay)
     history = []
     for step in range(1, steps + 1):
         batch = []

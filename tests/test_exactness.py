@@ -1,12 +1,15 @@
 """The command lines of SFT and DPO against a float64 loop that shares no code with them, and what a run holds."""
 
 import gc
+import json
 import math
 import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import families
 import pytest
 import reference
 import tiny
@@ -20,6 +23,7 @@ from exactness import (
     evaluation_lines,
     train_reference,
 )
+from safetensors.torch import load_file
 from settings import BATCH, BETA, OPTIONS, PREFERENCE_METRICS, STEPS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,6 +115,39 @@ def test_dpo_of_four_ranked_completions(folder: Path, tmp_path: Path) -> None:
     lines = compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows4.jsonl", loss, **options)
     check_first_loss(lines, math.log(24))
     assert lines[0]["rewards/margins"] == 0
+
+
+@pytest.mark.parametrize(
+    "family, k", [("mistral", 2), ("gemma3_text", 4), ("qwen3_moe", 2), ("mixtral", 4), ("gemma3", 2), ("mistral3", 4)]
+)
+def test_dpo_of_windows_experts_and_text_parts(family: str, k: int, folder: Path, tmp_path: Path) -> None:
+    """Rows of several windows, mixtures of experts, and multimodal models."""
+    model = families.save_model(family, tmp_path / "model", scale=10)
+    data = folder / f"rows{k}.jsonl"
+    groups = [reference.encode(AutoTokenizer.from_pretrained(model), row) for row in tiny.read_jsonl(data)]
+    lengths = [len(group.prompt + group.completions[-1]) for group in groups]
+    assert max(lengths) > 3 * families.WINDOW
+    lines = compare_run("algos/dpo.py", tmp_path / "out", model, data, reference.dpo(BETA), beta=BETA)
+    check_first_loss(lines, math.log(math.factorial(k)))
+
+
+@pytest.mark.parametrize("family", ["olmo3", "olmoe", "llava"])
+def test_sft_of_windows_experts_and_text_parts(family: str, folder: Path, tmp_path: Path) -> None:
+    model = families.save_model(family, tmp_path / "model", scale=10)
+    compare_run("algos/sft.py", tmp_path / "out", model, folder / "rows1.jsonl", reference.sft(), metrics=())
+
+
+def test_a_head_that_is_declared_tied_but_is_not(folder: Path, tmp_path: Path) -> None:
+    """The file's own head is trained and exported, as transformers loads it."""
+    model = tiny.make_model(tmp_path / "model", "llama", seed=3)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    before = load_file(model / "model.safetensors")
+    assert not torch.equal(before["lm_head.weight"], before["model.embed_tokens.weight"])
+
+    compare_run("algos/dpo.py", tmp_path / "out", model, folder / "rows2.jsonl", reference.dpo(BETA), beta=BETA)
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert not torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
 
 
 def test_dpo_with_label_smoothing(folder: Path, tmp_path: Path) -> None:
@@ -212,9 +249,9 @@ def check_last_layer(model: PackedModel, batch: Batch, num_read: int, monkeypatc
     skips = []  # of each layer's attention, whether it leaves anything out
     per_segment = attention._per_segment
 
-    def record_skips(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float | None) -> Tensor:
+    def record_skips(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *settings: Any) -> Tensor:
         skips.append(any(spans.skipped))
-        return per_segment(query, key, value, spans, scale)
+        return per_segment(query, key, value, spans, *settings)
 
     positions = {}  # of each part of the last layer, the number that it sees
 

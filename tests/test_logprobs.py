@@ -19,9 +19,11 @@ ALL_ENTRIES = (7, 50)
 EVERYTHING = (99, 99)
 
 
-def exact_logps(inputs: Sequence[Tensor], targets: Tensor) -> Tensor:
+def exact_logps(inputs: Sequence[Tensor], targets: Tensor, cap: float | None = None) -> Tensor:
     """From all logits at once; inputs: hidden states, weight, and perhaps a bias."""
     logits = torch.nn.functional.linear(*inputs)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     logps = logits.log_softmax(-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1)
 
@@ -31,11 +33,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float(error.norm() / expected.norm())
 
 
-@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_bias, cap", [(False, None), (True, None), (True, 3.0)])
 @pytest.mark.parametrize("tile", [ONE_LOGIT, ALL_ENTRIES, ALL_TOKENS, RAGGED, EVERYTHING])
 @pytest.mark.parametrize("kept", [0, 400, 10**6])  # no logits, those of the first tiles, all
 def test_token_logps_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, kept: int, tile: tuple[int, int], has_bias: bool
+    monkeypatch: pytest.MonkeyPatch, kept: int, tile: tuple[int, int], has_bias: bool, cap: float | None
 ) -> None:
     monkeypatch.setitem(logprobs.TILE, "cpu", tile)
     monkeypatch.setattr(logprobs, "KEPT", kept)
@@ -49,12 +51,12 @@ def test_token_logps_and_gradients(
     upstream = torch.randn(23)
 
     exact_inputs = [x.double().requires_grad_() for x in inputs]
-    expected = exact_logps(exact_inputs, targets)
+    expected = exact_logps(exact_inputs, targets, cap)
     expected_grads = torch.autograd.grad(expected, exact_inputs, upstream.double())
 
     for x in inputs:
         x.requires_grad_()
-    logps = token_logps(inputs[0], inputs[1], bias, targets)
+    logps = token_logps(inputs[0], inputs[1], bias, targets, cap)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps.double(), expected, rtol=1e-6, atol=1e-6)
 

@@ -1,7 +1,7 @@
-"""Which families of models are trained, and that every other one is refused in one line.
+"""Which families of models are trained, and that every other one is refused in one line; multimodal models.
 
-The models are random, with transformers' own small initial weights: a layer that packed rows compute wrongly then
-changes the values by less than rounding may.
+Where nothing else is said, models are random, with transformers' own small initial weights: a layer that packed rows
+compute wrongly then changes the values by less than rounding may.
 """
 
 import json
@@ -9,88 +9,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
+import reference
 import tiny
 import torch
+from families import save_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from settings import OPTIONS
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForSequenceClassification
 
-from shared import UserError
+from shared import UserError, attention, loading
+from shared.batches import Batches
 from shared.distributed import single_process
 from shared.groups import Groups, check_fit
-from shared.loading import NOT_IN_ROWS, load_policy, load_policy_from, load_reward_model, load_tokenizer
-
-SIZES: dict[str, object] = {
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-}
-DELTA_RULE = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-STATE_SPACE = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64, "mamba_chunk_size": 16}
-
-TRAINED: dict[str, dict[str, object]] = {
-    "llama": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {},
-    "gpt_neox": {},
-    "gpt2": {},
-    "mixtral": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "olmo2": {},
-    "phi3": {},
-    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
-}
-REFUSED: dict[str, dict[str, object]] = {
-    "qwen3_5_text": DELTA_RULE,
-    "qwen3_next": {**DELTA_RULE, **EXPERTS, "shared_expert_intermediate_size": 32},
-    "jamba": {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
-    "falcon_h1": STATE_SPACE,
-    "bamba": {**STATE_SPACE, "attn_layer_indices": [1]},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1, "lru_width": 32},
-    "bloom": {},
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"],
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 8,
-        "n_groups": 2,
-        "ssm_state_size": 8,
-        "chunk_size": 16,
-        "use_mamba_kernels": False,
-    },
-    "minimax": {**EXPERTS, "layer_types": ["linear_attention", "full_attention"], "block_size": 16},
-}
-
-
-def save_model(family: str, directory: Path, **overrides: object) -> Path:
-    """A random model of a family, of transformers' own initial weights, and its tokenizer."""
-    config = AutoConfig.for_model(family, **{**SIZES, **overrides})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    tiny.make_tokenizer().save_pretrained(directory)
-    return directory
+from shared.loading import load_generator, load_policy, load_policy_from, load_reward_model, load_scorer, load_tokenizer
 
 
 def load(directory: Path) -> nn.Module:
@@ -117,43 +52,63 @@ def refusal(directory: Path) -> str:
 # ---------------------------------------------------------------- what packed rows compute
 
 
-@pytest.mark.parametrize("family", TRAINED)
-def test_a_family_is_trained(family: str, tmp_path: Path) -> None:
-    """Nothing of the check at loading stays behind."""
-    policy = load(save_model(family, tmp_path / family, **TRAINED[family]))
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma3_text", "gemma3"])
+def test_nothing_of_the_check_stays_behind(family: str, tmp_path: Path) -> None:
+    policy = load(save_model(family, tmp_path / family))
+    config = policy.lm.config.get_text_config()
     assert all(parameter.grad is None for parameter in policy.parameters())
     assert policy.lm.training
-    assert policy.lm.config._attn_implementation == "spans"
+    assert config._attn_implementation == "spans"
     assert not policy.lm.get_input_embeddings()._forward_hooks
+    if "gemma3" in family:
+        windows = [layer.self_attn.sliding_window for layer in policy.text_model.layers]
+        assert windows == [families.WINDOW, None]
+        assert config.sliding_window == families.WINDOW
+
+
+RECURRENT = "it has recurrent or convolution layers, which go on from one completion into the next"
+REFUSED = {
+    **dict.fromkeys(("bamba", "falcon_h1", "jamba", "lfm2", "mamba2", "minimax", "nemotron_h"), RECURRENT),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "qwen3_5"), RECURRENT),
+    "bloom": "its attention has position biases",
+    "gemma2": "its attention has soft caps on its scores",
+    "gpt_oss": "its attention has sinks",
+    "gptj": "its attention cannot be told which tokens see each other",
+    "nemotron": "its layers do not tell its attention which tokens see each other",
+    "phimoe": "it draws random numbers in training, beside dropout",
+}
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_is_refused(family: str, tmp_path: Path) -> None:
-    message = refusal(save_model(family, tmp_path / family, **REFUSED[family]))
-    assert "is not supported" in message
+    """With small weights, as with the large ones of the table of families."""
+    directory = save_model(family, tmp_path / family)
+    assert refusal(directory) == f"model {directory}: its architecture is not supported: {REFUSED[family]}"
 
 
 def test_a_reward_model_is_checked_by_its_rewards(tmp_path: Path) -> None:
     load_for_rewards(save_model("qwen3", tmp_path / "qwen3"))
-    jamba = save_model("jamba", tmp_path / "jamba", **REFUSED["jamba"])
-    with pytest.raises(UserError, match="JambaForSequenceClassification is not supported"):
-        load_for_rewards(jamba)
+    with pytest.raises(UserError, match=RECURRENT):
+        load_for_rewards(save_model("jamba", tmp_path / "jamba"))
 
 
-@pytest.mark.parametrize("window", [1, 2, 7])
-def test_a_window_shortens_the_rows_of_the_check(window: int, tmp_path: Path) -> None:
-    """Within it, packed rows are exact."""
-    load(save_model("mistral", tmp_path / "model", sliding_window=window))
+# ---------------------------------------------------------------- windows
 
 
-@pytest.mark.parametrize("family", ["stablelm", "gemma2", "gpt_oss", "deepseek_v3", "nemotron", "cohere"])
-def test_an_inner_error_stands_at_the_end(family: str, tmp_path: Path) -> None:
-    """What packed rows cannot give comes first: the error itself says nothing to a user."""
-    message = refusal(save_model(family, tmp_path / "model", **EXPERTS))
-    beginning, _, inner_error = message.partition(f" is not supported; {NOT_IN_ROWS} (")
-    assert beginning.endswith("ForCausalLM")
-    assert inner_error.endswith(")")
-    print(inner_error)
+@pytest.mark.parametrize("window", [1, 2, 7, 4096])
+def test_a_window_of_any_size(window: int, tmp_path: Path) -> None:
+    load(save_model("mistral", tmp_path / "model", scale=10, sliding_window=window))
+
+
+def test_a_window_that_attention_is_not_told_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the rows of the check are shorter than the window."""
+
+    def without_window(*inputs: Any, sliding_window: int, **others: Any) -> Any:
+        return attention.span_attention(*inputs, **others)
+
+    monkeypatch.setattr(loading, "span_attention", without_window)
+    directory = save_model("mistral", tmp_path / "model", scale=10, sliding_window=4096)
+    assert refusal(directory).endswith("packed rows give other values than it does")
 
 
 # ---------------------------------------------------------------- what is not a language model by itself
@@ -185,50 +140,96 @@ def test_a_quantised_checkpoint_is_refused(quantization: dict, tmp_path: Path) -
     assert refusal(directory) == f"model {directory}: is quantised; give the full-precision checkpoint"
 
 
-VISION = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-WRAPPERS: dict[str, dict[str, Any]] = {
-    "gemma3": {"text_config": {"model_type": "gemma3_text", **SIZES}, "vision_config": VISION},
-    "mistral3": {
-        "text_config": {"model_type": "mistral", **SIZES},
-        "vision_config": {"model_type": "pixtral", **VISION},
-    },
-    "qwen2_vl": {"text_config": {"model_type": "qwen2_vl_text", **SIZES}, "vision_config": {"depth": 1}},
-    "qwen3_5": {"text_config": {"model_type": "qwen3_5_text", **SIZES, **DELTA_RULE}, "vision_config": {"depth": 1}},
-}
+# ---------------------------------------------------------------- multimodal models
 
 
-def save_wrapper(wrapper: str, directory: Path) -> Path:
-    """The configuration of a multimodal model, without weights, and a tokenizer."""
-    config = AutoConfig.for_model(wrapper, **WRAPPERS[wrapper])
-    config.save_pretrained(directory)
-    tiny.make_tokenizer().save_pretrained(directory)
-    return directory
-
-
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_multimodal_model_is_refused(wrapper: str, tmp_path: Path) -> None:
-    """Its sizes are those of its text part."""
-    save_wrapper(wrapper, tmp_path)
-    _, config = load_tokenizer(str(tmp_path), str(tmp_path))
+def test_sizes_are_those_of_the_text_part(tmp_path: Path) -> None:
+    model = str(save_model("mistral3", tmp_path))
+    _, config = load_tokenizer(model, model)
     groups = Groups(torch.tensor([1, 2, 400]).int(), torch.tensor([[0, 1, 2, 3]]), torch.arange(1), {})
     with pytest.raises(UserError, match="the model embeds 400"):
         check_fit(groups, config, "rows.jsonl")
 
-    message = refusal(tmp_path)
-    text_type = WRAPPERS[wrapper]["text_config"]["model_type"]
-    assert "is a multimodal model; its text part cannot be trained inside it" in message
-    assert message.endswith(f"save that part as a {text_type} model first")
+
+def run_options(family: str, folder: Path) -> dict[str, Any]:
+    """The options of two steps from the multimodal model of a family."""
+    rows = folder / "rows.jsonl"
+    tiny.make_rows(8, seed=2, path=rows)
+    options = {**OPTIONS, "batch_size": 2, "max_steps": 2, "save_every": 1}
+    return {**options, "model": save_model(family, folder / "model", scale=10), "train_data": rows}
 
 
-def test_a_run_from_a_multimodal_model_ends_with_one_line(tmp_path: Path) -> None:
-    model = save_wrapper("gemma3", tmp_path / "model")
-    rows = tmp_path / "rows.jsonl"
-    tiny.make_rows(4, seed=2, path=rows, prompt_words=(1, 5), completion_words=(1, 5))
-    process = tiny.start("algos/dpo.py", tmp_path / "out", model=model, train_data=rows, max_steps=1)
-    assert process.wait(timeout=120) == 2
-    log = tiny.read_log(tmp_path / "out")
-    assert "is a multimodal model" in log
-    assert "Traceback" not in log
+def check_export(model: Path, exported: Path) -> None:
+    """The vision part has the bytes that it had. The text part is trained, and in float32."""
+    before = load_file(model / "model.safetensors")
+    after = load_file(exported / "model.safetensors")
+    assert after.keys() == before.keys()
+    frozen = [name for name in before if any(part in name for part in reference.VISION_PARTS)]
+    assert len(frozen) >= 10
+    for name, tensor in after.items():
+        if name in frozen:
+            assert tensor.dtype == before[name].dtype == torch.bfloat16
+            assert torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+        else:
+            assert tensor.dtype == torch.float32
+            assert not torch.equal(tensor, before[name].float()), name
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen3_vl"])
+def test_the_vision_part_is_frozen_and_exported_as_it_was(family: str, tmp_path: Path) -> None:
+    """No checkpoint holds it, and no optimizer sees it."""
+    options = run_options(family, tmp_path)
+    lines = tiny.run("algos/dpo.py", tmp_path / "out", **options)
+    check_export(options["model"], tmp_path / "out")
+    assert tiny.read_log(tmp_path / "out").count("its text part is trained; frozen are its ") == 1
+
+    (shard,) = (tmp_path / "out" / "checkpoints" / "step-000002").glob("*.safetensors")
+    with safe_open(shard, "pt") as checkpoint:
+        names = " ".join(checkpoint.keys())
+    assert "q_proj.weight|exp_avg" in names
+    assert not any(part in names for part in reference.VISION_PARTS)
+
+    resumed = tiny.run("algos/dpo.py", tmp_path / "out", **{**options, "max_steps": 3}, resume=True)
+    assert [line["step"] for line in resumed] == [1, 2, 3]
+    assert resumed[:2] == lines
+    check_export(options["model"], tmp_path / "out")
+
+
+def test_two_processes_train_a_multimodal_model(tmp_path: Path) -> None:
+    """To the same losses, and with the same export, as one process."""
+    options = run_options("gemma3", tmp_path)
+    one = tiny.run("algos/dpo.py", tmp_path / "one", **options)
+    two = tiny.run("algos/dpo.py", tmp_path / "two", processes=2, **options)
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], rel=1e-4)
+    check_export(options["model"], tmp_path / "two")
+
+
+def test_a_reward_model_of_a_multimodal_model(tmp_path: Path) -> None:
+    """Its export gives the same rewards in plain transformers."""
+    options = run_options("gemma3", tmp_path)
+    tiny.run("algos/rm.py", tmp_path / "out", **options)
+    assert "its text part is trained" in tiny.read_log(tmp_path / "out")
+    tokens = torch.arange(5, 25)
+    groups = Groups(tokens.int(), torch.tensor([[0, 8, 20]]), torch.arange(1), {})
+    with single_process("float32") as ranks:
+        scorer = load_scorer(str(tmp_path / "out"), ranks)
+        (batch,) = Batches(groups, 1, len(tokens), None, ranks).of_step(1)
+        reward = scorer(batch)[0, 0]
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(reward, stock(input_ids=tokens[None]).logits[0, 0])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llava"])
+def test_a_multimodal_model_generates(family: str, tmp_path: Path) -> None:
+    generator = load_generator(str(save_model(family, tmp_path)), torch.float32, "cpu")
+    tokens = generator.generate(input_ids=torch.tensor([[5, 6, 7]]), min_new_tokens=4, max_new_tokens=4)
+    assert tokens.shape == (1, 7)
+
+
+def test_a_reward_model_without_a_classifier_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="for this kind of AutoModel: AutoModelForSequenceClassification"):
+        load_for_rewards(save_model("llava", tmp_path))
 
 
 # ---------------------------------------------------------------- mixtures of experts
@@ -239,7 +240,7 @@ def test_the_load_balancing_loss_is_said_to_be_left_out(
     coefficient: float, lines: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Once for a policy that is trained, and once for a reward model."""
-    model = save_model("mixtral", tmp_path / "model", **EXPERTS, router_aux_loss_coef=coefficient)
+    model = save_model("mixtral", tmp_path / "model", router_aux_loss_coef=coefficient)
     args = SimpleNamespace(model=str(model), activation_checkpointing=False, seed=0)
     with single_process("float32") as ranks:
         load_policy(args, ranks)

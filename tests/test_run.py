@@ -1,6 +1,7 @@
 """The output directory and how a run ends, by real processes."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -190,6 +191,23 @@ def test_the_reference_cache_follows_the_models_configuration(folder: Path, tmp_
         run_to_the_end(folder, out, cache=tmp_path / "cache", model=model, max_steps=1, log_every=1)
         first_line = tiny.training_lines(out / "metrics.jsonl")[0]
         assert first_line["rewards/margins"] == 0
+
+
+def test_a_policy_that_does_not_move_stays_at_the_reference(folder: Path, tmp_path: Path) -> None:
+    """In another epoch the rows are packed otherwise, which may round otherwise; docs/reliability.md has the bound."""
+    options = {"max_steps": 6, "learning_rate": 0, "dtype": "bfloat16", "log_every": 1}
+    run_to_the_end(folder, tmp_path / "out", **options)
+    lines = tiny.training_lines(tmp_path / "out" / "metrics.jsonl")
+    assert lines[-1]["epoch"] == 2
+    for values in lines:
+        assert abs(values["rewards/margins"]) <= 1e-3
+        assert values["loss"] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_activation_checkpointing_prints_no_warning(folder: Path, tmp_path: Path) -> None:
+    ended = run(folder, tmp_path / "out", activation_checkpointing=True, max_steps=1)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
 
 
 def assert_commit(folder: Path, out: Path, commit: str | None) -> None:

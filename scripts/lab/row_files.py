@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date, timedelta
 from itertools import count, islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -136,19 +136,31 @@ def _to_row(encoded: EncodedExample, eos_id: int, room: int) -> EncodedRow:
 
 
 def settings_of(args: Any, *models: str) -> dict:
-    """Everything that the rows of the output depend on: the arguments, the input, and the files of the models.
+    """Everything that the rows of the output depend on: the arguments, the input, the files of the models, the date.
 
+    A chat template may write the date, which is that of the day on which the run began.
     The values are as JSON gives them back, so that they can be compared with the first line of a partial file.
     """
     settings = dataclasses.asdict(args)
     del settings["output"]
     settings[INPUT_CONTENTS] = source_hash(args.rows)
+    settings["date"] = _date_of_run(args.output)
     settings[MODEL_FILES] = []
     for model in models:
         for path in sorted(Path(model).glob("*.safetensors")):
             status = path.stat()
             settings[MODEL_FILES].append((str(path), status.st_size, status.st_mtime_ns))
     return json.loads(json.dumps(settings))
+
+
+def _date_of_run(output: Path) -> str:
+    """Today, or the date of the run that left its parts."""
+    for path in sorted(output.parent.glob(f"{output.name}.partial*")):
+        with open(path, encoding="utf-8") as file:
+            header = file.readline()
+        if header.endswith("}\n"):
+            return json.loads(header)["date"]
+    return str(date.today())
 
 
 def write_windows(

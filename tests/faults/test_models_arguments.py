@@ -79,7 +79,14 @@ def test_a_reward_model_without_any_pad(with_model: dict, model: Path, tmp_path:
 @fault(51)
 def test_a_reference_of_another_vocabulary_size(run_options: dict, tmp_path: Path) -> None:
     reference = tiny.make_model(tmp_path / "reference", seed=4, vocab_size=416)
-    refused(tmp_path / "out", f"--reference {reference}", "vocabulary", reference=reference, **run_options)
+    refused(
+        tmp_path / "out",
+        f"--reference {reference}",
+        "vocabulary size is 416",
+        "is 400",
+        reference=reference,
+        **run_options,
+    )
 
 
 @fault(52)

@@ -238,6 +238,20 @@ def make_model(
     return Path(directory)
 
 
+def make_reward_model(directory: Path, architecture: str = "llama", **options: Any) -> Path:
+    """A language model's body with a known head, saved as a sequence classifier; `options` go to `make_model`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    make_model(directory, architecture, seed=3, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+    weight = model.score.weight
+    generator = torch.Generator().manual_seed(0)
+    weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(directory)
+    return directory
+
+
 # ---------------------------------------------------------------- runs
 
 

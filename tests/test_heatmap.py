@@ -1,6 +1,5 @@
 """Token rewards shown against float64 stock transformers, texts whole and escaped, one scale, layout, mistakes."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -379,33 +378,7 @@ def marks_in(text: str) -> list[str]:
 # ---------------------------------------------------------------- pieces
 
 
-def sentence_piece() -> PreTrainedTokenizerFast:
-    """As Llama 2 has it: ▁ for a blank, one before the first word, and bytes for what the vocabulary lacks."""
-    from tokenizers import Tokenizer, decoders, normalizers, trainers
-    from tokenizers import models as tokenizer_models
-
-    tokenizer = Tokenizer(tokenizer_models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    blanks = decoders.Replace("▁", " ")
-    first_blank = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse(), first_blank])
-
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    specials = ["<unk>", "<s>", "</s>", *byte_tokens]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False)
-    corpus = []
-    for row in tiny.make_rows(60, seed=1):
-        corpus += row.values()
-    tokenizer.train_from_iterator(corpus, trainer)
-
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]  # bytes are plain tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    )
-
-
-@pytest.mark.parametrize("make_tokenizer", [tiny.make_tokenizer, notices.make_tokenizer, sentence_piece])
+@pytest.mark.parametrize("make_tokenizer", [tiny.make_tokenizer, notices.make_tokenizer, tiny.make_sentencepiece])
 def test_pieces_of_every_kind_of_tokenizer(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     for text in [*ODD_TEXTS, "found camera, at market.", "a", "日", " naïve", "日x", "x日"]:
@@ -468,7 +441,7 @@ def test_what_is_drawn_as_one_is_one_piece() -> None:
     ("make_tokenizer", "replacements"),
     [
         (tiny.make_tokenizer, 1),  # for all bytes of the character together
-        (sentence_piece, 4),  # for each byte
+        (tiny.make_sentencepiece, 4),  # for each byte
     ],
 )
 def test_an_unfinished_character_at_the_end(make_tokenizer: MakeTokenizer, replacements: int) -> None:

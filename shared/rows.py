@@ -13,6 +13,7 @@ from shared import UserError
 from shared.sources import read_rows
 
 LARGEST = 3.4e38  # of float32
+LARGEST_ID = 2**31 - 1  # of a token, in int32
 TRANSCRIPT_SPLITTER = "\n\nAssistant:"  # its last occurrence in an HH transcript ends the prompt
 TRANSCRIPT_USER = "\n\nHuman:"  # begins a turn of the user in an HH transcript
 MIXED_PAIR = "fields 'chosen' and 'rejected' must both be text or both be messages"
@@ -227,7 +228,7 @@ def _id_lists(row: dict, name: str, length: int) -> list[list[int]] | list[None]
 def _is_ids(value: object) -> bool:
     if not isinstance(value, list) or not value:
         return False
-    return all(type(token) is int and token >= 0 for token in value)
+    return all(type(token) is int and 0 <= token <= LARGEST_ID for token in value)
 
 
 # ---------------------------------------------------------------- forms

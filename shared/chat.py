@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "\U000f0001"
-DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # in a template; its format in group 2
+DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSuUwWxXyY"))  # of strftime
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of messages
 LOST_THOUGHTS = "thoughts left out by the chat template"  # counts of rows in the report
 NO_TURNS = "the chat template does not show where a turn begins and ends"
@@ -249,14 +249,19 @@ class ChatTemplate:
         return cast(str, text)
 
     def _dated(self, template: str) -> str:
-        """The template with `today` where it asks for the date."""
-        return DATE.sub(lambda match: json.dumps(self.today.strftime(match[2])), template)
+        """The template with a macro of its own in the place of the function that asks for the time."""
+        if "strftime_now" not in template:
+            return template
+        filters = [f" | replace('{code}', {json.dumps(self.today.strftime(code))})" for code in DATE_CODES]
+        return f"{{% macro strftime_now(format) %}}{{{{ format{''.join(filters)} }}}}{{% endmacro %}}{template}"
 
     def _protect(self, message: dict) -> dict:
         """A message whose texts are protected; templates compare roles, which are names."""
         for name, value in message.items():
             is_weight = name == "weight" and value in (0, 1)
             is_known = name in self.names or name in ("role", "content") or is_weight
+            if name in THOUGHTS:  # transformers gives templates each under the names of the others
+                is_known = not self.names.isdisjoint(THOUGHTS)
             if not is_known and not is_empty(value):
                 self.counts.unused.add(f"{name} of messages")
         return self.control_strings.protect_all(message)

@@ -415,8 +415,17 @@ def test_thoughts_in_a_field(tmp_path: Path, name: str, value: object) -> None:
     assert notes(load_row(tmp_path, row, with_template(template))) == LOST
     row = {"messages": [*QUESTION, assistant("yes"), *messages[2:]]}
     assert notes(load_row(tmp_path, row, with_template(template))) == {}
-    report = load_row(tmp_path, row, chat()).report
-    assert report["not used"] == [f"{name} of messages"]
+    assert notes(load_row(tmp_path, row, chat())) == {"not used": [f"{name} of messages"], **LOST}
+
+
+@pytest.mark.parametrize("name", ["reasoning", "thinking"])
+def test_thoughts_under_another_name(tmp_path: Path, name: str) -> None:
+    """As transformers has it, a template finds them under its own name."""
+    row = {"prompt": QUESTION, "completion": [{**assistant("yes"), name: "so"}]}
+    groups = load_row(tmp_path, row, tokenizer_of("qwen 3"))
+    text = f"{ASK}‖⟦<think>\nso\n</think>\n\nyes<|im_end|>⟧"
+    assert completions(groups) == [marked(tokenizer_of("qwen 3"), text)]
+    assert notes(groups) == {}
 
 
 def test_thoughts_of_an_answer_before_the_last_question_are_not_trained_on(tmp_path: Path) -> None:

@@ -627,13 +627,13 @@ def assistant_messages(text: Text) -> Messages:
 def _tools(row: dict) -> list[dict] | None:
     """The schemas of `tools`, a list or its JSON, for the chat template."""
     tools = row.get("tools")
-    if is_empty(tools):
-        return None
-    if isinstance(tools, str):
+    if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
         except ValueError:
             raise ValueError("field 'tools' is text, but not JSON") from None
+    if is_empty(tools):
+        return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("field 'tools' must be a list of schemas")
     return tools

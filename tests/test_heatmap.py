@@ -57,8 +57,12 @@ class Field:
 
     title: str
     style: str
-    special: bool
+    kind: str | None  # special, context, or neither
     text: str = ""
+
+    @property
+    def special(self) -> bool:
+        return self.kind == "special"
 
     @property
     def total(self) -> float:
@@ -68,6 +72,9 @@ class Field:
     @property
     def rewards(self) -> list[float]:
         """The rewards of its tokens, as the title tells them."""
+        if self.kind == "context":
+            assert (self.title, self.style) == ("context, not scored", "")
+            return []
         _, _, list_of_rewards = self.title.partition(": ")
         if not list_of_rewards:
             return [self.total]
@@ -134,8 +141,7 @@ class Page(HTMLParser):
         if tag == "figure":
             self.completions.append(Completion())
         elif tag == "span":
-            special = attributes.get("class") == "special"
-            span = Field(attributes["title"], attributes["style"], special)
+            span = Field(attributes["title"], attributes.get("style", ""), attributes.get("class"))
             self.completions[-1].fields.append(span)
         elif attributes.get("class") == "prompt":
             self.prompts.append("")
@@ -274,6 +280,40 @@ def test_chat_rows(tmp_path: Path) -> None:
     assert rejected.text == "<|im_end|> no<|im_end|>"
     for completion in (chosen, rejected):
         assert special_texts(completion) == ["<|im_end|>"]
+
+
+def test_context_between_turns_has_no_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [tiny.make_model(tmp_path / str(seed), seed=seed, chat=True) for seed in (0, 1)]
+    turns = [("assistant", "naïve"), ("user", "and?"), ("assistant", "no")]
+    chosen = [{"role": role, "content": text} for role, text in turns]
+    row = {"prompt": [{"role": "user", "content": "ok?"}], "chosen": chosen, "rejected": chosen[2:], "id": 7}
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
+    page = Page(run(models, rows, tmp_path / "out.html"))
+    assert capsys.readouterr().out.endswith("out.png: rows 1, kept 1; not used: id\n")
+
+    context = "\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+    first, second = page.completions
+    assert first.text == f"naïve<|im_end|>{context}no<|im_end|>"
+    assert "".join(span.text for span in first.fields if span.kind == "context") == context
+    assert special_texts(first) == ["<|im_end|>"] * 2
+    assert all(span.kind != "context" for span in second.fields)
+
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    prompt = tokenizer("<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    pieces = [
+        tokenizer(text, add_special_tokens=False).input_ids for text in ("naïve<|im_end|>", context, "no<|im_end|>")
+    ]
+    policy, reference_policy = (reference.load_model(path) for path in models)
+    with torch.no_grad():
+        logps = reference.token_logps(policy, prompt, sum(pieces, []))
+        ref_logps = reference.token_logps(reference_policy, prompt, sum(pieces, []))
+    rewards = (0.1 * (logps - ref_logps)).tolist()
+    expected = rewards[: len(pieces[0])] + rewards[-len(pieces[2]) :]
+    assert first.rewards == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+    total, num_tokens = re.fullmatch(r"Σ r = (\S+) nats, (\d+) tokens", first.below).groups()
+    assert number(total) == pytest.approx(sum(expected), rel=1e-3)
+    assert int(num_tokens) == len(expected)
 
 
 def special_texts(completion: Completion) -> list[str]:

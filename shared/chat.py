@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "\U000f0001"
-DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # in a template; its format in group 2
+DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSuUwWxXyY"))  # of strftime
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of messages
 LOST_THOUGHTS = "thoughts left out by the chat template"  # counts of rows in the report
 NO_TURNS = "the chat template does not show where a turn begins and ends"
 NO_PREFIX = "the chat template renders the prompt differently once an answer follows"
@@ -141,9 +142,8 @@ class ChatTemplate:
             until_next = self.apply(before, tools, add_generation_prompt=True)
             until_next = until_next.removesuffix(self._left_out(before, skeleton[next_i:], tools))
             _, _, after = until_next.partition(_placeholder(i))
-            end = self._first_end(after)
-            if not end:
-                raise Dropped(NO_TURNS)
+            _, _, at_the_end = self.apply(prompt + skeleton[: i + 1], tools).partition(_placeholder(i))
+            end = self._turn_end(at_the_end, after)
             contexts.append((end, after.partition(end)[2]))
         return Outline(self._left_out(prompt, skeleton, tools), contexts)
 
@@ -157,10 +157,18 @@ class ChatTemplate:
             raise Dropped(NO_PREFIX)
         return left_out
 
-    def _first_end(self, text: str) -> str:
-        """The turn end that comes first in a text, or an empty text."""
-        ends = [end for end in (self.turn_ends.earlier, self.turn_ends.last) if end and end in text]
-        return min(ends, key=text.index, default="")
+    def _turn_end(self, at_the_end: str, after: str) -> str:
+        """The end of a turn, from what a template writes behind its answer if nothing follows, and if something does.
+
+        Raises Dropped if there is none.
+        """
+        common = os.path.commonprefix([at_the_end, after])
+        ends = [end for end in (self.turn_ends.earlier, self.turn_ends.last) if end and end in common]
+        if not ends and not self.turn_ends.is_last_written:
+            ends = self._first_run(after)[:1]
+        if not ends:
+            raise Dropped(NO_TURNS)
+        return min(ends, key=after.index)
 
     # ------------------------------------------------------------ conversations
 
@@ -209,12 +217,16 @@ class ChatTemplate:
         return answer, end
 
     def loses_thoughts(self, conversation: Messages, tools: list[dict] | None) -> bool:
-        """Whether the template leaves out what an answer says before `</think>`, or as its `reasoning_content`."""
-        thoughts = [_thoughts(message) for message in conversation if message["role"] == "assistant"]
-        if not any(thoughts):
+        """Whether the template leaves out what an answer says before `</think>`, or in a field of its own."""
+        marked = list(conversation)
+        for i, message in enumerate(conversation):
+            if message["role"] == "assistant":
+                marked[i] = _with_placeholder(message, i)
+        indices = [i for i, message in enumerate(marked) if message != conversation[i]]
+        if not indices:
             return False
-        whole = self.apply(conversation, tools)
-        return not all(self.control_strings.protect(thought) in whole for thought in thoughts)
+        whole = self.apply(marked, tools)
+        return not all(_placeholder(i) in whole for i in indices)
 
     # ------------------------------------------------------------ the template
 
@@ -240,14 +252,19 @@ class ChatTemplate:
         return cast(str, text)
 
     def _dated(self, template: str) -> str:
-        """The template with `today` where it asks for the date."""
-        return DATE.sub(lambda match: json.dumps(self.today.strftime(match[2])), template)
+        """The template with a macro of its own in the place of the function that asks for the time."""
+        if "strftime_now" not in template:
+            return template
+        filters = [f" | replace('{code}', {json.dumps(self.today.strftime(code))})" for code in DATE_CODES]
+        return f"{{% macro strftime_now(format) %}}{{{{ format{''.join(filters)} }}}}{{% endmacro %}}{template}"
 
     def _protect(self, message: dict) -> dict:
         """A message whose texts are protected; templates compare roles, which are names."""
         for name, value in message.items():
             is_weight = name == "weight" and value in (0, 1)
             is_known = name in self.names or name in ("role", "content") or is_weight
+            if name in THOUGHTS:  # transformers gives templates each under the names of the others
+                is_known = not self.names.isdisjoint(THOUGHTS)
             if not is_known and not is_empty(value):
                 self.counts.unused.add(f"{name} of messages")
         return self.control_strings.protect_all(message)
@@ -268,11 +285,16 @@ class ChatTemplate:
         self.shown_roles.add(role)
 
 
-def _thoughts(message: dict) -> str:
-    thoughts, closed, _ = message["content"].partition("</think>")
-    if not closed:
-        thoughts = message.get("reasoning_content") or ""
-    return thoughts.strip().removeprefix("<think>").strip()
+def _with_placeholder(message: dict, number: int) -> dict:
+    """A message with a placeholder for its thoughts, if it has any."""
+    thoughts, closed, answer = message["content"].partition("</think>")
+    _, opening, inside = thoughts.rpartition("<think>")
+    if closed and inside.strip():
+        return {**message, "content": f"{opening}{_placeholder(number)}{closed}{answer}"}
+    for name in THOUGHTS:
+        if not is_empty(message.get(name)):
+            return {**message, name: _placeholder(number)}
+    return message
 
 
 def _is_counted(message: dict) -> bool:

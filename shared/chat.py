@@ -96,7 +96,8 @@ class ChatTemplate:
         in_between = self._first_run(after_first)
         at_the_end = self._first_run(after_last)
 
-        last = (at_the_end or in_between[:1] or [""])[-1]
+        in_both = [name for name in at_the_end if name in in_between]  # without an EOS of the whole conversation
+        last = (in_both or at_the_end or in_between[:1] or [""])[-1]
         earlier = last
         if last not in in_between:
             earlier = (in_between or [""])[0]
@@ -130,6 +131,7 @@ class ChatTemplate:
         if len(indices) == 1:
             return self._outline_of_one_turn
 
+        self._check_order(prompt, completion, tools)
         skeleton = list(completion)
         for i in indices:
             skeleton[i] = {**completion[i], "content": _placeholder(i)}
@@ -159,13 +161,24 @@ class ChatTemplate:
 
         Raises Dropped if there is none.
         """
-        common = os.path.commonprefix([at_the_end, after])
-        ends = [end for end in (self.turn_ends.earlier, self.turn_ends.last) if end and end in common]
-        if not ends and not self.turn_ends.is_last_written:
+        ends = [self.turn_ends.last, self.turn_ends.earlier]
+        behind = at_the_end
+        if self.turn_ends.is_last_written:
+            behind, _, _ = at_the_end.rpartition(self.turn_ends.last)
+        else:  # the token with which the next message begins
             ends = self._first_run(after)[:1]
-        if not ends:
+        for end in ends:
+            if end and after.startswith(behind + end):
+                return end
+        raise Dropped(NO_TURNS)
+
+    def _check_order(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> None:
+        """Raises Dropped if the template writes a message before the end of an earlier one."""
+        marked = [{**message, "content": _placeholder(i)} for i, message in enumerate(completion)]
+        text = self.apply(prompt + marked, tools)
+        places = [text.index(_placeholder(i)) for i in range(len(marked)) if _placeholder(i) in text]
+        if places != sorted(places):
             raise Dropped(NO_TURNS)
-        return min(ends, key=after.index)
 
     # ------------------------------------------------------------ conversations
 

@@ -77,7 +77,7 @@ class EncodedExample:
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end a completion, ascending: the EOS, and the turn ends of the chat template."""
+    """The ids that end a completion, ascending: the EOS, and the turn end of the chat template."""
     return Encoder(tokenizer).end_ids
 
 
@@ -110,7 +110,7 @@ class Encoder:
         """As the function of that name."""
         ends = {self.tokenizer.eos_token}
         if self.tokenizer.chat_template:
-            ends |= {self.template.turn_ends.earlier, self.template.turn_ends.last}
+            ends.add(self.template.turn_ends.last)
         return sorted(self.tokenizer.convert_tokens_to_ids(end) for end in ends if end)
 
     @cached_property

@@ -115,6 +115,21 @@ def test_the_words_of_a_tool_are_never_counted(tmp_path: Path) -> None:
     assert drops(tmp_path, [row], tokenizer) == {NO_TURNS: 1}
 
 
+# what a tool says stands inside the turn that called it, before its text
+FOLDED = (
+    "{% for message in messages %}{% if message.role != 'tool' %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.tool_calls %}{{ 'f=' + (loop.nextitem.content if loop.nextitem else '') }}{% endif %}"
+    "{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["so", ""])
+def test_the_words_of_a_tool_inside_an_answer_are_never_counted(tmp_path: Path, content: str) -> None:
+    row = {"prompt": QUESTION, "completion": [{**CALLING, "content": content}, tool("42"), assistant("yes")]}
+    assert drops(tmp_path, [row], with_template(FOLDED)) == {NO_TURNS: 1}
+
+
 def test_calls_count_with_their_answers(tmp_path: Path) -> None:
     tokenizer = with_template(TWO_ENDS.replace("<|eom|>", "<|im_end|>"))
     row = {"prompt": QUESTION, "completion": [CALLING, tool("42"), assistant("yes")]}

@@ -21,7 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from shared import UserError
-from shared.chat import LOST_THOUGHTS, ChatTemplate, Outline, Turn
+from shared.chat import ChatTemplate, Outline, Turn
 from shared.control_strings import ControlStrings
 from shared.rows import Completion, Counts, Dropped, Example, Messages, Prompt, UserTurn, assistant_messages
 
@@ -216,8 +216,7 @@ class Encoder:
     def _turns(self, rendered: RenderedExample, completion: Completion, outline: Outline) -> list[Turn]:
         example = rendered.example
         conversation = _messages(example.prompt) + assistant_messages(completion.text)
-        if self.template.loses_thoughts(conversation, example.tools):
-            rendered.notes.add(LOST_THOUGHTS)
+        rendered.notes |= self.template.losses(conversation, example.tools)
         num_turns = len(outline.contexts) + 1
         return self.template.turns(rendered.prompt, conversation, example.tools, outline, num_turns)
 

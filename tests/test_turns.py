@@ -451,6 +451,28 @@ def test_thoughts_of_an_answer_before_the_last_question_are_not_trained_on(tmp_p
     assert completions(groups) == [marked(tokenizer_of("qwen 3"), text)]
 
 
+# ---------------------------------------------------------------- calls
+
+# calls are shown where a message says nothing else
+CALLS_ALONE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% if message.tool_calls and not message.content %}"
+    "{% for call in message.tool_calls %}{{ (call.function or call).name }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LOST_CALLS = {"calls left out by the chat template": 1}
+
+
+@pytest.mark.parametrize("call", [CALL, {"name": "f", "arguments": "{}"}], ids=["function", "name"])
+@pytest.mark.parametrize("content, lost", [("so", LOST_CALLS), ("f", LOST_CALLS), ("", {})])
+def test_calls_that_a_template_drops_are_counted(tmp_path: Path, call: dict, content: str, lost: dict) -> None:
+    calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+    for completion in ([calling], [calling, tool("42"), assistant("yes")]):
+        groups = load_row(tmp_path, {"prompt": QUESTION, "completion": completion}, with_template(CALLS_ALONE))
+        assert notes(groups) == lost
+
+
 # ---------------------------------------------------------------- packed rows
 
 

@@ -31,6 +31,7 @@ PLACEHOLDER = "\U000f0001"
 DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSuUwWxXyY"))  # of strftime
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of messages
 LOST_THOUGHTS = "thoughts left out by the chat template"  # counts of rows in the report
+LOST_CALLS = "calls left out by the chat template"
 NO_TURNS = "the chat template does not show where a turn begins and ends"
 NO_PREFIX = "the chat template renders the prompt differently once an answer follows"
 
@@ -96,7 +97,8 @@ class ChatTemplate:
         in_between = self._first_run(after_first)
         at_the_end = self._first_run(after_last)
 
-        last = (at_the_end or in_between[:1] or [""])[-1]
+        in_both = [name for name in at_the_end if name in in_between]  # without an EOS of the whole conversation
+        last = (in_both or at_the_end or in_between[:1] or [""])[-1]
         earlier = last
         if last not in in_between:
             earlier = (in_between or [""])[0]
@@ -133,6 +135,7 @@ class ChatTemplate:
         if len(indices) == 1:
             return self._outline_of_one_turn
 
+        self._check_order(prompt, completion, tools)
         skeleton = list(completion)
         for i in indices:
             skeleton[i] = {**completion[i], "content": _placeholder(i)}
@@ -162,13 +165,24 @@ class ChatTemplate:
 
         Raises Dropped if there is none.
         """
-        common = os.path.commonprefix([at_the_end, after])
-        ends = [end for end in (self.turn_ends.earlier, self.turn_ends.last) if end and end in common]
-        if not ends and not self.turn_ends.is_last_written:
+        ends = [self.turn_ends.last, self.turn_ends.earlier]
+        behind = at_the_end
+        if self.turn_ends.is_last_written:
+            behind, _, _ = at_the_end.rpartition(self.turn_ends.last)
+        else:  # the token with which the next message begins
             ends = self._first_run(after)[:1]
-        if not ends:
+        for end in ends:
+            if end and after.startswith(behind + end):
+                return end
+        raise Dropped(NO_TURNS)
+
+    def _check_order(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> None:
+        """Raises Dropped if the template writes a message before the end of an earlier one."""
+        marked = [{**message, "content": _placeholder(i)} for i, message in enumerate(completion)]
+        text = self.apply(prompt + marked, tools)
+        places = [text.index(_placeholder(i)) for i in range(len(marked)) if _placeholder(i) in text]
+        if places != sorted(places):
             raise Dropped(NO_TURNS)
-        return min(ends, key=after.index)
 
     # ------------------------------------------------------------ conversations
 
@@ -216,17 +230,21 @@ class ChatTemplate:
             raise Dropped(NO_TURNS)
         return answer, end
 
-    def loses_thoughts(self, conversation: Messages, tools: list[dict] | None) -> bool:
-        """Whether the template leaves out what an answer says before `</think>`, or in a field of its own."""
-        marked = list(conversation)
-        for i, message in enumerate(conversation):
-            if message["role"] == "assistant":
-                marked[i] = _with_placeholder(message, i)
-        indices = [i for i, message in enumerate(marked) if message != conversation[i]]
-        if not indices:
-            return False
-        whole = self.apply(marked, tools)
-        return not all(_placeholder(i) in whole for i in indices)
+    def losses(self, conversation: Messages, tools: list[dict] | None) -> set[str]:
+        """What the template leaves out of answers: calls, and thoughts before `</think>` or in a field of their own."""
+        reasons = set()
+        for reason, mark in ((LOST_THOUGHTS, _mark_thoughts), (LOST_CALLS, _mark_call)):
+            marked = list(conversation)
+            for i, message in enumerate(conversation):
+                if message["role"] == "assistant":
+                    marked[i] = mark(message, _placeholder(i))
+            indices = [i for i, message in enumerate(marked) if message is not conversation[i]]
+            text = ""
+            if indices:
+                text = self.apply(marked, tools)
+            if not all(_placeholder(i) in text for i in indices):
+                reasons.add(reason)
+        return reasons
 
     # ------------------------------------------------------------ the template
 
@@ -285,16 +303,29 @@ class ChatTemplate:
         self.shown_roles.add(role)
 
 
-def _with_placeholder(message: dict, number: int) -> dict:
+def _mark_thoughts(message: dict, placeholder: str) -> dict:
     """A message with a placeholder for its thoughts, if it has any."""
     thoughts, closed, answer = message["content"].partition("</think>")
     _, opening, inside = thoughts.rpartition("<think>")
     if closed and inside.strip():
-        return {**message, "content": f"{opening}{_placeholder(number)}{closed}{answer}"}
+        return {**message, "content": f"{opening}{placeholder}{closed}{answer}"}
     for name in THOUGHTS:
         if not is_empty(message.get(name)):
-            return {**message, name: _placeholder(number)}
+            return {**message, name: placeholder}
     return message
+
+
+def _mark_call(message: dict, placeholder: str) -> dict:
+    """A message with a placeholder for the name of the first function that it calls, if it calls any."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls or not isinstance(calls[0], dict):
+        return message
+    call = calls[0]
+    if isinstance(call.get("function"), dict):
+        call = {**call, "function": {**call["function"], "name": placeholder}}
+    else:
+        call = {**call, "name": placeholder}
+    return {**message, "tool_calls": [call, *calls[1:]]}
 
 
 def _is_counted(message: dict) -> bool:

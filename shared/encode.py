@@ -21,7 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from shared import UserError
-from shared.chat import LOST_THOUGHTS, ChatTemplate, Outline, Turn
+from shared.chat import ChatTemplate, Outline, Turn
 from shared.control_strings import ControlStrings
 from shared.rows import Completion, Counts, Dropped, Example, Messages, Prompt, UserTurn, assistant_messages
 
@@ -78,7 +78,7 @@ class EncodedExample:
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end a completion, ascending: the EOS, and the turn ends of the chat template."""
+    """The ids that end a completion, ascending: the EOS, and the turn end of the chat template."""
     return Encoder(tokenizer).end_ids
 
 
@@ -111,7 +111,7 @@ class Encoder:
         """As the function of that name."""
         ends = {self.tokenizer.eos_token}
         if self.tokenizer.chat_template:
-            ends |= {self.template.turn_ends.earlier, self.template.turn_ends.last}
+            ends.add(self.template.turn_ends.last)
         return sorted(self.tokenizer.convert_tokens_to_ids(end) for end in ends if end)
 
     @cached_property
@@ -220,8 +220,7 @@ class Encoder:
     def _turns(self, rendered: RenderedExample, completion: Completion, outline: Outline) -> list[Turn]:
         example = rendered.example
         conversation = _messages(example.prompt) + assistant_messages(completion.text)
-        if self.template.loses_thoughts(conversation, example.tools):
-            rendered.notes.add(LOST_THOUGHTS)
+        rendered.notes |= self.template.losses(conversation, example.tools)
         num_turns = len(outline.contexts) + 1
         return self.template.turns(rendered.prompt, conversation, example.tools, outline, num_turns)
 

@@ -194,6 +194,26 @@ COHERE = Shape(
     "<|turn|><|user|>and you?<|end_turn|><|turn|><|assistant|>⟦<|say|>no<|said|><|end_turn|>⟧"
     "<|turn|><|tool|>42<|end_turn|><|turn|><|assistant|>⟦<|say|>it is ok<|said|><|end_turn|>⟧",
 )
+PHI_3_MINI = Shape(  # as PHI_3, without line breaks behind the ends
+    PHI_3.template.replace("<|end|>\n", "<|end|>"),
+    PHI_3.special,
+    "</s>",
+    ("</s>", "<|end|>"),
+    PHI_3.one.replace("<|end|>\n", "<|end|>"),
+    PHI_3.three.replace("<|end|>⟧\n", "<|end|>⟧").replace("<|end|>\n", "<|end|>"),
+)
+GPT_OSS = Shape(
+    "{% for message in messages %}{{ '<|start|>' + message.role + '<|message|>' + message.content }}"
+    "{% if loop.last and message.role == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+    ("<|start|>", "<|message|>", "<|end|>", "<|return|>"),
+    "</s>",
+    ("</s>", "<|return|>"),
+    "<|start|>user<|message|>is it ok?<|end|><|start|>assistant‖⟦<|message|>yes<|return|>⟧",
+    "<|start|>user<|message|>is it ok?<|end|><|start|>assistant‖⟦<|message|>yes<|end|>⟧"
+    "<|start|>user<|message|>and you?<|end|><|start|>assistant⟦<|message|>no<|end|>⟧"
+    "<|start|>tool<|message|>42<|end|><|start|>assistant⟦<|message|>it is ok<|return|>⟧",
+)
 SHAPES = {
     "chatml": CHATML,
     "gemma": GEMMA,
@@ -201,6 +221,8 @@ SHAPES = {
     "mistral": MISTRAL,
     "llama 2": LLAMA_2,
     "phi 3": PHI_3,
+    "phi 3 mini": PHI_3_MINI,
+    "gpt-oss": GPT_OSS,
     "glm": GLM,
     "qwen 3": QWEN_3,
     "r1": R1,

@@ -115,6 +115,21 @@ def test_the_words_of_a_tool_are_never_counted(tmp_path: Path) -> None:
     assert drops(tmp_path, [row], tokenizer) == {NO_TURNS: 1}
 
 
+# what a tool says stands inside the turn that called it, before its text
+FOLDED = (
+    "{% for message in messages %}{% if message.role != 'tool' %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.tool_calls %}{{ 'f=' + (loop.nextitem.content if loop.nextitem else '') }}{% endif %}"
+    "{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["so", ""])
+def test_the_words_of_a_tool_inside_an_answer_are_never_counted(tmp_path: Path, content: str) -> None:
+    row = {"prompt": QUESTION, "completion": [{**CALLING, "content": content}, tool("42"), assistant("yes")]}
+    assert drops(tmp_path, [row], with_template(FOLDED)) == {NO_TURNS: 1}
+
+
 def test_calls_count_with_their_answers(tmp_path: Path) -> None:
     tokenizer = with_template(TWO_ENDS.replace("<|eom|>", "<|im_end|>"))
     row = {"prompt": QUESTION, "completion": [CALLING, tool("42"), assistant("yes")]}
@@ -434,6 +449,28 @@ def test_thoughts_of_an_answer_before_the_last_question_are_not_trained_on(tmp_p
     text = f"{ASK}‖⟦yes<|im_end|>⟧{CONTEXT}⟦<think>\n\n</think>\n\nno<|im_end|>⟧"
     groups = load_row(tmp_path, {"messages": messages}, tokenizer_of("qwen 3"), ALL_TURNS)
     assert completions(groups) == [marked(tokenizer_of("qwen 3"), text)]
+
+
+# ---------------------------------------------------------------- calls
+
+# calls are shown where a message says nothing else
+CALLS_ALONE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% if message.tool_calls and not message.content %}"
+    "{% for call in message.tool_calls %}{{ (call.function or call).name }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LOST_CALLS = {"calls left out by the chat template": 1}
+
+
+@pytest.mark.parametrize("call", [CALL, {"name": "f", "arguments": "{}"}], ids=["function", "name"])
+@pytest.mark.parametrize("content, lost", [("so", LOST_CALLS), ("f", LOST_CALLS), ("", {})])
+def test_calls_that_a_template_drops_are_counted(tmp_path: Path, call: dict, content: str, lost: dict) -> None:
+    calling = {"role": "assistant", "content": content, "tool_calls": [call]}
+    for completion in ([calling], [calling, tool("42"), assistant("yes")]):
+        groups = load_row(tmp_path, {"prompt": QUESTION, "completion": completion}, with_template(CALLS_ALONE))
+        assert notes(groups) == lost
 
 
 # ---------------------------------------------------------------- packed rows

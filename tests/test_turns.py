@@ -22,8 +22,11 @@ from shapes import (
     user,
 )
 from tokenised import (
+    BAD,
     FIRST,
+    GOOD,
     RANKING,
+    TALK,
     assistant,
     chat,
     load,
@@ -31,9 +34,10 @@ from tokenised import (
     write,
 )
 
+from scripts.lab.row_files import encode_rows, read_examples
 from shared.batches import Batches
 from shared.distributed import Ranks
-from shared.encode import end_ids
+from shared.encode import Encoder, end_ids
 from shared.groups import Groups, Requires
 
 ALL_TURNS = Requires("first", turns="all")
@@ -511,3 +515,13 @@ def test_packed_rows_with_context(tmp_path: Path) -> None:
         batch.global_tokens == len(targets) < sum(len(p.completion) for i in range(2) for p in completions(groups, i))
     )
     assert batch.input_ids.shape == (1, start)
+
+
+@pytest.mark.parametrize("weight, kept", [(0, 0), (1, 1)])
+def test_a_completion_without_counted_tokens_is_not_scored(tmp_path: Path, weight: int, kept: int) -> None:
+    """Its reward would be read from a token that is not its own."""
+    row = {"prompt": TALK, "chosen": [{**assistant(GOOD), "weight": weight}], "rejected": [assistant(BAD)]}
+    encoder = Encoder(chat())
+    examples = read_examples(write(tmp_path / "rows.jsonl", [row]), encoder.counts)
+    assert len(list(encode_rows(examples, encoder, 100, completions=True))) == kept
+    assert encoder.counts.dropped.total() == 1 - kept

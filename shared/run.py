@@ -42,6 +42,7 @@ FREE_ON_RESUME = (
 )
 # the metrics that a line on the console shows
 SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")
+WHAT_NEXT = "docs/metrics.md explains the curves (scripts/plot.py), and scripts/evaluate.py compares the policies"
 
 Objective = Callable[[Any, Batch, Any], tuple[Tensor, dict[str, Tensor]]]
 
@@ -126,6 +127,8 @@ class Run:
         if code == UNEXPECTED and "timed out" in reason.lower():
             reason += f"; waited for rank {self.ranks.unresponsive_ranks()}"
         self._output.write_final_status(code, self.step, reason, self.ranks.is_main)
+        if code == 0:
+            self.say(f"{self.directory}: done; {WHAT_NEXT}")
 
     # ---------------------------------------------------------------- before the first step
 

@@ -41,7 +41,8 @@ PANEL_HEIGHT = 2.7
 DPI = 100  # of the PNG
 SVG_DPI = 72  # matplotlib's, for which nothing can be chosen
 MAX_ROWS = 200  # of a table on the page, and hover fields of a panel
-LONG_LABEL = 40  # characters, from which on a legend has one column
+LEGEND_ROWS = 3  # or more, if labels are long
+LEGEND_WIDTH = 110  # characters of the labels side by side
 RANGE_LABEL = "band: smallest to largest value of the seeds"
 MARK = "Runs"  # the entry of a PNG, and of the page, that says which runs it shows
 
@@ -210,12 +211,16 @@ def draw_curve(axes: "Axes", panel: Panel, curve: Curve, color: str) -> None:
     styles = {"training": "-", "held out": "--"}
     for rows, metric in panel.sets.items():
         band = curve.band(metric)
+        if not band.steps:
+            continue
         marker = ""
         if rows == "held out" or len(band.steps) == 1:
             marker = "o"
         axes.plot(band.steps, band.mean, styles[rows], color=color, linewidth=1.5, marker=marker, markersize=3)
         if len(curve.runs) > 1:
             axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.15, linewidth=0)
+            if len(band.steps) == 1:
+                axes.vlines(band.steps, band.low, band.high, color=color, alpha=0.3)
 
 
 def add_legend(figure: "Figure", panels: list[Panel], color_of: dict[str, str]) -> None:
@@ -223,19 +228,28 @@ def add_legend(figure: "Figure", panels: list[Panel], color_of: dict[str, str]) 
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = []
-    for label, color in color_of.items():
-        handles.append(Line2D([], [], color=color, linewidth=2.5, label=plots.plain_text(label)))
-    handles.append(Line2D([], [], color=plots.GREY, label="training"))
-    shown = [curve for panel in panels for curve in panel.curves]
-    if any(curve.has(panel.sets["held out"]) for panel in panels for curve in panel.curves):
-        handles.append(Line2D([], [], color=plots.GREY, linestyle="--", marker="o", markersize=3, label="held out"))
-    if any(len(curve.runs) > 1 for curve in shown):
-        handles.append(Patch(color=plots.GREY, alpha=0.15, label=RANGE_LABEL))
+    labels = [plots.plain_text(label) for label in color_of]
+    curves: list[Any] = []
+    for label, color in zip(labels, color_of.values(), strict=True):
+        curves.append(Line2D([], [], color=color, linewidth=2.5, label=label))
 
-    columns = 3
-    if max(map(len, color_of)) > LONG_LABEL:
-        columns = 1
+    styles: list[Any] = [Line2D([], [], color=plots.GREY, label="training")]
+    shown = [(curve, panel) for panel in panels for curve in panel.curves]
+    if any(curve.has(panel.sets["held out"]) for curve, panel in shown):
+        styles.append(Line2D([], [], color=plots.GREY, linestyle="--", marker="o", markersize=3, label="held out"))
+    if any(len(curve.runs) > 1 for curve, _ in shown):
+        styles.append(Patch(color=plots.GREY, alpha=0.15, label=RANGE_LABEL))
+
+    rows = LEGEND_ROWS
+    longest = max(map(len, labels))
+    while rows < len(curves) and -(-len(curves) // rows) * longest > LEGEND_WIDTH:
+        rows += 1
+    handles: list[Any] = []
+    for column in (curves, styles):
+        handles += column
+        while len(handles) % rows:  # a legend is filled column by column
+            handles.append(Line2D([], [], linestyle="none", label=" "))
+    columns = len(handles) // rows
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
@@ -332,7 +346,9 @@ def thinned(steps: list[int]) -> list[int]:
 
 
 def value_text(band: Band, step: int) -> str:
-    """The mean at a step, and the range where it is one."""
+    """The mean at a step, and the range where it is one; empty if there is no value."""
+    if step not in band.steps:
+        return ""
     i = band.steps.index(step)
     text = f"{band.mean[i]:.5g}"
     if band.low[i] < band.high[i]:
@@ -347,7 +363,7 @@ def runs_table(curves: list[Curve]) -> str:
         for run in curve.runs:
             cells = [curve.label, str(run.path), str(run.args.get("seed"))]
             rows.append([*cells, run.state, f"{run.step} of {run.last_step}"])
-    return table("", ["curve", "run", "seed", "state", "last step logged"], rows)
+    return table("How the runs of each curve stand.", ["curve", "run", "seed", "state", "last step logged"], rows)
 
 
 def metric_table(panel: Panel) -> str:
@@ -356,15 +372,13 @@ def metric_table(panel: Panel) -> str:
     steps = sorted({step for band in bands.values() for step in band.steps})
     rows = []
     for step in thinned(steps):
-        row = [str(step)]
-        for band in bands.values():
-            row.append(value_text(band, step) if step in band.steps else "")
-        rows.append(row)
+        cells = [value_text(band, step) for band in bands.values()]
+        rows.append([str(step), *cells])
 
     caption = "Means; of several runs the smallest and the largest value in brackets."
     if len(rows) < len(steps):
         caption += f" {len(rows)} of {len(steps)} steps; all are in metrics.jsonl."
-    summary = html.escape(f"{panel.title} {panel.unit and f'({panel.unit})'}")
+    summary = html.escape(", ".join(filter(None, [panel.title, panel.unit])))
     return f"<details><summary>{summary}</summary>{table(caption, ['step', *bands], rows)}</details>"
 
 

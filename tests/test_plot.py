@@ -12,6 +12,7 @@ import tiny
 
 from scripts import plot
 from scripts.lab.curves import group_seeds
+from scripts.lab.logged import bare
 from scripts.lab.runs import read_run
 from shared import UserError
 
@@ -200,24 +201,31 @@ def test_a_run_without_a_line_yet(tmp_path: Path, seeds: list[Path]) -> None:
         plot_runs([path], tmp_path / "c.html")
 
 
-def test_a_real_run_and_its_continuation(tmp_path: Path) -> None:
+def test_a_run_that_was_resumed_with_another_interval(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", [{"step": 4, "loss": 0.5}, {"step": 5, "loss": 0.25}, {"step": 6, "loss": 0.75}])
+    (line,) = drawn([path], "loss").lines
+    assert line.get_xydata().tolist() == [[4, 0.5], [5, 0.25], [6, 0.75]]
+
+
+def test_a_real_run(tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "model")
     rows = tmp_path / "rows.jsonl"
     tiny.make_rows(8, seed=0, path=rows)
-    options: dict[str, Any] = {"model": model, "train_data": rows, "eval_data": rows, "batch_size": 4}
-    options |= {"log_every": 1, "eval_every": 2, "save_every": 1, "lr_schedule": "constant"}
     run = tmp_path / "run"
-    tiny.run("algos/dpo.py", run, max_steps=2, **options)
-    assert "docs/metrics.md" in tiny.read_log(run).splitlines()[-1]
-    assert "scripts/evaluate.py" in tiny.read_log(run).splitlines()[-1]
+    options: dict[str, Any] = {"model": model, "train_data": rows, "eval_data": rows, "batch_size": 4}
+    lines = tiny.run("algos/dpo.py", run, log_every=1, eval_every=2, **options)
+    last_line = tiny.read_log(run).splitlines()[-1]
+    assert "docs/metrics.md" in last_line
+    assert "scripts/evaluate.py" in last_line
 
-    shutil.copytree(run, tmp_path / "short")
-    lines = tiny.run("algos/dpo.py", run, max_steps=3, resume=True, **options)
-    losses = [line["loss"] for line in lines]
-    training, _ = drawn([run], "loss").lines
-    assert list(training.get_ydata()) == losses
-    assert len(losses) == 3
-    assert "dpo, max_steps 2" in plot_runs([tmp_path / "short", run], tmp_path / "c.html")
+    training, held_out = drawn([run], "loss").lines
+    assert list(training.get_ydata()) == [line["loss"] for line in lines]
+    assert list(training.get_xdata()) == [1, 2]
+    assert len(held_out.get_xdata()) > 0
+
+    documentation = (tiny.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    for metric in read_run(run).metrics:
+        assert f"`{bare(metric)}`" in documentation, metric
 
 
 # ---------------------------------------------------------------- the page
@@ -238,6 +246,23 @@ def test_the_page_is_self_contained_and_names_all_runs(tmp_path: Path, seeds: li
     assert '<th scope="row">8</th><td>0.525 (0.125 to 1.025)</td>' in table
     assert "step 8\ndpo, beta 0.1, training: 0.525 (0.125 to 1.025)" in page
     assert "the runs&#x27; β or τ differ" in page
+
+
+def test_hover_fields_lie_over_their_panel(tmp_path: Path, seeds: list[Path]) -> None:
+    page = plot_runs(seeds, tmp_path / "c.html", "loss")
+    corners = re.search(r'id="axes_1">.*?<path d="M (\S+) (\S+) L (\S+) (\S+) L (\S+) (\S+)', " ".join(page.split()))
+    assert corners is not None
+    left, bottom, right, _, _, top = map(float, corners.groups())
+    fields = re.findall(r'<rect class="hover" x="(\S+)" y="(\S+)" width="(\S+)" height="(\S+)">', page)
+    assert len(fields) == 4
+    x = left
+    for field in fields:
+        field_x, y, width, height = map(float, field)
+        assert field_x == pytest.approx(x, abs=0.2)
+        assert y == pytest.approx(top, abs=0.2)
+        assert height == pytest.approx(bottom - top, abs=0.2)
+        x = field_x + width
+    assert x == pytest.approx(right, abs=0.2)
 
 
 def test_a_long_run_has_short_tables(tmp_path: Path) -> None:

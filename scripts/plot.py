@@ -187,6 +187,8 @@ def _shows(curve: Curve, metric: str) -> bool:
 def make_figure(panels: list[Panel], curves: list[Curve]) -> tuple["Figure", list["Axes"]]:
     """The panels with one legend below them, and the axes of each panel."""
     columns = min(COLUMNS, len(panels))
+    if len(panels) == 4:
+        columns = 2
     names: list[Any] = list(range(len(panels)))
     while len(names) % columns:
         names.append(".")
@@ -254,9 +256,18 @@ def add_legend(figure: "Figure", panels: list[Panel], color_of: dict[str, str]) 
 
 
 def to_png(figure: "Figure", mark: str) -> bytes:
-    """The picture, with a text in it that says which runs it shows."""
+    """The picture in 256 colours, with a text in it that says which runs it shows."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI, metadata={MARK: mark, "Software": None})
+    figure.savefig(file, format="png", dpi=DPI)
+    picture = Image.open(file).convert("RGB")
+
+    info = PngInfo()
+    info.add_text(MARK, mark)
+    file = io.BytesIO()
+    picture.quantize(256).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 

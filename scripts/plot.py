@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def read_runs(paths: Iterable[Path]) -> list[RunLog]:
                 raise UserError(f"{path}: given twice")
         runs.append(read_run(path))
     if not runs:
-        raise UserError("no run to plot; give the output directories of one or more runs")
+        raise UserError("no run to plot; give the output directories of one or more runs, before --metrics")
     if not any(run.lines for run in runs):
         raise UserError(f"{runs[0].path}: nothing is logged yet; a line comes every --log-every steps")
     return runs
@@ -200,7 +201,7 @@ def make_figure(panels: list[Panel], curves: list[Curve]) -> tuple["Figure", lis
     color_of = dict(zip([curve.label for curve in curves], plots.colors(len(curves)), strict=True))
     for i, panel in enumerate(panels):
         for curve in panel.curves:
-            draw_curve(all_axes[i], panel, curve, color_of[curve.label])
+            plot_curve(all_axes[i], panel, curve, color_of[curve.label])
         all_axes[i].grid(axis="y", color="#e4e4e4", linewidth=0.8)
         all_axes[i].set_axisbelow(True)
         plots.label_axes(all_axes[i], plots.plain_text(panel.title), "optimizer step", panel.unit)
@@ -208,7 +209,7 @@ def make_figure(panels: list[Panel], curves: list[Curve]) -> tuple["Figure", lis
     return figure, [all_axes[i] for i in range(len(panels))]
 
 
-def draw_curve(axes: "Axes", panel: Panel, curve: Curve, color: str) -> None:
+def plot_curve(axes: "Axes", panel: Panel, curve: Curve, color: str) -> None:
     """Training as a solid line, held-out rows as a dashed one with points, each with the band of its runs."""
     styles = {"training": "-", "held out": "--"}
     for rows, metric in panel.sets.items():
@@ -331,8 +332,9 @@ def hover_fields(figure: "Figure", axes: "Axes", panel: Panel) -> str:
     for i, step in enumerate(steps):
         lines = [f"step {step}"]
         for name, band in bands.items():
-            if step in band.steps:
-                lines.append(f"{name}: {value_text(band, step)}")
+            value = value_text(band, step)
+            if value:
+                lines.append(f"{name}: {value}")
         text = html.escape("\n".join(lines))
         place = f'x="{edges[i]:.1f}" y="{page_height - box.y1:.1f}"'
         extent = f'width="{edges[i + 1] - edges[i]:.1f}" height="{box.height:.1f}"'
@@ -358,9 +360,9 @@ def thinned(steps: list[int]) -> list[int]:
 
 def value_text(band: Band, step: int) -> str:
     """The mean at a step, and the range where it is one; empty if there is no value."""
-    if step not in band.steps:
+    i = bisect_left(band.steps, step)
+    if step not in band.steps[i : i + 1]:
         return ""
-    i = band.steps.index(step)
     text = f"{band.mean[i]:.5g}"
     if band.low[i] < band.high[i]:
         text += f" ({band.low[i]:.5g} to {band.high[i]:.5g})"

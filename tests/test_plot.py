@@ -1,4 +1,4 @@
-"""scripts/plot.py: what is drawn is what was logged, seeds are one curve, runs that go on, the page, and mistakes."""
+"""scripts/plot.py: what is plotted is what was logged, seeds are one curve, runs that go on, the page, and mistakes."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def plot_runs(paths: list[Path], output: Path, *metrics: str) -> str:
     return output.read_text(encoding="utf-8")
 
 
-def drawn(paths: list[Path], metric: str) -> Any:
+def plotted(paths: list[Path], metric: str) -> Any:
     """The axes of a metric's only panel."""
     curves = group_seeds([read_run(path) for path in paths])
     panels = plot.make_panels(curves, (metric,))
@@ -66,11 +66,11 @@ def drawn(paths: list[Path], metric: str) -> Any:
     return axes
 
 
-# ---------------------------------------------------------------- what is drawn
+# ---------------------------------------------------------------- what is plotted
 
 
 def test_mean_and_band_are_those_of_the_logs(seeds: list[Path]) -> None:
-    axes = drawn(seeds[:3], "loss")
+    axes = plotted(seeds[:3], "loss")
     training, held_out = axes.lines
     for step, value in training.get_xydata():
         assert value == pytest.approx(1 / step + 0.4)
@@ -89,7 +89,7 @@ def test_mean_and_band_are_those_of_the_logs(seeds: list[Path]) -> None:
 
 
 def test_held_out_rows_have_the_colour_of_their_training(seeds: list[Path]) -> None:
-    axes = drawn(seeds, "loss")
+    axes = plotted(seeds, "loss")
     training, held_out, other, other_held_out = axes.lines
     assert training.get_color() == held_out.get_color() != other.get_color() == other_held_out.get_color()
     assert training.get_linestyle() == other.get_linestyle() == "-"
@@ -98,7 +98,7 @@ def test_held_out_rows_have_the_colour_of_their_training(seeds: list[Path]) -> N
 
 
 def test_held_out_rows_alone(seeds: list[Path]) -> None:
-    (line,) = drawn(seeds[:1], "eval/loss").lines
+    (line,) = plotted(seeds[:1], "eval/loss").lines
     assert line.get_linestyle() == "--"
     assert list(line.get_ydata()) == [0.5, 0.25]
 
@@ -106,7 +106,7 @@ def test_held_out_rows_alone(seeds: list[Path]) -> None:
 def test_a_value_that_is_not_finite_is_a_gap(tmp_path: Path) -> None:
     lines = make_lines()
     lines[0]["loss"] = None
-    line, _ = drawn([write_run(tmp_path / "run", lines)], "loss").lines
+    line, _ = plotted([write_run(tmp_path / "run", lines)], "loss").lines
     assert math.isnan(line.get_ydata()[0])
     assert line.get_ydata()[1] == 0.25
 
@@ -149,7 +149,7 @@ def test_other_rows_under_the_same_name_are_another_curve(tmp_path: Path) -> Non
     second = write_run(tmp_path / "b", make_lines(), seed=1)
     text = (second / "run.json").read_text(encoding="utf-8")
     (second / "run.json").write_text(text.replace("abc", "def"), encoding="utf-8")
-    assert labels([first, second]) == ["dpo (a)", "dpo (b)"]
+    assert labels([first, second]) == [f"dpo ({first})", f"dpo ({second})"]
 
 
 def test_algorithms_share_axes_where_their_units_agree(tmp_path: Path) -> None:
@@ -187,23 +187,23 @@ def test_a_run_that_goes_on(tmp_path: Path, seeds: list[Path], capsys: pytest.Ca
 
     page = plot_runs([seeds[0], path], tmp_path / "c.html", "loss")
     said = capsys.readouterr().out
-    assert f"{path}: unknown, logged up to step 4 of 8" in said
+    assert f"{path}: state unknown, logged up to step 4 of 8" in said
     assert "at the steps that all runs have logged" in said
     assert str(path) in page
-    assert list(drawn([seeds[0], path], "loss").lines[0].get_xdata()) == [2, 4]
-    assert list(drawn([path], "loss").lines[0].get_xdata()) == [2, 4]
+    assert list(plotted([seeds[0], path], "loss").lines[0].get_xdata()) == [2, 4]
+    assert list(plotted([path], "loss").lines[0].get_xdata()) == [2, 4]
 
 
 def test_a_run_without_a_line_yet(tmp_path: Path, seeds: list[Path]) -> None:
     path = write_run(tmp_path / "new", [], state="running", seed=7)
-    assert list(drawn([seeds[0], path], "loss").lines[0].get_xdata()) == [2, 4, 6, 8]
+    assert list(plotted([seeds[0], path], "loss").lines[0].get_xdata()) == [2, 4, 6, 8]
     with pytest.raises(UserError, match="new: nothing is logged yet"):
         plot_runs([path], tmp_path / "c.html")
 
 
 def test_a_run_that_was_resumed_with_another_interval(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", [{"step": 4, "loss": 0.5}, {"step": 5, "loss": 0.25}, {"step": 6, "loss": 0.75}])
-    (line,) = drawn([path], "loss").lines
+    (line,) = plotted([path], "loss").lines
     assert line.get_xydata().tolist() == [[4, 0.5], [5, 0.25], [6, 0.75]]
 
 
@@ -218,7 +218,7 @@ def test_a_real_run(tmp_path: Path) -> None:
     assert "docs/metrics.md" in last_line
     assert "scripts/evaluate.py" in last_line
 
-    training, held_out = drawn([run], "loss").lines
+    training, held_out = plotted([run], "loss").lines
     assert list(training.get_ydata()) == [line["loss"] for line in lines]
     assert list(training.get_xdata()) == [1, 2]
     assert len(held_out.get_xdata()) > 0

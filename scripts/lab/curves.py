@@ -96,7 +96,7 @@ def _label(curves: list[Curve]) -> None:
     labels = [curve.label for curve in curves]
     for curve in curves:
         if labels.count(curve.label) > 1:
-            directories = [run.path.name for run in curve.runs]
+            directories = [str(run.path) for run in curve.runs]
             curve.label += f" ({', '.join(directories)})"
 
 

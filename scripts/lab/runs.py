@@ -46,7 +46,7 @@ def read_run(path: Path) -> RunLog:
         raise UserError(f"{path}: has no run.json, so it is not the --output-dir of a run whose steps have begun")
 
     run = read_json(path / "run.json")
-    state = "unknown"
+    state = "state unknown"
     if (path / "status.json").exists():
         state = read_json(path / "status.json").get("state", state)
     try:

@@ -39,6 +39,7 @@ MAX_PANELS = 6  # of a picture whose metrics are not given
 COLUMNS = 3
 PANEL_WIDTH = 4.0  # inches
 PANEL_HEIGHT = 2.7
+LEGEND_ROW_HEIGHT = 0.2
 DPI = 100  # of the PNG
 SVG_DPI = 72  # matplotlib's, for which nothing can be chosen
 MAX_ROWS = 200  # of a table on the page, and hover fields of a panel
@@ -195,7 +196,8 @@ def make_figure(panels: list[Panel], curves: list[Curve]) -> tuple["Figure", lis
         names.append(".")
     mosaic = [names[start : start + columns] for start in range(0, len(names), columns)]
 
-    size = (PANEL_WIDTH * max(columns, 2), PANEL_HEIGHT * len(mosaic) + 0.6)
+    legend_height = LEGEND_ROW_HEIGHT * legend_rows([curve.label for curve in curves])
+    size = (PANEL_WIDTH * max(columns, 2), PANEL_HEIGHT * len(mosaic) + legend_height)
     figure, all_axes = plots.canvas(mosaic, size)
     figure.set_dpi(SVG_DPI)
     color_of = dict(zip([curve.label for curve in curves], plots.colors(len(curves)), strict=True))
@@ -226,15 +228,23 @@ def plot_curve(axes: "Axes", panel: Panel, curve: Curve, color: str) -> None:
                 axes.vlines(band.steps, band.low, band.high, color=color, alpha=0.3)
 
 
+def legend_rows(labels: list[str]) -> int:
+    """The rows of the legend: so many that its columns fit side by side."""
+    longest = max(map(len, labels))
+    rows = LEGEND_ROWS
+    while rows < len(labels) and -(-len(labels) // rows) * longest > LEGEND_WIDTH:
+        rows += 1
+    return rows
+
+
 def add_legend(figure: "Figure", panels: list[Panel], color_of: dict[str, str]) -> None:
     """What the colours, the strokes and the bands mean."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    labels = [plots.plain_text(label) for label in color_of]
-    curves: list[Any] = []
-    for label, color in zip(labels, color_of.values(), strict=True):
-        curves.append(Line2D([], [], color=color, linewidth=2.5, label=label))
+    strokes: list[Any] = []
+    for label, color in color_of.items():
+        strokes.append(Line2D([], [], color=color, linewidth=2.5, label=plots.plain_text(label)))
 
     styles: list[Any] = [Line2D([], [], color=plots.GREY, label="training")]
     shown = [(curve, panel) for panel in panels for curve in panel.curves]
@@ -243,12 +253,9 @@ def add_legend(figure: "Figure", panels: list[Panel], color_of: dict[str, str]) 
     if any(len(curve.runs) > 1 for curve, _ in shown):
         styles.append(Patch(color=plots.GREY, alpha=0.15, label=RANGE_LABEL))
 
-    rows = LEGEND_ROWS
-    longest = max(map(len, labels))
-    while rows < len(curves) and -(-len(curves) // rows) * longest > LEGEND_WIDTH:
-        rows += 1
+    rows = legend_rows(list(color_of))
     handles: list[Any] = []
-    for column in (curves, styles):
+    for column in (strokes, styles):
         handles += column
         while len(handles) % rows:  # a legend is filled column by column
             handles.append(Line2D([], [], linestyle="none", label=" "))

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class RunLog:
         """The last step that has a line, 0 if there is none."""
         return max((line["step"] for line in self.lines), default=0)
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """The names of all that is logged, in the order of the log; those over held-out rows begin with `eval/`."""
         names: dict[str, None] = {}

@@ -113,9 +113,9 @@ def remarks(curves: list[Curve], panels: list[Panel]) -> list[str]:
         missing = [curve.label for curve in curves if not _shows(curve, panel.metric)]
         if missing:
             texts.append(f"{panel.metric}: not logged by {'; '.join(missing)}.")
-    scales = {str(reward_scale(curve.runs[0].args)) for panel in panels for curve in panel.curves}
-    if len(scales) > 1 and any(is_reward(panel.metric) for panel in panels):
-        texts.append("rewards/*: the runs' β or τ differ, and so do the units; accuracies and logps can be compared.")
+        scales = {str(reward_scale(curve.runs[0].args)) for curve in panel.curves}
+        if is_reward(panel.metric) and len(scales) > 1:
+            texts.append(f"{panel.metric}: β or τ differs, and so does the unit; accuracies and logps can be compared.")
     return list(dict.fromkeys(texts))
 
 
@@ -381,9 +381,11 @@ def runs_table(curves: list[Curve]) -> str:
     rows = []
     for curve in curves:
         for run in curve.runs:
-            cells = [curve.label, str(run.path), str(run.args.get("seed"))]
+            cells = [curve.label, str(run.path), curve.differences, str(run.args.get("seed"))]
             rows.append([*cells, run.state, f"{run.step} of {run.last_step}"])
-    return table("How the runs of each curve stand.", ["curve", "run", "seed", "state", "last step logged"], rows)
+    return table(
+        "How the runs of each curve stand.", ["curve", "run", "what differs", "seed", "state", "last step logged"], rows
+    )
 
 
 def metric_table(panel: Panel) -> str:

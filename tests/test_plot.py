@@ -138,6 +138,14 @@ def test_labels_are_what_differs(tmp_path: Path, args: dict, label: str) -> None
     assert labels([first, second])[1] == f"dpo, {label}"
 
 
+def test_what_differs_between_algorithms_is_not_in_the_label(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", make_lines())
+    second = write_run(tmp_path / "b", make_lines(), algorithm="ipo", tau=0.1, learning_rate=3e-5)
+    assert labels([first, second]) == ["dpo", "ipo"]
+    page = plot_runs([first, second], tmp_path / "c.html")
+    assert "<td>learning_rate 3e-05</td>" in page
+
+
 def test_arguments_that_change_no_result_separate_nothing(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", make_lines())
     second = write_run(tmp_path / "b", make_lines(), seed=1, micro_batch_tokens=3, save_every=7, resume=True)
@@ -245,7 +253,8 @@ def test_the_page_is_self_contained_and_names_all_runs(tmp_path: Path, seeds: li
     table = page[page.index("<summary>loss") :]
     assert '<th scope="row">8</th><td>0.525 (0.125 to 1.025)</td>' in table
     assert "step 8\ndpo, beta 0.1, training: 0.525 (0.125 to 1.025)" in page
-    assert "the runs&#x27; β or τ differ" in page
+    assert "rewards/margins: β or τ differs" in page
+    assert "loss: β" not in page
 
 
 def test_hover_fields_lie_over_their_panel(tmp_path: Path, seeds: list[Path]) -> None:

@@ -18,6 +18,7 @@ class Curve:
 
     label: str
     runs: list[RunLog]
+    differences: str = ""  # the settings that differ between this curve and others
 
     @property
     def algorithm(self) -> str:
@@ -83,15 +84,16 @@ def group_seeds(runs: list[RunLog]) -> list[Curve]:
 
 
 def _label(curves: list[Curve]) -> None:
-    """Label curves by algorithm and by the settings that differ, and by directories where that is not enough."""
+    """Label curves by algorithm and by the settings that differ, and by directories where that is not enough.
+
+    What differs between algorithms alone is in `differences`, because their names already tell these curves apart.
+    """
     for curve in curves:
         siblings = [other for other in curves if other.algorithm == curve.algorithm]
         names = _differing(siblings)
-        for name in _differing(curves):
-            if name not in names:
-                names.append(name)
-        parts = [f"{name} {_shown(curve.settings[name])}" for name in names]
-        curve.label = ", ".join([curve.algorithm, *parts])
+        curve.label = ", ".join([curve.algorithm, *_shown(curve, names)])
+        more = [name for name in _differing(curves) if name not in names]
+        curve.differences = ", ".join(_shown(curve, names + more))
 
     labels = [curve.label for curve in curves]
     for curve in curves:
@@ -111,9 +113,13 @@ def _differing(curves: list[Curve]) -> list[str]:
     return names
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, str) and "/" in value:
-        return Path(value).name
-    return str(value)
+def _shown(curve: Curve, names: list[str]) -> list[str]:
+    texts = []
+    for name in names:
+        value = curve.settings[name]
+        if isinstance(value, float):
+            value = f"{value:g}"
+        elif isinstance(value, str) and "/" in value:
+            value = Path(value).name
+        texts.append(f"{name} {value}")
+    return texts

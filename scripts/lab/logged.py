@@ -8,9 +8,9 @@ from scripts.lab.runs import HELD_OUT
 MOST_TELLING = (
     "loss",
     "rewards/accuracies",
-    "rewards/margins",
     "logps/chosen",
     "logps/rejected",
+    "rewards/margins",
     "grad_norm",
     "rewards/chosen",
     "rewards/rejected",

@@ -7,7 +7,6 @@ of `scripts/evaluate.py`, and `quickstart.json` with the commands that were run.
 """
 
 import html
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from scripts.lab import notices
 from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, require_matplotlib, to_svg
-from scripts.lab.row_files import read_jsonl
+from scripts.lab.runs import HELD_OUT, read_json, read_log, series
 from scripts.lab.statistics import interval_text
 from shared import StorageError, UserError
 from shared.files import write_text
@@ -67,25 +66,6 @@ class Curve:
     held_out_label: str = "held out"
 
 
-# ---------------------------------------------------------------- reading
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError if it cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl. Raises UserError if they cannot be read."""
-    try:
-        return read_jsonl(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
 # ---------------------------------------------------------------- plots
 
 
@@ -105,14 +85,14 @@ def training_plot(metrics: list[dict], curves: list[Curve], y_label: str) -> str
     """Metrics over optimizer steps: training as a line, held-out rows as points if there are any."""
     figure, axes = new_axes("optimizer step", y_label)
     for curve in curves:
-        steps, values = series(metrics, curve.metric)
-        axes.plot(steps, values, color=curve.color, linewidth=1.5, label=curve.label)
+        values = series(metrics, curve.metric)
+        axes.plot(list(values), list(values.values()), color=curve.color, linewidth=1.5, label=curve.label)
 
-        steps, values = series(metrics, f"eval/{curve.metric}")
-        if steps:
+        held_out = series(metrics, HELD_OUT + curve.metric)
+        if held_out:
             axes.plot(
-                steps,
-                values,
+                list(held_out),
+                list(held_out.values()),
                 color=curve.color,
                 marker="o",
                 markersize=5,
@@ -122,17 +102,6 @@ def training_plot(metrics: list[dict], curves: list[Curve], y_label: str) -> str
             )
     axes.legend(frameon=False, fontsize=9)
     return to_svg(figure)
-
-
-def series(metrics: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """The steps at which a metric was logged, and its values."""
-    steps = []
-    values = []
-    for line in metrics:
-        if name in line:
-            steps.append(line["step"])
-            values.append(line[name])
-    return steps, values
 
 
 def comparison_plot(policies: dict[str, dict], measure: str) -> str:
@@ -350,8 +319,8 @@ def page(run_dir: Path) -> str:
     quickstart = read_json(run_dir / "quickstart.json")
     sft = read_json(run_dir / "sft" / "run.json")
     dpo = read_json(run_dir / "dpo" / "run.json")
-    sft_metrics = read_metrics(run_dir / "sft" / "metrics.jsonl")
-    dpo_metrics = read_metrics(run_dir / "dpo" / "metrics.jsonl")
+    sft_metrics = read_log(run_dir / "sft" / "metrics.jsonl")
+    dpo_metrics = read_log(run_dir / "dpo" / "metrics.jsonl")
 
     policies = results["policies"]
     comparison = ""

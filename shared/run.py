@@ -47,6 +47,7 @@ FREE_ON_RESUME = (
 )
 # what a line on the console leaves out
 HIDDEN = ("step", "epoch", "seconds", "logps/", "token_rewards/", "negative_tokens/", "rm/")
+WHAT_NEXT = "docs/metrics.md explains the curves (scripts/plot.py), and scripts/evaluate.py compares the policies"
 
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -132,6 +133,8 @@ class Run:
         if code == UNEXPECTED and "timed out" in reason.lower():
             reason += f"; waited for rank {self.ranks.unresponsive_ranks()}"
         self._output.write_final_status(code, self.step, reason, self.ranks.is_main)
+        if code == 0:
+            self.say(f"{self.directory}: done; {WHAT_NEXT}")
 
     # ---------------------------------------------------------------- before the first step
 

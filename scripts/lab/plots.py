@@ -17,7 +17,11 @@ BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREEN = "#009E73"
 PURPLE = "#AA4499"
+AMBER = "#E69F00"
+SKY = "#56B4E9"
+BLACK = "#000000"
 GREY = "#666666"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, BLACK)
 
 
 def require_matplotlib() -> None:
@@ -38,6 +42,22 @@ def canvas(mosaic: Sequence[Sequence[Any]], size: tuple[float, float]) -> tuple[
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
     return figure, panels
+
+
+def colors(n: int) -> list[str]:
+    """n colours: those of the palette, or if they are too few, as many from dark blue to yellow."""
+    if n <= len(PALETTE):
+        return list(PALETTE[:n])
+
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](i / (n - 1))) for i in range(n)]
+
+
+def plain_text(text: str) -> str:
+    """A text as matplotlib has to be given it so that a dollar sign does not begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def label_axes(axes: "Axes", title: str, x_label: str, y_label: str) -> None:

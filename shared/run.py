@@ -107,6 +107,7 @@ class Run:
         # since the last line of the log, over all processes
         self._totals: Totals = {}
         self._tokens = 0
+        self._timed_steps = 0  # of this process
         self._clock = 0.0
 
         problem = None
@@ -289,6 +290,7 @@ class Run:
         """
         self.step = step
         self._totals = add_totals(self._totals, totals)
+        self._timed_steps += 1
         self._tokens += int(self._train.group_sizes[self._train.groups_of(step)].sum())
         assert self._bar is not None
         self._bar.update()
@@ -297,19 +299,19 @@ class Run:
 
         now = time.perf_counter()
         seconds = now - self._clock
-        steps = (step - 1) % self.args.log_every + 1
         line = {
             "step": step,
             "epoch": step / self._train.steps_per_epoch,
             **means(self._totals),
             "grad_norm": float(unsharded(grad_norm)),
             "learning_rate": self._optimizer.param_groups[0]["lr"],
-            "seconds": seconds / steps,
+            "seconds": seconds / self._timed_steps,
             "tokens_per_second": self._tokens / seconds,
         }
         self._clock = now
         self._totals = {}
         self._tokens = 0
+        self._timed_steps = 0
         self._write_line(line, [name for name in line if not name.startswith(HIDDEN)])
 
     def evaluates_at(self, step: int) -> bool:

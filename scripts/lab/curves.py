@@ -9,7 +9,7 @@ from shared.run import FREE_ON_RESUME
 
 # These do not change what a run computes, or differ between the runs of one curve by intention.
 # The intervals of the log stay, because a line is a mean over the groups since the line before.
-NO_SETTINGS = {*FREE_ON_RESUME, "seed"} - {"log_every", "eval_every", "model", "reference"}
+NO_SETTINGS = {*FREE_ON_RESUME, "seed"} - {"log_every", "eval_every", "model", "reference", "train_data", "eval_data"}
 
 
 @dataclass

@@ -133,14 +133,6 @@ def test_token_dpo_beam(folder: Path, tmp_path: Path) -> None:
     compare_run("algos/token_dpo_beam.py", tmp_path / "out", folder / "model", data, loss, metrics, **options)
 
 
-def test_completions_that_are_cut(folder: Path, tmp_path: Path) -> None:
-    """What is left of a completion ends with a token that counts."""
-    encode = partial(chatml.encode, **CUT)
-    data = folder / "pairs.jsonl"
-    options = {"encode": encode, "beta": BETA, **CUT}
-    compare_run("algos/dpo.py", tmp_path / "out", folder / "model", data, reference.dpo(BETA), **options)
-
-
 @pytest.mark.parametrize(
     "turns, data, encode",
     [
@@ -163,23 +155,24 @@ def test_sft(folder: Path, tmp_path: Path, turns: str, data: str, encode: refere
     )
 
 
-@pytest.mark.parametrize("data", ["pairs", "fours"])
-def test_rm(folder: Path, tmp_path: Path, data: str) -> None:
-    """The reward is read at the last token that counts, with all context before it."""
+@pytest.mark.parametrize("data, limits", [("pairs", {}), ("fours", {}), ("pairs", CUT)])
+def test_rm(folder: Path, tmp_path: Path, data: str, limits: dict[str, int]) -> None:
+    """The reward is read at the last token that counts, with all context before it; also where a completion is cut."""
+    encode = partial(chatml.encode, **limits)
     model = folder / "reward_model"
     output_dir = tmp_path / "out"
     path = folder / f"{data}.jsonl"
     rows = tiny.read_jsonl(path)
-    harness.run(output_dir, script="algos/rm.py", model=model, train_data=path, **OPTIONS)
+    harness.run(output_dir, script="algos/rm.py", model=model, train_data=path, **{**OPTIONS, **limits})
     lines = tiny.training_lines(output_dir / "metrics.jsonl")
-    expected, trained = train_reference(model, rows, reference.rm(), rewards=True, encode_row=chatml.encode)
+    expected, trained = train_reference(model, rows, reference.rm(), rewards=True, encode_row=encode)
     compare_metrics(lines, expected, REWARD_METRICS)
 
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     saved = AutoModelForSequenceClassification.from_pretrained(output_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         for row in rows[:BATCH]:
-            group = chatml.encode(tokenizer, row)
+            group = encode(tokenizer, row)
             for ids in group.completions:
                 reward = reference.reward(saved, group.prompt, ids)
                 wanted = reference.reward(trained, group.prompt, ids)

@@ -372,9 +372,14 @@ def _last_turn(messages: Messages) -> tuple[Messages, list[Text]]:
 
 def _prompt_completions(row: dict) -> Parsed:
     prompt = _text(row, "prompt")
-    completions = _list(row, "completions")
-    if not all(isinstance(completion, str) for completion in completions):
-        raise ValueError("field 'completions' must be a list of texts")
+    completions: list[Text] = []
+    for completion in _list(row, "completions"):
+        if isinstance(completion, list):
+            completions.append(_messages(completion, "completions"))
+        elif isinstance(completion, str):
+            completions.append(completion)
+        else:
+            raise ValueError("field 'completions' must be a list of texts, or of lists of messages")
     return prompt, completions
 
 
@@ -660,6 +665,8 @@ def _completions(row: dict, form: Form, texts: list[Text]) -> list[Completion]:
     vocabulary = row.get("vocabulary")
     completions = []
     for text, ends, ids_of_text in zip(texts, finished, ids, strict=True):
+        if is_drawn and isinstance(text, list) and len(text) > 1:
+            raise ValueError("field 'completions': what a policy drew is one text or message, not several")
         completions.append(Completion(text, ends, is_drawn, ids_of_text, vocabulary))
     return completions
 

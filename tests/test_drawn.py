@@ -7,7 +7,23 @@ import pytest
 import tiny
 import torch
 from shapes import tokenizer_of
-from tokenised import FIRST, RANKING, TALK, USER, assistant, chat, ids, load, only_group, pieces, plain, question, write
+from tokenised import (
+    BAD,
+    FIRST,
+    GOOD,
+    RANKING,
+    TALK,
+    USER,
+    assistant,
+    chat,
+    ids,
+    load,
+    only_group,
+    pieces,
+    plain,
+    question,
+    write,
+)
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from scripts import sample, score
@@ -271,3 +287,10 @@ def test_what_was_sampled_is_trained_on(policy: Path, tmp_path: Path, row: dict,
         num_others += int(usual != drawn[column])
     assert counts(groups) == (num_others, 0)
     assert num_others > 0
+
+
+def test_several_messages_are_not_drawn(tmp_path: Path) -> None:
+    answers = [[assistant(GOOD), *TALK, assistant(BAD)], [assistant(BAD)]]
+    row = {"prompt": TALK, "completions": answers, "finished": [True, True]}
+    with pytest.raises(UserError, match="line 1: field 'completions': what a policy drew is one text"):
+        load(write(tmp_path / "rows.jsonl", [row]), chat())

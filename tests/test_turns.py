@@ -525,3 +525,15 @@ def test_a_completion_without_counted_tokens_is_not_scored(tmp_path: Path, weigh
     examples = read_examples(write(tmp_path / "rows.jsonl", [row]), encoder.counts)
     assert len(list(encode_rows(examples, encoder, 100, completions=True))) == kept
     assert encoder.counts.dropped.total() == 1 - kept
+
+
+def test_ranked_completions_may_be_messages(tmp_path: Path) -> None:
+    """The tokens are those of pairs with the same messages."""
+    answers = [[assistant(GOOD), *TALK, assistant(BAD)], [assistant(BAD)], [assistant("ok")]]
+    ranked = {"prompt": TALK, "completions": [answers[1], answers[0], answers[2]], "scores": [1, 2, 0]}
+    groups = load(write(tmp_path / "ranked.jsonl", [ranked]), chat(), RANKING)
+    expected = []
+    for chosen, rejected in ((0, 1), (1, 2)):
+        pair = {"prompt": TALK, "chosen": answers[chosen], "rejected": answers[rejected]}
+        expected.append(completions(load(write(tmp_path / "pair.jsonl", [pair]), chat(), RANKING)))
+    assert completions(groups) == [*expected[0], expected[1][1]]

@@ -11,6 +11,8 @@ Details the equation leaves open:
 5. Errors in the paper: With infinitely many completions, Theorem 1 needs a finite Z, and a finite r is not enough. For
    IPO the paper takes r = 1{y = y_w}. That is no function of y if a completion wins one pair and loses another.
 
+Rows (docs/rows.md): pairs with scores of scripts/score.py.
+
     torchrun --nproc-per-node 8 algos/distill_dpo.py --model sft/ --train-data scored.jsonl --output-dir distill/
 """
 
@@ -93,7 +95,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def distill_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -129,6 +131,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

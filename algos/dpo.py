@@ -17,6 +17,8 @@ Details the equation leaves open:
    gradient. Section 4 has them right. A.2 calls the probability σ(β h) the loss of Eq 7, which is -log σ(β h). Section
    4 says that the gradient increases the likelihood of y_w. It increases h, and π_θ(y_w|x) may still fall.
 
+Rows (docs/rows.md): pairs, or K ranked completions.
+
     torchrun --nproc-per-node 8 algos/dpo.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
 
@@ -102,7 +104,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -149,6 +151,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

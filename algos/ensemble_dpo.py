@@ -15,12 +15,13 @@ Details the equation leaves open:
    holds for their convex hull, where A.4 may exchange max and min. The minimum per mini-batch (footnote 2), used here,
    is not the minimum of Eq 11. Its mean over batches is at most that.
 
+Rows (docs/rows.md): pairs with the scores of several reward models, of scripts/score.py.
+
     torchrun --nproc-per-node 8 algos/ensemble_dpo.py --model sft/ --train-data scored.jsonl --output-dir ensemble/
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -104,7 +105,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def distill_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -169,6 +170,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out, best_reward_model)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         batches = list(train.of_step(step))
@@ -188,9 +190,7 @@ def main(args: Args) -> None:
 
         # after the step
         run.log(step, totals, grad_norm)
-        if held_out and run.evaluates_at(step):
-            best = best_reward_model(model, held_out.all_batches(), args)
-            run.evaluate(step, partial(objective, best=best), model, held_out)
+        run.evaluate(step, objective, model, held_out, best_reward_model)
         run.save(step, model, optimizer)
 
     export(model, tokenizer, run.directory, run.model_card(), run.ranks)

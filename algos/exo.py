@@ -19,6 +19,8 @@ Details the equation leaves open:
 7. Errors in the paper: Eq 19 is DPO on pairs only at ε = 0. If labels are right with probability P, the optimum of Eq
    18 is at β_π h = (2P - 1) log((1-ε)/ε), and not at their log-odds log(P/(1-P)) as DPO's is.
 
+Rows (docs/rows.md): pairs, or K ranked completions; with `--beta-r`, their scores.
+
     torchrun --nproc-per-node 8 algos/exo.py --model sft/ --train-data pairs.jsonl --output-dir exo/
 """
 
@@ -107,7 +109,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def exo_loss(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: float) -> Tensor:
@@ -154,6 +156,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

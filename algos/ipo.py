@@ -13,6 +13,8 @@ Details the equation leaves open:
 5. With τ = β/2, β² times this loss is the distillation loss of algos/distill_dpo.py for a reward gap of 1.
 6. An error in TYPO: the two sides of Eq 10 are not equal. They differ by a number that does not depend on θ.
 
+Rows (docs/rows.md): pairs.
+
     torchrun --nproc-per-node 8 algos/ipo.py --model sft/ --train-data pairs.jsonl --output-dir ipo/
 """
 
@@ -95,7 +97,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def ipo_loss(logps: Tensor, ref_logps: Tensor, tau: float) -> Tensor:
@@ -131,6 +133,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

@@ -3,6 +3,7 @@
     L(θ) = L_base(θ) + γ Ω(θ),    Ω = -E [log π_θ(y_w|x) + log π_θ(y_l|x)]                              (Eqs 11, 13)
 
 `--base dpo` is p-DPO, `--base distill` is pd-DPO on the mean of the reward models. Ω stands for KL(π_ref || π_θ).
+Rows (docs/rows.md): pairs; `--base distill` needs scores of scripts/score.py.
 
 Details the equation leaves open:
 1. log π(y|x) is the sum over the completion's tokens, including its EOS.
@@ -11,9 +12,8 @@ Details the equation leaves open:
    γ regularises half as strongly on samples. Section 5 sums Ω over the data, but beside a mean loss it must be a mean.
 3. γ changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α; section 4.1's α/β contradicts that.
 4. For one pair, with Ω on it and π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
-   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and without Ω it is infinite
-   (Proposition 1). Section 5 calls a fixed π_θ(y_w) a reasonable approximation, but if it is free, the optimum is
-   log(α + 1) for β = 1, a uniform π_ref and two completions.
+   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and infinite without Ω (Proposition
+   1). If π_θ(y_w) is free, the optimum is log(α + 1) for β = 1, a uniform π_ref and two completions.
 5. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 
     torchrun --nproc-per-node 8 algos/pessimistic_dpo.py --model sft/ --train-data pairs.jsonl --output-dir pessimistic/
@@ -105,7 +105,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def dpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
@@ -151,8 +151,7 @@ def objective(model: Policy, batch: Batch, args: Args) -> tuple[Tensor, dict[str
     omega_logps = samples.mean(1, keepdim=True) if samples.shape[1] else pair
     gamma = args.gamma_start + (args.gamma_end - args.gamma_start) * batch.progress
     losses = pessimistic_loss(losses, omega_logps, gamma)
-    rewards = args.beta * (pair - ref_pair)
-    return losses, preference_metrics(rewards, pair)
+    return losses, preference_metrics(args.beta * (pair - ref_pair), pair)
 
 
 def main(args: Args) -> None:
@@ -173,6 +172,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

@@ -14,6 +14,8 @@ Details the equation leaves open:
    equals `rewards/accuracies` (of pairs).
 5. An error in the paper: A.3 says that choices have probability proportional to the reward. Eq 18 has its exponential.
 
+Rows (docs/rows.md): pairs, or K ranked completions.
+
     torchrun --nproc-per-node 8 algos/rm.py --model sft/ --train-data pairs.jsonl --output-dir rm/
 """
 
@@ -92,7 +94,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def rm_loss(rewards: Tensor) -> Tensor:
@@ -126,6 +128,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

@@ -11,6 +11,8 @@ Details the equation leaves open:
 3. The completion of a chat is its last assistant turn. Of a pair or ranked completions it is the preferred one.
 4. A completion that `--max-length` cuts off has no EOS.
 
+Rows (docs/rows.md): chats, prompts with completions, running text, or preference rows.
+
     torchrun --nproc-per-node 8 algos/sft.py --model base/ --train-data rows.jsonl --output-dir sft/
 """
 
@@ -89,7 +91,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def sft_loss(token_logps: Tensor) -> Tensor:
@@ -120,6 +122,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

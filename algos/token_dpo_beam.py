@@ -17,6 +17,8 @@ Details the equations leave open:
 6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; exp(r) for exp(r/β) and -Z(x) for +β log Z(x)
    in section 3.3; π(s|a) for π(a|s) in section 5.1. By Eq 5, Eq 15 lacks the π_ref of Eq 14.
 
+Rows (docs/rows.md): pairs.
+
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
 
@@ -119,7 +121,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def token_rewards(token_logps: Tensor, ref_token_logps: Tensor, beta: float) -> Tensor:
@@ -369,6 +371,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

@@ -17,6 +17,8 @@ Details the equation leaves open:
 6. The paper's settings: λ 0.05, learning rate 1e-6, batch 40, one sample per prompt.
 7. An error in the paper: Eq 17 takes an expectation over y of a KL divergence that already sums over y.
 
+Rows (docs/rows.md): pairs with `reference_samples` of scripts/sample.py.
+
     torchrun --nproc-per-node 8 algos/typo.py --model sft/ --train-data pairs_with_samples.jsonl --output-dir typo/
 """
 
@@ -99,7 +101,7 @@ class Args:
     resume: bool = False
     """continue from the newest valid checkpoint in the output directory"""
     track: bool = False
-    """also write TensorBoard events into the output directory (`pip install cleanpo[track]`)"""
+    """also write TensorBoard events into the output directory (`pip install -e .[track]`)"""
 
 
 def typo_loss(logps: Tensor, sample_logps: Tensor, lam: float) -> Tensor:
@@ -135,6 +137,7 @@ def main(args: Args) -> None:
     )
 
     steps_done = run.resume(model, optimizer, train, held_out)
+    run.evaluate(steps_done, objective, model, held_out)
     for step in range(steps_done + 1, train.last_step + 1):
         # the step
         for batch in train.of_step(step):

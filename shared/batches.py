@@ -256,6 +256,7 @@ def load_batches(
     held_out = None
     if args.eval_data is not None:
         held_out = load("eval", args.eval_data, None)
+        _check_reward_models(train.groups, held_out.groups, args.eval_data)
     if any(CONTROL_STRINGS in batches.groups.report for batches in (train, held_out) if batches is not None):
         _say(f"{CONTROL_STRINGS}: {ADVICE}", ranks)
     _say(shown_example(train.groups, tokenizer), ranks)
@@ -263,6 +264,14 @@ def load_batches(
     steps = math.ceil(round(args.epochs * train.steps_per_epoch, 6))
     train.last_step = args.max_steps or max(1, steps)
     return train, held_out
+
+
+def _check_reward_models(train: Groups, held_out: Groups, source: str) -> None:
+    """Raises UserError if the completions of both sets have not equally many scores."""
+    expected = train.scores.shape[2:]
+    if held_out.scores.shape[2:] != expected:
+        numbers = f"{held_out.scores.shape[2]} scores for each completion, the training rows have {expected[0]}"
+        raise UserError(f"{source}: {numbers}")
 
 
 def _max_length(args: Any, config: "PretrainedConfig") -> int:

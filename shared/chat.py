@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "\U000f0001"
-DATE = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")  # in a template; its format in group 2
+DATE_CODES = ("%-d", "%-m", *(f"%{letter}" for letter in "aAbBcdeFHIjmMpSuUwWxXyY"))  # of strftime
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of messages
 LOST_THOUGHTS = "thoughts left out by the chat template"  # counts of rows in the report
+LOST_CALLS = "calls left out by the chat template"
 NO_TURNS = "the chat template does not show where a turn begins and ends"
 NO_PREFIX = "the chat template renders the prompt differently once an answer follows"
 
@@ -95,7 +97,8 @@ class ChatTemplate:
         in_between = self._first_run(after_first)
         at_the_end = self._first_run(after_last)
 
-        last = (at_the_end or in_between[:1] or [""])[-1]
+        in_both = [name for name in at_the_end if name in in_between]  # without an EOS of the whole conversation
+        last = (in_both or at_the_end or in_between[:1] or [""])[-1]
         earlier = last
         if last not in in_between:
             earlier = (in_between or [""])[0]
@@ -132,6 +135,7 @@ class ChatTemplate:
         if len(indices) == 1:
             return self._outline_of_one_turn
 
+        self._check_order(prompt, completion, tools)
         skeleton = list(completion)
         for i in indices:
             skeleton[i] = {**completion[i], "content": _placeholder(i)}
@@ -141,9 +145,8 @@ class ChatTemplate:
             until_next = self.apply(before, tools, add_generation_prompt=True)
             until_next = until_next.removesuffix(self._left_out(before, skeleton[next_i:], tools))
             _, _, after = until_next.partition(_placeholder(i))
-            end = self._first_end(after)
-            if not end:
-                raise Dropped(NO_TURNS)
+            _, _, at_the_end = self.apply(prompt + skeleton[: i + 1], tools).partition(_placeholder(i))
+            end = self._turn_end(at_the_end, after)
             contexts.append((end, after.partition(end)[2]))
         return Outline(self._left_out(prompt, skeleton, tools), contexts)
 
@@ -157,10 +160,29 @@ class ChatTemplate:
             raise Dropped(NO_PREFIX)
         return left_out
 
-    def _first_end(self, text: str) -> str:
-        """The turn end that comes first in a text, or an empty text."""
-        ends = [end for end in (self.turn_ends.earlier, self.turn_ends.last) if end and end in text]
-        return min(ends, key=text.index, default="")
+    def _turn_end(self, at_the_end: str, after: str) -> str:
+        """The end of a turn, from what a template writes behind its answer if nothing follows, and if something does.
+
+        Raises Dropped if there is none.
+        """
+        ends = [self.turn_ends.last, self.turn_ends.earlier]
+        behind = at_the_end
+        if self.turn_ends.is_last_written:
+            behind, _, _ = at_the_end.rpartition(self.turn_ends.last)
+        else:  # the token with which the next message begins
+            ends = self._first_run(after)[:1]
+        for end in ends:
+            if end and after.startswith(behind + end):
+                return end
+        raise Dropped(NO_TURNS)
+
+    def _check_order(self, prompt: Messages, completion: Messages, tools: list[dict] | None) -> None:
+        """Raises Dropped if the template writes a message before the end of an earlier one."""
+        marked = [{**message, "content": _placeholder(i)} for i, message in enumerate(completion)]
+        text = self.apply(prompt + marked, tools)
+        places = [text.index(_placeholder(i)) for i in range(len(marked)) if _placeholder(i) in text]
+        if places != sorted(places):
+            raise Dropped(NO_TURNS)
 
     # ------------------------------------------------------------ conversations
 
@@ -208,13 +230,21 @@ class ChatTemplate:
             raise Dropped(NO_TURNS)
         return answer, end
 
-    def loses_thoughts(self, conversation: Messages, tools: list[dict] | None) -> bool:
-        """Whether the template leaves out what an answer says before `</think>`, or as its `reasoning_content`."""
-        thoughts = [_thoughts(message) for message in conversation if message["role"] == "assistant"]
-        if not any(thoughts):
-            return False
-        whole = self.apply(conversation, tools)
-        return not all(self.control_strings.protect(thought) in whole for thought in thoughts)
+    def losses(self, conversation: Messages, tools: list[dict] | None) -> set[str]:
+        """What the template leaves out of answers: calls, and thoughts before `</think>` or in a field of their own."""
+        reasons = set()
+        for reason, mark in ((LOST_THOUGHTS, _mark_thoughts), (LOST_CALLS, _mark_call)):
+            marked = list(conversation)
+            for i, message in enumerate(conversation):
+                if message["role"] == "assistant":
+                    marked[i] = mark(message, _placeholder(i))
+            indices = [i for i, message in enumerate(marked) if message is not conversation[i]]
+            text = ""
+            if indices:
+                text = self.apply(marked, tools)
+            if not all(_placeholder(i) in text for i in indices):
+                reasons.add(reason)
+        return reasons
 
     # ------------------------------------------------------------ the template
 
@@ -240,14 +270,19 @@ class ChatTemplate:
         return cast(str, text)
 
     def _dated(self, template: str) -> str:
-        """The template with `today` where it asks for the date."""
-        return DATE.sub(lambda match: json.dumps(self.today.strftime(match[2])), template)
+        """The template with a macro of its own in the place of the function that asks for the time."""
+        if "strftime_now" not in template:
+            return template
+        filters = [f" | replace('{code}', {json.dumps(self.today.strftime(code))})" for code in DATE_CODES]
+        return f"{{% macro strftime_now(format) %}}{{{{ format{''.join(filters)} }}}}{{% endmacro %}}{template}"
 
     def _protect(self, message: dict) -> dict:
         """A message whose texts are protected; templates compare roles, which are names."""
         for name, value in message.items():
             is_weight = name == "weight" and value in (0, 1)
             is_known = name in self.names or name in ("role", "content") or is_weight
+            if name in THOUGHTS:  # transformers gives templates each under the names of the others
+                is_known = not self.names.isdisjoint(THOUGHTS)
             if not is_known and not is_empty(value):
                 self.counts.unused.add(f"{name} of messages")
         return self.control_strings.protect_all(message)
@@ -268,11 +303,29 @@ class ChatTemplate:
         self.shown_roles.add(role)
 
 
-def _thoughts(message: dict) -> str:
-    thoughts, closed, _ = message["content"].partition("</think>")
-    if not closed:
-        thoughts = message.get("reasoning_content") or ""
-    return thoughts.strip().removeprefix("<think>").strip()
+def _mark_thoughts(message: dict, placeholder: str) -> dict:
+    """A message with a placeholder for its thoughts, if it has any."""
+    thoughts, closed, answer = message["content"].partition("</think>")
+    _, opening, inside = thoughts.rpartition("<think>")
+    if closed and inside.strip():
+        return {**message, "content": f"{opening}{placeholder}{closed}{answer}"}
+    for name in THOUGHTS:
+        if not is_empty(message.get(name)):
+            return {**message, name: placeholder}
+    return message
+
+
+def _mark_call(message: dict, placeholder: str) -> dict:
+    """A message with a placeholder for the name of the first function that it calls, if it calls any."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls or not isinstance(calls[0], dict):
+        return message
+    call = calls[0]
+    if isinstance(call.get("function"), dict):
+        call = {**call, "function": {**call["function"], "name": placeholder}}
+    else:
+        call = {**call, "name": placeholder}
+    return {**message, "tool_calls": [call, *calls[1:]]}
 
 
 def _is_counted(message: dict) -> bool:

@@ -21,6 +21,37 @@ from shared import NonFinite, Preempted, StorageError, UserError
 EXIT_CODES = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75, KeyboardInterrupt: 130}
 UNEXPECTED = 1
 
+ALIASES = {"lr": "learning-rate"}
+# Flags of TRL's scripts, and what stands here for them.
+NAMES_ELSEWHERE = {
+    "--model-name-or-path": "--model",
+    "--dataset-name": "--train-data",
+    "--ref-model-name-or-path": "--reference",
+    "--num-train-epochs": "--epochs",
+    "--per-device-train-batch-size": "--batch-size counts the groups of a step over all processes",
+    "--gradient-accumulation-steps": "--batch-size counts the groups of a step, --micro-batch-tokens those of a pass",
+    "--gradient-checkpointing": "--activation-checkpointing",
+    "--lr-scheduler-type": "--lr-schedule",
+    "--warmup-ratio": "--warmup-steps",
+    "--bf16": "--dtype bfloat16",
+    "--logging-steps": "--log-every",
+    "--eval-steps": "--eval-every",
+    "--save-steps": "--save-every",
+    "--eval-strategy": "--eval-every",
+    "--save-strategy": "--save-every",
+    "--save-total-limit": "--keep",
+    "--resume-from-checkpoint": "--resume",
+    "--report-to": "--track writes TensorBoard events",
+    "--loss-type": "each loss has a file of its own in algos/",
+    "--use-peft": "all weights are trained",
+    "--lora-r": "all weights are trained",
+    "--precompute-ref-log-probs": "they always are",
+    "--attn-implementation": "attention over packed rows is built in",
+    "--trust-remote-code": "code from the hub is never run",
+    "--push-to-hub": "the output directory is a model that can be uploaded",
+    "--overwrite-output-dir": "delete the directory, or name another one",
+}
+
 # Called with the exit code and the reason before the process ends. A run writes its status.json there.
 exit_hooks: list[Callable[[int, str], None]] = []
 
@@ -82,10 +113,12 @@ def parse_arguments(arguments: Any, documentation: str) -> Any:
 
     Raises UserError if that file is not a run.json with the same arguments.
     """
-    description = documentation.partition("\n")[0]
+    description = documentation
     words = sys.argv[1:]
+    _check_given_once(words)
     if dataclasses.is_dataclass(arguments):
-        description += " --config FILE: arguments of a run.json, under those given beside it."
+        _check_names(words, arguments)
+        description += "\n    --config FILE: arguments of a run.json, under those given beside it."
         config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         config_parser.add_argument("--config")
         known, words = config_parser.parse_known_args()
@@ -94,17 +127,45 @@ def parse_arguments(arguments: Any, documentation: str) -> Any:
     return tyro.cli(arguments, args=words, description=description)
 
 
+def _flags_in(words: list[str]) -> list[str]:
+    """The flags of a command line, as `flag_of` writes them."""
+    names = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--") and word != "--"]
+    return [flag_of(ALIASES.get(name, name)) for name in names]
+
+
+def _check_given_once(words: list[str]) -> None:
+    """Raises UserError for a flag that is given twice, of which one value would be lost."""
+    seen: set[str] = set()
+    for flag in _flags_in(words):
+        if flag in seen:
+            raise UserError(f"{flag}: is given twice")
+        seen.add(flag)
+
+
+def _check_names(words: list[str], arguments: Any) -> None:
+    """Raises UserError for a flag that has another name here, in a command that has that one."""
+    flags = {flag_of(field.name) for field in dataclasses.fields(arguments)}
+    for flag in _flags_in(words):
+        here = NAMES_ELSEWHERE.get(flag, "")
+        is_known = flag in flags or not here
+        if not is_known and (here.partition(" ")[0] in flags or not here.startswith("--")):
+            raise UserError(f"{flag}: there is no such flag; {here}")
+
+
 def _config_words(path: str, arguments: Any) -> list[str]:
     """The arguments of a run.json, as words of a command line."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        values = values.get("args", values)
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        program = Path(sys.argv[0]).stem
+        if content.get("algorithm", program) != program:
+            raise ValueError(f"it is one of {content['algorithm']}")
+        values = content.get("args", content)
         names = {field.name for field in dataclasses.fields(arguments)}
         unknown = values.keys() - names
         if unknown:
             raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--config {path}: not a run.json of this algorithm ({error})") from None
+        raise UserError(f"--config {path}: not a run.json of this algorithm, in JSON ({error})") from None
 
     words = []
     for name, value in values.items():
@@ -179,6 +240,8 @@ def check_arguments(args: Any) -> None:
         if value == "":
             raise UserError(f"{flag_of(name)}: must not be empty")
         allowed = _range_in(annotations[name])
+        if isinstance(value, float) and not math.isfinite(value) and allowed is None:
+            raise UserError(f"{flag_of(name)} {value}: must be a finite number")
         if value is None or allowed is None:
             continue
         if value not in allowed:

@@ -19,6 +19,7 @@ class OutputDirectory:
     def __init__(self, path: Path):
         self.path = path
         self._lock: TextIO | None = None  # held open as long as the process lives
+        self._earlier_status: str | None = None  # the content of status.json, as the run before has left it
 
     def claim(self, may_hold_run: bool) -> str | None:
         """Create and lock the directory. Returns what is wrong with it, or None."""
@@ -33,7 +34,9 @@ class OutputDirectory:
 
         holds_run = any((self.path / name).exists() for name in RESULTS)
         if holds_run and not may_hold_run:
-            return "holds another run; give --resume or another directory"
+            return "holds another run or a model; give --resume or another directory, or delete it"
+        if (self.path / "status.json").exists():
+            self._earlier_status = (self.path / "status.json").read_text(encoding="utf-8")
         return None
 
     def write(self, name: str, text: str) -> None:
@@ -47,11 +50,16 @@ class OutputDirectory:
     def write_final_status(self, code: int, step: int, reason: str, is_main: bool) -> None:
         """Write how the run ended, unless another process has. The first one that fails knows why; the others follow.
 
-        A problem is printed, because nothing else can be done about it.
+        A --resume that is refused leaves what the run before has written. A problem is printed, because nothing else
+        can be done about it.
         """
         try:
             status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-            if status["state"] == "running" and (code or is_main):
+            if status["state"] != "running" or not (code or is_main):
+                return
+            if STATES.get(code) == "refused" and self._earlier_status is not None:
+                self.write("status.json", self._earlier_status)
+            else:
                 self.write_status(STATES.get(code, "failed"), step, reason)
         except FileNotFoundError:
             pass  # the file could not be written when the run started, which is the reason for its end

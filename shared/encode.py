@@ -21,7 +21,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from shared import UserError
-from shared.chat import LOST_THOUGHTS, ChatTemplate, Outline, Turn
+from shared.chat import ChatTemplate, Outline, Turn
 from shared.control_strings import ControlStrings
 from shared.rows import Completion, Counts, Dropped, Example, Messages, Prompt, UserTurn, assistant_messages
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ANCHOR = "\n"  # stands before a text that goes on from another
 # Counts of rows in the report.
 CONTROL_STRINGS = "control strings as text"
+PLAIN = "plain text without the chat template"
 APART = "completions encoded apart from their prompt"
 OTHER_IDS = "drawn ids other than those of their text"
 FOREIGN_IDS = "drawn ids of another vocabulary not used"
@@ -77,7 +78,7 @@ class EncodedExample:
 
 
 def end_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """The ids that end a completion, ascending: the EOS, and the turn ends of the chat template."""
+    """The ids that end a completion, ascending: the EOS, and the turn end of the chat template."""
     return Encoder(tokenizer).end_ids
 
 
@@ -110,7 +111,7 @@ class Encoder:
         """As the function of that name."""
         ends = {self.tokenizer.eos_token}
         if self.tokenizer.chat_template:
-            ends |= {self.template.turn_ends.earlier, self.template.turn_ends.last}
+            ends.add(self.template.turn_ends.last)
         return sorted(self.tokenizer.convert_tokens_to_ids(end) for end in ends if end)
 
     @cached_property
@@ -178,6 +179,9 @@ class Encoder:
         _check_has_no_context(example)
         if example.tools:
             self.counts.unused.add("tools")
+        notes = set(example.notes)
+        if self.tokenizer.chat_template:
+            notes.add(PLAIN)
 
         prompt = example.prompt or ""
         if isinstance(prompt, UserTurn):
@@ -186,7 +190,7 @@ class Encoder:
         for completion in completions:
             text = cast(str, completion.text)
             turns.append([self._drawn_turn(text, completion.is_finished, self.tokenizer.eos_token)])
-        return RenderedExample(example, self.control_strings.protect(cast(str, prompt)), turns, set(example.notes))
+        return RenderedExample(example, self.control_strings.protect(cast(str, prompt)), turns, notes)
 
     def _render_chat(self, example: Example, completions: list[Completion]) -> RenderedExample:
         if not self.tokenizer.chat_template:
@@ -216,8 +220,7 @@ class Encoder:
     def _turns(self, rendered: RenderedExample, completion: Completion, outline: Outline) -> list[Turn]:
         example = rendered.example
         conversation = _messages(example.prompt) + assistant_messages(completion.text)
-        if self.template.loses_thoughts(conversation, example.tools):
-            rendered.notes.add(LOST_THOUGHTS)
+        rendered.notes |= self.template.losses(conversation, example.tools)
         num_turns = len(outline.contexts) + 1
         return self.template.turns(rendered.prompt, conversation, example.tools, outline, num_turns)
 

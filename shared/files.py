@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and what their bytes are."""
 
+import difflib
 import hashlib
 import json
 import os
@@ -101,6 +102,31 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
+def missing_path(name: str) -> str | None:
+    """What is wrong with a name that is meant as a path but leads nowhere; None if it may be the id of something.
+
+    A path begins with a dot, ~ or /, has several slashes or the ending of a file of rows, or lies in a directory that
+    exists.
+    """
+    path = Path(name)
+    if path.exists():
+        return None
+    has_ending = path.suffix in (".jsonl", ".json", ".parquet", ".gz", ".safetensors")
+    is_in_directory = path.parent != Path(".") and path.parent.is_dir()
+    if not (has_ending or is_in_directory or name.startswith((".", "~", "/")) or name.count("/") > 1):
+        return None
+
+    if any(sign in name for sign in ",*"):
+        return "must be one file or a directory of files"
+    problem = "no such file or directory"
+    if path.parent.is_dir():
+        names = [other.name for other in path.parent.iterdir()]
+        similar = difflib.get_close_matches(path.name, names, n=1)
+        if similar:
+            problem += f"; there is {path.with_name(similar[0])}"
+    return problem
+
+
 def is_complete(path: Path) -> bool:
     """Whether a safetensors file exists and is as long as its header says."""
     from safetensors import SafetensorError, safe_open
@@ -113,8 +139,12 @@ def is_complete(path: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """`$XDG_CACHE_HOME/cleanpo`, by default `~/.cache/cleanpo`; created if it is missing."""
+    """`$XDG_CACHE_HOME/cleanpo`, by default `~/.cache/cleanpo`; created if it is missing. Raises StorageError."""
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(parent) / "cleanpo"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "set XDG_CACHE_HOME to a directory that can be written"
+        raise StorageError(f"{path}: cannot be made ({error.strerror}); {remedy}") from None
     return path

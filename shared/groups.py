@@ -21,13 +21,14 @@ from shared import UserError
 from shared.distributed import from_main
 from shared.encode import EncodedCompletion, EncodedExample, Encoder, TokenIds
 from shared.files import bytes_of, cache_directory, is_complete, read_tensors, sha256_of, write_tensors
-from shared.rows import Counts, Dropped, Example, Text, UserTurn, parse_rows
+from shared.rows import Counts, Dropped, Example, Text, UserTurn, assistant_messages, parse_rows
 from shared.sources import source_hash
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHUNK = 1024  # examples that are tokenised together
+SHOWN = 300  # characters of a prompt and of a completion that are printed
 # what the content of a cached file depends on
 CODE = ("sources.py", "rows.py", "control_strings.py", "chat.py", "encode.py", "groups.py")
 
@@ -345,11 +346,15 @@ def _has_weight_zero(completion: Text) -> bool:
 
 
 def _with_all_turns(example: Example) -> Example:
-    """The prompt up to its first answer; the rest of it comes before each completion's own messages."""
+    """The prompt up to its first answer; the rest of it comes before each completion's own messages.
+
+    What a policy drew stays behind the whole prompt.
+    """
     prompt = example.prompt
     if isinstance(prompt, UserTurn) and prompt.earlier:
         prompt = prompt.messages()
-    if not isinstance(prompt, list):
+    is_drawn = any(completion.is_drawn for completion in example.completions)
+    if not isinstance(prompt, list) or is_drawn:
         return example
 
     first = 0
@@ -357,8 +362,8 @@ def _with_all_turns(example: Example) -> Example:
         first += 1
     completions = []
     for completion in example.completions:
-        assert isinstance(completion.text, list), "the prompt is messages"
-        completions.append(replace(completion, text=prompt[first:] + completion.text))
+        text = prompt[first:] + assistant_messages(completion.text)
+        completions.append(replace(completion, text=text))
     return replace(example, prompt=prompt[:first], completions=completions)
 
 
@@ -531,4 +536,8 @@ def shown_example(groups: Groups, tokenizer: "PreTrainedTokenizerBase") -> str:
     start, middle, end = groups.offsets[0, :3].tolist()
     prompt = tokenizer.decode(groups.tokens[start:middle])
     completion = tokenizer.decode(groups.tokens[middle:end])
-    return f"first row: {prompt[-300:]!r} | {completion[:300]!r}"
+    if len(prompt) > SHOWN:
+        prompt = "…" + prompt[-SHOWN:]
+    if len(completion) > SHOWN:
+        completion = completion[:SHOWN] + "…"
+    return f"first row: {prompt!r} | {completion!r}"

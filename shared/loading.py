@@ -17,7 +17,7 @@ from shared.batches import Batches
 from shared.checkpoint import published, step_of
 from shared.distributed import Ranks, from_main, shard
 from shared.encode import end_ids
-from shared.files import bytes_of, is_complete
+from shared.files import bytes_of, is_complete, missing_path
 from shared.last_layer import skip_unread
 from shared.model import Policy, RewardModel
 from shared.packing import check_packing, reason_of_refusal
@@ -57,6 +57,9 @@ def load_tokenizer(path: str, reference: str | None = None) -> "tuple[PreTrained
 def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
     from transformers import AutoTokenizer
 
+    problem = missing_path(path)
+    if problem:
+        raise UserError(f"model {path}: {problem}")
     _refuse_adapter(path)
     _refuse_run(path)
     try:
@@ -111,9 +114,6 @@ def _refuse_run(path: str) -> None:
 
 
 def _unloadable(path: str, error: Exception) -> UserError:
-    looks_local = Path(path).is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).exists():
-        return UserError(f"model {path}: no such directory")
     return UserError(f"model {path}: cannot be loaded ({first_line(error)})")
 
 
@@ -169,6 +169,8 @@ def _policy_class(path: str) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config = _load_config(path)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise UserError(f"model {path}: is a reward model (a sequence classifier), not a language model")
     if config.get_text_config() is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return MULTIMODAL_CLASS
     return POLICY_CLASS

@@ -13,6 +13,7 @@ from shared import UserError
 from shared.sources import read_rows
 
 LARGEST = 3.4e38  # of float32
+LARGEST_ID = 2**31 - 1  # of a token, in int32
 TRANSCRIPT_SPLITTER = "\n\nAssistant:"  # its last occurrence in an HH transcript ends the prompt
 TRANSCRIPT_USER = "\n\nHuman:"  # begins a turn of the user in an HH transcript
 MIXED_PAIR = "fields 'chosen' and 'rejected' must both be text or both be messages"
@@ -227,7 +228,7 @@ def _id_lists(row: dict, name: str, length: int) -> list[list[int]] | list[None]
 def _is_ids(value: object) -> bool:
     if not isinstance(value, list) or not value:
         return False
-    return all(type(token) is int and token >= 0 for token in value)
+    return all(type(token) is int and 0 <= token <= LARGEST_ID for token in value)
 
 
 # ---------------------------------------------------------------- forms
@@ -626,13 +627,13 @@ def assistant_messages(text: Text) -> Messages:
 def _tools(row: dict) -> list[dict] | None:
     """The schemas of `tools`, a list or its JSON, for the chat template."""
     tools = row.get("tools")
-    if is_empty(tools):
-        return None
-    if isinstance(tools, str):
+    if isinstance(tools, str) and tools:
         try:
             tools = json.loads(tools)
         except ValueError:
             raise ValueError("field 'tools' is text, but not JSON") from None
+    if is_empty(tools):
+        return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("field 'tools' must be a list of schemas")
     return tools

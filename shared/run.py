@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from shared import NonFinite, Preempted, UserError, checkpoint
-from shared.batches import Batch, Batches
+from shared.batches import Batches
 from shared.command import UNEXPECTED, check_arguments, exit_hooks
 from shared.directory import OutputDirectory
 from shared.distributed import all_sum, from_main, inference, join_processes, unsharded
@@ -28,10 +28,15 @@ from shared.files import storage_errors
 from shared.metrics import Meter, Totals, add_totals, means
 from shared.model import PackedModel
 
-# arguments that may change when a run is resumed, because they do not change its result
+# arguments that may change when a run is resumed, because they do not change its result; of rows and models the
+# contents are compared, not the names
 FREE_ON_RESUME = (
     "output_dir",
     "resume",
+    "model",
+    "reference",
+    "train_data",
+    "eval_data",
     "micro_batch_tokens",
     "shard_size",
     "activation_checkpointing",
@@ -41,10 +46,10 @@ FREE_ON_RESUME = (
     "keep",
     "track",
 )
-# the metrics that a line on the console shows
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "learning_rate", "tokens_per_second")
+# what a line on the console leaves out
+HIDDEN = ("step", "epoch", "seconds", "logps/", "token_rewards/", "negative_tokens/", "rm/")
 
-Objective = Callable[[Any, Batch, Any], tuple[Tensor, dict[str, Tensor]]]
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 class StopSignal:
@@ -94,6 +99,7 @@ class Run:
         self.meter = Meter(self.ranks)
 
         self.step = 0  # the last one that is done
+        self._steps_done = 0  # when this process began
         self.stopping = False  # a process was asked to stop, and all know it
         self._output = OutputDirectory(self.directory)
         self._bar: tqdm | None = None
@@ -139,6 +145,8 @@ class Run:
         self._model = model
         self._optimizer = optimizer
         self._train = train
+        if self.args.warmup_steps > train.last_step:
+            raise UserError(f"--warmup-steps {self.args.warmup_steps}: the run has {train.last_step} steps")
         self._data_reports = {"train": train.groups.report}
         if held_out is not None:
             self._data_reports["eval"] = held_out.groups.report
@@ -158,13 +166,17 @@ class Run:
         self._bar = tqdm(total=train.last_step, initial=self.step, desc="train", disable=hide)
         self._clock = time.perf_counter()
         self._note_last_step()
+        self._steps_done = self.step
         return self.step
 
     def _restore(self, path: Path) -> None:
         state = json.loads((path / "state.json").read_text())
         differences = self._differences(state)
         if differences:
-            raise UserError(f"--resume: {path} was written by another run: {', '.join(differences)}")
+            hint = ""
+            if any(difference.startswith(("epochs", "max_steps")) for difference in differences):
+                hint = "; its learning rate depends on the number of steps, unless --lr-schedule is constant"
+            raise UserError(f"--resume: {path} was written by another run: {', '.join(differences)}{hint}")
         if state["step"] > self._train.last_step:
             raise UserError(f"--resume: {path} is beyond the last step, {self._train.last_step}")
 
@@ -185,9 +197,8 @@ class Run:
         for name, value in current.items():
             if name not in free and saved.get(name) != value:
                 differences.append(f"{name} {saved.get(name)!r} → {value!r}")
-        for name, report in self._data_reports.items():
-            if state["data"].get(name) != report["sha256"]:
-                differences.append(f"the {name} rows")
+        if state["data"]["train"] != self._train.groups.report["sha256"]:
+            differences.append("the train rows")
         for name, fingerprint in self._model.fingerprints.items():
             if state["weights"].get(name) != fingerprint:
                 differences.append(f"the {name}'s weights")
@@ -297,26 +308,33 @@ class Run:
         self._clock = now
         self._totals = {}
         self._tokens = 0
-        self._write_line(line, [name for name in SHOWN if name in line])
+        self._write_line(line, [name for name in line if not name.startswith(HIDDEN)])
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether held-out rows are evaluated after this step."""
-        return self.args.eval_data is not None and self._is_due(self.args.eval_every, step)
+        """Whether held-out rows are evaluated after this step; 0 is the start of a run, and not of its continuation."""
+        is_known = step > 0 and step == self._steps_done
+        return self.args.eval_data is not None and self._is_due(self.args.eval_every, step) and not is_known
 
-    def evaluate(self, step: int, objective: Objective, model: PackedModel, held_out: Batches | None) -> None:
+    def evaluate(
+        self, step: int, objective: Objective, model: PackedModel, held_out: Batches | None, choose: Any = None
+    ) -> None:
         """Every `--eval-every` steps, write a line with the objective and its metrics over all held-out rows.
 
-        A run that is asked to stop gives the evaluation up, so that there is time to save.
+        choose: computes, from all of them, the objective's last argument. A run that is asked to stop gives the
+        evaluation up, so that there is time to save.
         """
         if held_out is None or not self.evaluates_at(step):
             return
 
         started = time.perf_counter()
-        progress = (step - 1) / max(1, self._train.last_step - 1)  # of training, which γ depends on
+        progress = max(0, step - 1) / max(1, self._train.last_step - 1)  # of training, which γ depends on
+        chosen: tuple = ()
+        if choose is not None:
+            chosen = (choose(model, held_out.all_batches(), self.args),)
         with inference(model):
             for batch in held_out.all_batches():
                 batch.progress = progress
-                losses, metrics = objective(model, batch, self.args)
+                losses, metrics = objective(model, batch, self.args, *chosen)
                 self.meter.add(losses, metrics)
                 asked = torch.tensor(float(self.stop_signal.asked))
                 self.stopping = self.stopping or bool(all_sum(asked) > 0)
@@ -392,5 +410,5 @@ def _event_writer(directory: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("--track needs TensorBoard: pip install 'cleanpo[track]'") from None
+        raise UserError("--track needs TensorBoard: pip install -e '.[track]'") from None
     return SummaryWriter(directory / "events", purge_step=step + 1)

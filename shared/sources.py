@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared import UserError, first_line
-from shared.files import sha256_of
+from shared.files import missing_path, sha256_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,6 +61,8 @@ def files_of(source: str) -> "list[Path] | list[Dataset]":
     if location.is_file():
         if split:
             raise UserError(f"{source}: a file has no splits")
+        if _ending(location) is None:
+            raise UserError(f"{source}: the file's name must end in {', '.join(ENDINGS)}, each also with .gz")
         return [location]
 
     is_saved_dataset = any((location / marker).exists() for marker in MARKERS)
@@ -128,6 +130,8 @@ def _split_in_name(name: str) -> str | None:
 
 
 def _files_in(directory: Path) -> list[Path]:
+    if (directory / "config.json").exists():
+        raise UserError(f"{directory}: is a model, not rows")
     files = sorted(path for path in directory.iterdir() if _ending(path))
     if not files:
         raise UserError(f"{directory}: no file that ends in {', '.join(ENDINGS)} (or .gz) in this directory")
@@ -145,6 +149,9 @@ def _ending(path: Path) -> str | None:
 def _open_dataset(path: str, split: str | None) -> "Dataset":
     name = split or "train"
     is_saved = os.path.isdir(path)
+    problem = missing_path(path)
+    if problem:
+        raise UserError(f"{path}: {problem}")
     try:
         import datasets
 
@@ -170,9 +177,7 @@ def _open_dataset(path: str, split: str | None) -> "Dataset":
 
 def _read_file(path: Path) -> Iterator[tuple[str, dict]]:
     ending = _ending(path)
-    if ending is None:
-        raise UserError(f"{path}: the file's name must end in {', '.join(ENDINGS)}, each also with .gz")
-
+    assert ending is not None, "it has been checked with the source"
     unit = "line" if ending == ".jsonl" else "row"
     for number, row in _numbered_rows(path, ending):
         location = f"{path}, {unit} {number}"
@@ -240,5 +245,8 @@ def _json_lines(path: Path, file: BinaryFile) -> Iterator[tuple[int, object]]:
             problem = f"not UTF-8 ({error.reason} at byte {error.start})"
             raise UserError(f"{path}, line {number}: {problem}") from None
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({first_line(error)})") from None
+            hint = ""
+            if line.strip() in (b"{", b"{}"):
+                hint = "; rows are a list, or one object a line"
+            raise UserError(f"{path}, line {number}: not valid JSON ({first_line(error)}){hint}") from None
         yield number, row

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import harness
 import pytest
 import reference
 import tiny
@@ -20,16 +21,18 @@ def compare_run(
     data: Path,
     loss: reference.Loss,
     metrics: Sequence[str] = PREFERENCE_METRICS,
+    encode: reference.Encode = reference.encode,
     **options: object,
 ) -> list[dict]:
     """One run against the float64 loop: metrics of each step and the model at the end. Returns the run's lines."""
     options = {**OPTIONS, **options}
-    lines = tiny.run(script, output_dir, model=model, train_data=data, **options)
+    harness.run(output_dir, script=script, model=model, train_data=data, **options)
+    lines = tiny.training_lines(output_dir / "metrics.jsonl")
     rows = tiny.read_jsonl(data)
     schedule = {"schedule": options["lr_schedule"], "warmup": options["warmup_steps"]}
-    expected, trained = train_reference(model, rows, loss, **schedule)
+    expected, trained = train_reference(model, rows, loss, encode_row=encode, **schedule)
     compare_metrics(lines, expected, metrics)
-    compare_models(output_dir, trained, rows)
+    compare_models(output_dir, trained, rows, encode)
     assert lines[0]["loss"] != lines[1]["loss"]
     return lines
 
@@ -72,6 +75,19 @@ def check_first_loss(lines: list[dict], loss: float, rel: float = 1e-6) -> None:
     assert lines[0]["loss"] == pytest.approx(loss, rel=rel)
 
 
+def check_agreement(lines: list[dict], others: list[dict], steps: int, metrics: Sequence[str]) -> None:
+    """Step by step: 1e-6 at step one, 1e-4 after, in float32."""
+    all_steps = list(range(1, steps + 1))
+    assert [line["step"] for line in lines] == all_steps
+    assert [line["step"] for line in others] == all_steps
+    for name in metrics:
+        ours = [line[name] for line in lines]
+        theirs = [line[name] for line in others]
+        gaps = tiny.differences(ours, theirs)
+        assert gaps[0] <= 1e-6, (name, gaps)
+        assert max(gaps) <= 1e-4, (name, gaps)
+
+
 def evaluation_lines(output_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl that report evaluations."""
     lines = tiny.read_jsonl(output_dir / "metrics.jsonl")
@@ -84,7 +100,9 @@ def compare_evaluation(line: dict, expected: dict) -> None:
         assert line[f"eval/{name}"] == pytest.approx(expected[name], rel=1e-4, abs=1e-3), name
 
 
-def compare_models(output_dir: Path, trained: nn.Module, rows: list[dict]) -> None:
+def compare_models(
+    output_dir: Path, trained: nn.Module, rows: list[dict], encode: reference.Encode = reference.encode
+) -> None:
     """What was saved loads with stock classes and gives the log-probs of the float64 loop's last weights."""
     weights = load_file(output_dir / "model.safetensors")
     for name, tensor in weights.items():
@@ -96,7 +114,7 @@ def compare_models(output_dir: Path, trained: nn.Module, rows: list[dict]) -> No
 
     with torch.no_grad():
         for row in rows[:4]:
-            group = reference.encode(tokenizer, row)
+            group = encode(tokenizer, row)
             for completion in group.completions:
                 ours = reference.token_logps(saved, group.prompt, completion)
                 theirs = reference.token_logps(trained, group.prompt, completion)

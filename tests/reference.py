@@ -5,7 +5,7 @@ A loss sees the whole batch at once, `loss(batch, step) -> (scalar, metrics)`, w
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ class Group:
     row: dict
     scores: list[list[float]]  # of each completion, one number per reward model
     samples: list[list[int]]  # with an EOS unless truncated
+    is_counted: list[list[bool]] = field(default_factory=list)  # of each completion's tokens; empty: all count
 
     @property
     def size(self) -> int:
@@ -63,6 +64,7 @@ class ScoredGroup:
 Batch = Sequence[ScoredGroup]
 Metrics = dict[str, float]
 LossAndMetrics = tuple[Tensor, Metrics]
+Encode = Callable[[PreTrainedTokenizerBase, dict], Group]
 Loss = Callable[[Batch, int], LossAndMetrics]
 LossOfGroup = Callable[[ScoredGroup], Tensor]
 Rewards = Callable[[ScoredGroup], Tensor]
@@ -201,6 +203,15 @@ def token_logps(model: nn.Module, prompt: list[int], completion: list[int]) -> T
     logits = model(input_ids=ids, use_cache=False).logits[0]
     predicted = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
     return predicted[range(len(completion)), completion]
+
+
+def completion_logps(model: nn.Module, group: Group) -> list[Tensor]:
+    """log π of each completion's tokens that count, given all before them."""
+    logps = [token_logps(model, group.prompt, ids) for ids in group.completions]
+    if group.is_counted:
+        masks = map(torch.tensor, group.is_counted)
+        logps = [values[mask] for values, mask in zip(logps, masks, strict=True)]
+    return logps
 
 
 def reward(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
@@ -506,10 +517,11 @@ def train(
     max_grad_norm: float = 1.0,
     reference_dir: Path | None = None,
     rewards: bool = False,
+    encode_row: Encode = encode,
 ) -> tuple[list[dict], nn.Module]:
     """Train on rows in file order; the metrics of every step, and the model at the end. `rewards`: a reward model."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-    groups = [encode(tokenizer, row) for row in rows[: steps * batch_size]]
+    groups = [encode_row(tokenizer, row) for row in rows[: steps * batch_size]]
     if rewards:
         model = load_reward_model(model_dir)
         ref_token_logps: list[list[Tensor]] = [[] for _ in groups]
@@ -556,17 +568,13 @@ def evaluate(
 @torch.no_grad()
 def _reference_logps(reference_dir: Path, groups: Sequence[Group]) -> list[list[Tensor]]:
     reference = load_model(reference_dir)
-    logps = []
-    for group in groups:
-        prompt = group.prompt
-        logps.append([token_logps(reference, prompt, ids) for ids in group.completions])
-    return logps
+    return [completion_logps(reference, group) for group in groups]
 
 
 def _score(model: nn.Module, group: Group, ref_token_logps: list[Tensor], rewards: bool = False) -> ScoredGroup:
-    score = token_logps
     if rewards:
-        score = reward
-    completions = [score(model, group.prompt, ids) for ids in group.completions]
-    samples = [score(model, group.prompt, ids) for ids in group.samples]
+        completions = [reward(model, group.prompt, ids) for ids in group.completions]
+    else:
+        completions = completion_logps(model, group)
+    samples = [token_logps(model, group.prompt, ids) for ids in group.samples]
     return ScoredGroup(completions, ref_token_logps, group.scores, samples)

@@ -1,13 +1,16 @@
 """Which groups a step takes, how they are balanced over processes, and one packed row written out by hand."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
-from shared.batches import Batch, Batches, balance
+from shared.batches import Batch, Batches, balance, load_batches
 from shared.distributed import Ranks
-from shared.groups import Groups
+from shared.groups import Groups, Requires
 
 
 def ranks(rank: int = 0, world_size: int = 1) -> Ranks:
@@ -139,3 +142,29 @@ def test_balance() -> None:
     assert balance([9, 1, 2, 1, 1], budget=7, world_size=1) == [[[0]], [[1, 2, 3, 4]]]
     # more processes than groups
     assert balance([3], budget=7, world_size=3) == [[[0], [], []]]
+
+
+@pytest.mark.parametrize("budget, said", [(40, True), (4000, False)])
+def test_the_longest_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], budget: int, said: bool) -> None:
+    rows = [{"prompt": "a", "completion": "ok"}, {"prompt": "a", "completion": "ok " * 50}]
+    source = str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows))
+    args = SimpleNamespace(
+        train_data=source,
+        eval_data=None,
+        max_length=512,
+        max_prompt_length=None,
+        batch_size=1,
+        micro_batch_tokens=budget,
+        shuffle=False,
+        epochs=1,
+        max_steps=None,
+        output_dir=str(tmp_path),
+        resume=False,
+    )
+    config = tiny.make_config("llama", vocab=1000)
+    tokenizer = tiny.make_tokenizer()
+    load_batches(args, ranks(), tokenizer, config, Requires("first"))
+    prompt, completion = (len(tokenizer(text, add_special_tokens=False).input_ids) for text in rows[1].values())
+    length = prompt + completion + 2  # the BOS and the EOS
+    line = f"row 2 has {length} tokens, more than --micro-batch-tokens {budget}, and gets a pass of its own"
+    assert (line in capsys.readouterr().out) == said

@@ -150,7 +150,7 @@ def test_each_number_of_both_steps_is_compared(step: int, quantity: int, factor:
 
 def test_a_run_that_fails_is_named_with_its_reason(spec: Spec, tmp_path: Path) -> None:
     lost = dataclasses.replace(spec, model="/no/where/at/all")
-    with pytest.raises(UserError, match="^ours: failed with exit code 1: .*no such directory"):
+    with pytest.raises(UserError, match="^ours: failed with exit code 1: .*no such file or directory"):
         timing.measure("ours", lost, tmp_path)
 
 

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from algos import dpo, sft
 from shared import UserError
-from shared.command import check_arguments, parse_arguments
+from shared.command import NAMES_ELSEWHERE, check_arguments, flag_of, parse_arguments
 
 REQUIRED = ["--model", "m", "--train-data", "d", "--output-dir", "o"]
 DEFAULTS = dpo.Args(model="m", train_data="d", output_dir="o")
@@ -64,6 +66,51 @@ def test_unknown_arguments_end_with_exit_code_2(
     assert shown in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line, flag",
+    [
+        (["--train-data", "e"], "--train-data"),
+        (["--beta", "1", "--beta=1"], "--beta"),
+        (["--lr", "1", "--learning_rate", "1"], "--learning-rate"),
+    ],
+)
+def test_a_flag_that_is_given_twice(parse: Parse, line: list[str], flag: str) -> None:
+    with pytest.raises(UserError, match=f"^{flag}: is given twice"):
+        parse(*REQUIRED, *line)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (["--model_name_or_path", "m"], "--model-name-or-path: there is no such flag; --model$"),
+        (["--num-train-epochs=3"], "no such flag; --epochs$"),
+        (["--warmup_ratio", "0.1"], "no such flag; --warmup-steps$"),
+        (["--loss-type", "ipo"], "no such flag; each loss has a file"),
+    ],
+)
+def test_names_of_other_projects_are_answered_with_ours(parse: Parse, line: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(*REQUIRED, *line)
+
+
+def test_names_elsewhere_stand_for_flags_that_there_are() -> None:
+    fields = {flag_of(field.name) for field in dataclasses.fields(dpo.Args)}
+    for here in NAMES_ELSEWHERE.values():
+        for flag in re.findall(r"--[a-z-]+", here):
+            assert flag in fields
+    assert fields.isdisjoint(NAMES_ELSEWHERE)
+
+
+def test_help_shows_the_details_and_the_rows(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert "Title." in shown
+    assert "More." in shown
+    for path in sorted((tiny.ROOT / "algos").glob("[a-z]*.py")):
+        assert "Rows (docs/rows.md): " in path.read_text(), path
+
+
 def assert_out_of_range(name: str, value: float) -> None:
     flag = "--" + name.replace("_", "-")
     args = dataclasses.replace(DEFAULTS, **{name: value})
@@ -84,6 +131,15 @@ def test_other_numbers_out_of_range(name: str, value: float) -> None:
     assert_out_of_range(name, value)
 
 
+def test_a_number_without_a_range_must_be_finite() -> None:
+    @dataclasses.dataclass
+    class Fork:
+        margin: float = math.nan
+
+    with pytest.raises(UserError, match="--margin nan: must be a finite number"):
+        check_arguments(Fork())
+
+
 def test_defaults_are_in_range() -> None:
     check_arguments(DEFAULTS)
 
@@ -101,3 +157,6 @@ def test_config_of_another_algorithm(parse: Parse, tmp_path: Path) -> None:
     path.write_text(json.dumps({"args": dataclasses.asdict(DEFAULTS), "steps": 1}))
     with pytest.raises(UserError, match="not a run.json of this algorithm"):
         parse("--config", str(path), args=sft.Args)
+    path.write_text(json.dumps({"algorithm": "ipo", "args": dataclasses.asdict(DEFAULTS)}))
+    with pytest.raises(UserError, match="it is one of ipo"):
+        parse("--config", str(path))

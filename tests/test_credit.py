@@ -416,8 +416,8 @@ def test_mistakes_end_with_one_line(options: dict[str, Any], tmp_path: Path) -> 
         ({"policies": ("dpo",)}, "NAME=DIR"),
         ({"policies": (f"a={other}",)}, "another tokenizer"),
         ({"policies": (f"a={other}",), "reference": other}, "are not its words"),
-        ({"policies": ("a=./none",)}, "none: no such directory"),
-        ({"reference": "./none"}, "none: no such directory"),
+        ({"policies": ("a=./none",)}, "none: no such file or directory"),
+        ({"reference": "./none"}, "none: no such file or directory"),
         ({"rows": str(tmp_path / "none.jsonl")}, "none.jsonl"),
     ]
     for changes, message in cases:

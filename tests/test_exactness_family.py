@@ -259,20 +259,6 @@ def check_that_batches_show(losses: Tensor) -> None:
 # ---------------------------------------------------------------- reward models
 
 
-def make_reward_model(directory: Path, architecture: str) -> Path:
-    """A language model's body with a known head, saved as a sequence classifier by transformers."""
-    is_gpt2 = architecture == "gpt2"
-    tiny.make_model(directory, architecture, seed=3, bos=not is_gpt2, chat=is_gpt2)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
-    weight = model.score.weight
-    generator = torch.Generator().manual_seed(0)
-    weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
 def pad_as_saved(tokenizer: PreTrainedTokenizerBase) -> None:
     """The pad token that tiny models have."""
 
@@ -314,7 +300,8 @@ def test_rm(folder: Path, tmp_path: Path, architecture: str, data: str, change_t
     depend, and AdamW makes steps of the rounding of its gradient. The rows are more than the steps use, and the mean is
     over all of them.
     """
-    model = make_reward_model(tmp_path / "start", architecture)
+    is_gpt2 = architecture == "gpt2"
+    model = tiny.make_reward_model(tmp_path / "start", architecture, bos=not is_gpt2, chat=is_gpt2)
     tokenizer = AutoTokenizer.from_pretrained(model)
     change_tokenizer(tokenizer)
     tokenizer.save_pretrained(model)
@@ -323,9 +310,8 @@ def test_rm(folder: Path, tmp_path: Path, architecture: str, data: str, change_t
     lines = tiny.run("algos/rm.py", output_dir, model=model, train_data=tmp_path / "rows.jsonl", **OPTIONS)
 
     expected, trained = train_reference(model, rows, reference.rm(), rewards=True)
-    shifts = architecture == "gpt2"
     metrics = REWARD_METRICS
-    if shifts:
+    if is_gpt2:
         metrics = ("rewards/margins", "rewards/accuracies")
     compare_metrics(lines, expected, metrics)
     assert lines[0]["rewards/margins"] != 0
@@ -334,7 +320,7 @@ def test_rm(folder: Path, tmp_path: Path, architecture: str, data: str, change_t
     wanted = rewards_of_loop(trained, groups)
     assert max(wanted) - min(wanted) > 0.1
     rewards = rewards_one_by_one(output_dir, groups)
-    if not shifts:
+    if not is_gpt2:
         assert rewards == pytest.approx(wanted, abs=1e-3)
     assert centred(rewards) == pytest.approx(centred(wanted), abs=1e-3)
     for side in ("left", "right"):

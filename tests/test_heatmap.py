@@ -1,6 +1,5 @@
 """Token rewards shown against float64 stock transformers, texts whole and escaped, one scale, layout, mistakes."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -58,8 +57,12 @@ class Field:
 
     title: str
     style: str
-    special: bool
+    kind: str | None  # special, context, or neither
     text: str = ""
+
+    @property
+    def special(self) -> bool:
+        return self.kind == "special"
 
     @property
     def total(self) -> float:
@@ -69,6 +72,9 @@ class Field:
     @property
     def rewards(self) -> list[float]:
         """The rewards of its tokens, as the title tells them."""
+        if self.kind == "context":
+            assert (self.title, self.style) == ("context, not scored", "")
+            return []
         _, _, list_of_rewards = self.title.partition(": ")
         if not list_of_rewards:
             return [self.total]
@@ -135,8 +141,7 @@ class Page(HTMLParser):
         if tag == "figure":
             self.completions.append(Completion())
         elif tag == "span":
-            special = attributes.get("class") == "special"
-            span = Field(attributes["title"], attributes["style"], special)
+            span = Field(attributes["title"], attributes.get("style", ""), attributes.get("class"))
             self.completions[-1].fields.append(span)
         elif attributes.get("class") == "prompt":
             self.prompts.append("")
@@ -277,6 +282,40 @@ def test_chat_rows(tmp_path: Path) -> None:
         assert special_texts(completion) == ["<|im_end|>"]
 
 
+def test_context_between_turns_has_no_reward(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = [tiny.make_model(tmp_path / str(seed), seed=seed, chat=True) for seed in (0, 1)]
+    turns = [("assistant", "naïve"), ("user", "and?"), ("assistant", "no")]
+    chosen = [{"role": role, "content": text} for role, text in turns]
+    row = {"prompt": [{"role": "user", "content": "ok?"}], "chosen": chosen, "rejected": chosen[2:], "id": 7}
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
+    page = Page(run(models, rows, tmp_path / "out.html"))
+    assert capsys.readouterr().out.endswith("out.png: rows 1, kept 1; not used: id\n")
+
+    context = "\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"
+    first, second = page.completions
+    assert first.text == f"naïve<|im_end|>{context}no<|im_end|>"
+    assert "".join(span.text for span in first.fields if span.kind == "context") == context
+    assert special_texts(first) == ["<|im_end|>"] * 2
+    assert all(span.kind != "context" for span in second.fields)
+
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    prompt = tokenizer("<|im_start|>user\nok?<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False).input_ids
+    pieces = [
+        tokenizer(text, add_special_tokens=False).input_ids for text in ("naïve<|im_end|>", context, "no<|im_end|>")
+    ]
+    policy, reference_policy = (reference.load_model(path) for path in models)
+    with torch.no_grad():
+        logps = reference.token_logps(policy, prompt, sum(pieces, []))
+        ref_logps = reference.token_logps(reference_policy, prompt, sum(pieces, []))
+    rewards = (0.1 * (logps - ref_logps)).tolist()
+    expected = rewards[: len(pieces[0])] + rewards[-len(pieces[2]) :]
+    assert first.rewards == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+    total, num_tokens = re.fullmatch(r"Σ r = (\S+) nats, (\d+) tokens", first.below).groups()
+    assert number(total) == pytest.approx(sum(expected), rel=1e-3)
+    assert int(num_tokens) == len(expected)
+
+
 def special_texts(completion: Completion) -> list[str]:
     return [span.text for span in completion.fields if span.special]
 
@@ -379,33 +418,7 @@ def marks_in(text: str) -> list[str]:
 # ---------------------------------------------------------------- pieces
 
 
-def sentence_piece() -> PreTrainedTokenizerFast:
-    """As Llama 2 has it: ▁ for a blank, one before the first word, and bytes for what the vocabulary lacks."""
-    from tokenizers import Tokenizer, decoders, normalizers, trainers
-    from tokenizers import models as tokenizer_models
-
-    tokenizer = Tokenizer(tokenizer_models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    blanks = decoders.Replace("▁", " ")
-    first_blank = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse(), first_blank])
-
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    specials = ["<unk>", "<s>", "</s>", *byte_tokens]
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False)
-    corpus = []
-    for row in tiny.make_rows(60, seed=1):
-        corpus += row.values()
-    tokenizer.train_from_iterator(corpus, trainer)
-
-    state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < 3]  # bytes are plain tokens
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>", bos_token="<s>", unk_token="<unk>"
-    )
-
-
-@pytest.mark.parametrize("make_tokenizer", [tiny.make_tokenizer, notices.make_tokenizer, sentence_piece])
+@pytest.mark.parametrize("make_tokenizer", [tiny.make_tokenizer, notices.make_tokenizer, tiny.make_sentencepiece])
 def test_pieces_of_every_kind_of_tokenizer(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer()
     for text in [*ODD_TEXTS, "found camera, at market.", "a", "日", " naïve", "日x", "x日"]:
@@ -468,7 +481,7 @@ def test_what_is_drawn_as_one_is_one_piece() -> None:
     ("make_tokenizer", "replacements"),
     [
         (tiny.make_tokenizer, 1),  # for all bytes of the character together
-        (sentence_piece, 4),  # for each byte
+        (tiny.make_sentencepiece, 4),  # for each byte
     ],
 )
 def test_an_unfinished_character_at_the_end(make_tokenizer: MakeTokenizer, replacements: int) -> None:
@@ -587,7 +600,7 @@ def test_unusable_rows(row: dict, match: str, models: list[Path], tmp_path: Path
 def test_mistakes_have_a_line_each(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _ = models
     fails([PAIR], models, tmp_path, r"out\.png: must end in \.html", "out.png")
-    fails([PAIR], [policy, tmp_path / "none"], tmp_path, "none: no such directory")
+    fails([PAIR], [policy, tmp_path / "none"], tmp_path, "none: no such file or directory")
 
     other = tiny.make_model(tmp_path / "other", vocab=380)
     fails([PAIR], [policy, other], tmp_path, "--reference .*other: its tokenizer")
@@ -602,7 +615,7 @@ def test_mistakes_have_a_line_each(models: list[Path], tmp_path: Path, monkeypat
     fails([PAIR], [other, other], tmp_path, "other: the tokenizer has no EOS token")
 
     monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
-    fails([PAIR], models, tmp_path, r"matplotlib: pip install \"cleanpo\[plot\]\"")
+    fails([PAIR], models, tmp_path, r"matplotlib: pip install -e \"\.\[plot\]\"")
 
 
 def test_too_high_for_a_png(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ Those of the other algorithms: tests/faults/test_numbers.py and test_sizes.py.
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import tiny
+from exactness import check_agreement
 from transformers import AutoTokenizer
 
 SCRIPT = "algos/dpo.py"
@@ -66,19 +66,6 @@ def small_budget(folder: Path) -> int:
     sizes = [reference.encode(tokenizer, row).size for row in rows]
     tokens_per_batch = sum(sizes) / len(sizes) * BATCH
     return max(max(sizes), round(tokens_per_batch / 8))
-
-
-def check_agreement(lines: list[dict], others: list[dict], steps: int, metrics: Sequence[str]) -> None:
-    """Step by step: 1e-6 at step one, 1e-4 after, in float32."""
-    all_steps = list(range(1, steps + 1))
-    assert [line["step"] for line in lines] == all_steps
-    assert [line["step"] for line in others] == all_steps
-    for name in metrics:
-        ours = [line[name] for line in lines]
-        theirs = [line[name] for line in others]
-        gaps = tiny.differences(ours, theirs)
-        assert gaps[0] <= 1e-6, (name, gaps)
-        assert max(gaps) <= 1e-4, (name, gaps)
 
 
 # ---------------------------------------------------------------- processes and micro-batches

@@ -1,5 +1,6 @@
 """Columns beside those of a form: each is used, refused, or named."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from tokenised import (
 )
 
 from scripts.lab.policies import plain_prompt
-from scripts.lab.row_files import first_examples, read_examples, summary
+from scripts.lab.row_files import encode_rows, first_examples, read_examples, summary
 from scripts.lab.sampling import as_written
 from shared import UserError
 from shared.encode import Encoder
 from shared.groups import Requires, describe
-from shared.rows import Counts, UserTurn
+from shared.rows import DEMONSTRATIONS, FORMS, PROMPT_FORMS, Counts, UserTurn, form_of
 
 # ---------------------------------------------------------------- columns that are not used
 
@@ -78,6 +79,133 @@ def test_the_scripts_name_them_too(tmp_path: Path, capsys: pytest.CaptureFixture
 
     first_examples(source, 1)
     assert capsys.readouterr().err == f"{source}: rows 1, kept 1; not used: id\n"
+
+
+PROMPT_ALONE = {"prompt": TALK}
+FORM_ROWS = [
+    {"conversations": SHARE_GPT, "chosen": {"from": "gpt", "value": GOOD}, "rejected": [{"from": "gpt", "value": BAD}]},
+    {"instruction": USER, "chosen": GOOD, "rejected": BAD},
+    {"prompt": TALK, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]},
+    {"prompt": USER, "chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
+    {"prompt": TALK, "chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
+    {"messages": TALK, "chosen": assistant(GOOD), "rejected": assistant(BAD)},
+    {"messages": [*TALK, assistant(GOOD)], "chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
+    {"chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
+    {"prompt": TALK, "completions": [GOOD, BAD]},
+    {"history": USER, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1},
+    {"messages": [*TALK, assistant("ok"), *TALK, assistant(GOOD)]},
+    {"prompt": TALK, "completion": [assistant(GOOD), *TALK, assistant(BAD)]},
+    {"conversations": [*SHARE_GPT, {"from": "gpt", "value": GOOD}]},
+    {"instruction": USER, "output": GOOD},
+    {"text": GOOD},
+    PROMPT_ALONE,
+]
+CAPTION = {"caption": "x"}  # a column, or a field of a message, that nothing reads
+
+
+def messages_of(row: dict) -> list[dict]:
+    """The messages of a row, each once."""
+    messages: list[dict] = []
+    for value in row.values():
+        values = value if isinstance(value, list) else [value]
+        messages += [part for part in values if isinstance(part, dict) and part not in messages]
+    return messages
+
+
+def with_field(value: Any, message: dict) -> Any:
+    """A row or a part of it with another field in each message that is like this one."""
+    if value == message:
+        return {**message, **CAPTION}
+    if isinstance(value, list):
+        return [with_field(part, message) for part in value]
+    if isinstance(value, dict):
+        return {name: with_field(part, message) for name, part in value.items()}
+    return value
+
+
+def is_sampled(message: dict) -> bool:
+    """Whether it belongs to the prompt, in rows of one turn."""
+    return message.get("role") == "user" or message.get("from") == "human"
+
+
+def sampling_line(source: str) -> str:
+    """What sampling says about its rows."""
+    encoder = Encoder(chat())
+    kept = len(list(encode_rows(read_examples(source, encoder.counts), encoder, 500)))
+    return summary(source, kept, encoder.counts)
+
+
+def test_every_form_has_a_row() -> None:
+    forms = {form_of(row, "", PROMPT_FORMS) for row in FORM_ROWS}
+    assert forms == set(PROMPT_FORMS) == {*FORMS, ("prompt",)}
+
+
+@pytest.mark.parametrize("row", FORM_ROWS, ids=str)
+def test_an_unknown_column_of_every_form_is_named(tmp_path: Path, row: dict) -> None:
+    source = write(tmp_path / "rows.jsonl", [{**row, **CAPTION}])
+    if row != PROMPT_ALONE:
+        assert describe(load(source, chat(), FIRST).report) == "rows 1, kept 1; not used: caption"
+    if "text" not in row:
+        assert sampling_line(source) == "rows 1, kept 1; not used: caption"
+
+
+@pytest.mark.parametrize("row", [row for row in FORM_ROWS if messages_of(row)], ids=str)
+def test_an_unknown_field_of_every_message_is_named(tmp_path: Path, row: dict) -> None:
+    expected = "rows 1, kept 1; not used: caption of messages"
+    for message in messages_of(row):
+        source = write(tmp_path / "rows.jsonl", [with_field(row, message)])
+        if row != PROMPT_ALONE:
+            requires = FIRST if "completion" in row or len(row) == 1 else Requires()
+            assert describe(load(source, chat(), requires).report) == expected
+        if is_sampled(message):
+            assert sampling_line(source) == expected
+
+
+# ---------------------------------------------------------------- tools
+
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "a</s>", "parameters": {}}}]
+WITH_TOOLS = "{% if tools is not none %}{{ tools | tojson }}{% endif %}" + tiny.CHATML
+CHATS = [{**PAIR, "prompt": TALK}, {"messages": [*TALK, assistant(GOOD)]}]
+NO_TOOLS = [None, [], "", "[]", " [] ", "null"]
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["list", "text"])
+@pytest.mark.parametrize("row", CHATS, ids=str)
+def test_tools_are_for_the_template(tmp_path: Path, row: dict, tools: object) -> None:
+    tokenizer = with_template(WITH_TOOLS)
+    source = write(tmp_path / "rows.jsonl", [{**row, "tools": tools}])
+    groups = load(source, tokenizer, FIRST)
+    prompt = groups.tokens[: groups.offsets[0, 1]].tolist()
+    assert tokenizer.decode(prompt) == json.dumps(TOOLS) + template(chat(), ("user", USER), ask=True)
+    assert tokenizer.convert_tokens_to_ids("</s>") not in prompt
+    assert "not used" not in groups.report
+    assert load(source, chat(), FIRST).report["not used"] == ["tools"]
+
+
+@pytest.mark.parametrize("tools", NO_TOOLS, ids=str)
+@pytest.mark.parametrize("row", CHATS, ids=str)
+def test_no_tools(tmp_path: Path, row: dict, tools: object) -> None:
+    source = write(tmp_path / "rows.jsonl", [{**row, "tools": tools}])
+    tokenizer = with_template(WITH_TOOLS)
+    prompt, _ = only_group(tmp_path, {**row, "tools": tools}, tokenizer, FIRST)
+    assert tokenizer.decode(prompt) == template(chat(), ("user", USER), ask=True)
+    assert "not used" not in load(source, chat(), FIRST).report
+
+
+@pytest.mark.parametrize(
+    "tools, problem",
+    [
+        (3, "field 'tools' must be a list of schemas"),
+        (TOOLS[0], "field 'tools' must be a list of schemas"),
+        (["f"], "field 'tools' must be a list of schemas"),
+        (json.dumps(TOOLS[0]), "field 'tools' must be a list of schemas"),
+        ("f(x)", "field 'tools' is text, but not JSON"),
+    ],
+    ids=str,
+)
+def test_tools_that_are_refused(tmp_path: Path, tools: object, problem: str) -> None:
+    with pytest.raises(UserError, match=f"rows.jsonl, line 1: {problem}"):
+        only_group(tmp_path, {**CHATS[0], "tools": tools}, with_template(WITH_TOOLS), FIRST)
 
 
 # ---------------------------------------------------------------- system and history
@@ -321,6 +449,24 @@ def test_an_answer_labelled_false_is_not_trained_on(tmp_path: Path, row: dict, l
     report = load(source, chat(), FIRST).report
     assert report["dropped"] == dropped
     assert report.get("not used") == (["label"] if label == 0 and label is not False else None)
+
+
+@pytest.mark.parametrize("row", [row for row in FORM_ROWS if form_of(row, "", PROMPT_FORMS) in DEMONSTRATIONS], ids=str)
+def test_labels_are_the_scores_of_groups_of_one(tmp_path: Path, row: dict) -> None:
+    """So that an algorithm for unpaired rows can read them."""
+    rows = [{**row, "label": label} for label in (True, False, False)]
+    requires = Requires("first", scores=True)
+    groups = load(write(tmp_path / "rows.jsonl", rows), chat(), requires)
+    assert groups.num_completions == 1
+    assert groups.scores.tolist() == [[[1.0]], [[0.0]], [[0.0]]]
+    assert groups.report["dropped"] == {}
+    assert "not used" not in groups.report
+
+    source = write(tmp_path / "rows.jsonl", [*rows, row])
+    with pytest.raises(UserError, match="line 4: this run needs scores"):
+        load(source, chat(), requires)
+    report = load(source, chat(), FIRST).report
+    assert report["dropped"] == {"label is false": 2}
 
 
 SECOND = {"role": "user", "content": "and?"}

@@ -2,15 +2,23 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+import torch
+
+from shared import UserError
+from shared.batches import load_batches
+from shared.distributed import Ranks
+from shared.groups import Requires
 
 FLUSHED = """
 import torch
@@ -94,8 +102,8 @@ def test_denormals_are_zero_on_every_thread(threads: int) -> None:
     "option, value, message",
     [
         ("model", "nowhere", "model nowhere: cannot be loaded"),
-        ("model", "./runs/nowhere", "model ./runs/nowhere: no such directory"),
-        ("train_data", "nowhere.jsonl", "nowhere.jsonl: neither a file"),
+        ("model", "./runs/nowhere", "model ./runs/nowhere: no such file or directory"),
+        ("train_data", "nowhere.jsonl", "nowhere.jsonl: no such file"),
         ("max_length", 100000, "--max-length 100000: the model has 512 positions"),
         ("beta", 0, "--beta 0.0: must be a finite number above 0"),
     ],
@@ -111,13 +119,34 @@ def test_rows_of_four_completions_where_pairs_are_needed(folder: Path, tmp_path:
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_a_sliding_window_is_refused_where_it_would_matter(folder: Path, tmp_path: Path) -> None:
-    """Packed rows show a token all that comes before it; a window shorter than a row would not."""
-    model = tiny.make_model(tmp_path / "model", "mistral", seed=4, sliding_window=24)
-    message = refusal(folder, tmp_path / "out", model=model)
-    assert "beyond 24 tokens" in message
-    assert "--max-length" in message
-    run_to_the_end(folder, tmp_path / "short", model=model, max_length=24)
+def test_a_reward_model_is_no_policy(folder: Path, tmp_path: Path) -> None:
+    """With tied embeddings, all weights of a language model are there."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    path = tiny.make_model(tmp_path / "tied", "qwen2", seed=4)
+    classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1)
+    classifier.save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "rm")
+    assert "is a reward model" in refusal(folder, tmp_path / "out", model=tmp_path / "rm")
+
+
+def test_a_warm_up_that_is_longer_than_the_run(folder: Path, tmp_path: Path) -> None:
+    message = refusal(folder, tmp_path / "out", warmup_steps=3)
+    assert message.endswith("--warmup-steps 3: the run has 2 steps")
+
+
+def test_evaluation_rows_of_another_number_of_reward_models(tmp_path: Path) -> None:
+    rows = tiny.make_rows(2, seed=1)
+    sources = {}
+    for name, scores in (("train_data", [[1, 2], [0, 1]]), ("eval_data", [[1], [0]])):
+        scored = [{**row, "scores": scores} for row in rows]
+        sources[name] = str(tiny.write_jsonl(tmp_path / f"{name}.jsonl", scored))
+    lengths = {"max_length": 512, "max_prompt_length": None, "batch_size": 1, "micro_batch_tokens": 512}
+    args = SimpleNamespace(**sources, **lengths, shuffle=False, output_dir=str(tmp_path), resume=False)
+    ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
+    config = tiny.make_config("llama", vocab=1000)
+    with pytest.raises(UserError, match="eval_data.jsonl: 1 scores for each completion, the training rows have 2"):
+        load_batches(args, ranks, tiny.make_tokenizer(), config, Requires("pair", scores=True))
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -150,15 +179,46 @@ def test_a_finished_run_is_not_overwritten(folder: Path, tmp_path: Path) -> None
     options = {"save_every": 1, "keep": 1, "track": True}
     run_to_the_end(folder, out, **options)
     before = results(out)
+    status = (out / "status.json").read_bytes()
     assert "holds another run" in refusal(folder, out)
     assert refusal(folder, out, resume=True, beta=0.2).endswith("another run: beta 0.1 → 0.2")
+    assert "unless --lr-schedule is constant" in refusal(folder, out, resume=True, max_steps=3)
 
     rows = tiny.read_jsonl(folder / "pairs.jsonl")
     reversed_rows = tiny.write_jsonl(tmp_path / "reversed.jsonl", rows[::-1])
-    assert refusal(folder, out, resume=True, train_data=reversed_rows).endswith(", the train rows")
+    assert refusal(folder, out, resume=True, train_data=reversed_rows).endswith("another run: the train rows")
+    assert (out / "status.json").read_bytes() == status
 
     run_to_the_end(folder, out, resume=True)
     assert results(out) == before
+
+
+def test_resume_compares_contents(folder: Path, tmp_path: Path) -> None:
+    """The same rows and model under other names; held-out rows, which change no weights, may be added."""
+    out = tmp_path / "out"
+    run_to_the_end(folder, out, save_every=1, keep=1)
+    before = (out / "model.safetensors").read_bytes()
+    moved = {
+        "model": shutil.copytree(folder / "model", tmp_path / "moved"),
+        "train_data": shutil.copy(folder / "pairs.jsonl", tmp_path / "moved.jsonl"),
+    }
+    run_to_the_end(folder, out, resume=True, **moved, eval_data=folder / "pairs.jsonl")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_held_out_rows_are_evaluated_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    """And not again when a run goes on after a step."""
+    out = tmp_path / "out"
+    options = {"eval_data": folder / "pairs.jsonl", "eval_every": 1, "save_every": 1, "lr_schedule": "constant"}
+    printed = run_to_the_end(folder, out, max_steps=1, **options)
+    assert "step 1/1 | loss 0.6" in printed
+    assert "rewards/chosen 0 | rewards/rejected 0 |" in printed
+    run_to_the_end(folder, out, resume=True, **options)
+
+    evaluations = [line for line in tiny.read_jsonl(out / "metrics.jsonl") if "eval/loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 1, 2]
+    assert evaluations[0]["eval/loss"] == pytest.approx(math.log(2))
+    assert evaluations[0]["eval/rewards/margins"] == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder: Path, tmp_path: Path) -> None:

@@ -481,7 +481,7 @@ def test_parts_of_another_number_of_processes_are_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        (None, {}, "rows.jsonl: neither a file"),
+        (None, {}, "rows.jsonl: no such file"),
         ("", {}, "no rows"),
         ('{"prompt": "anna"}\nnonsense\n', {}, "line 2: not valid JSON"),
         ('{"prompt": "anna"}\n{"text": "anna"}\n', {}, "line 2: field 'prompt' is missing"),
@@ -507,7 +507,7 @@ def test_bad_input(text: str | None, options: dict[str, Any], message: str, dire
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "missing.jsonl: neither a file"),
+        ([], "missing.jsonl: no such file"),
         (["--temperature", "0"], "--temperature 0.0: must be a finite number above 0"),
         (["--top-p", "1.5"], "--top-p 1.5: must be a finite number above 0 and at most 1"),
         (["--top-k", "-1"], "--top-k -1: must be a finite number of at least 0"),

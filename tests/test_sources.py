@@ -9,7 +9,7 @@ import tiny
 from tokenised import FIRST, ended, ids, load, pieces, plain
 
 from shared import UserError
-from shared.sources import read_rows, source_hash
+from shared.sources import files_of, read_rows, source_hash
 
 
 def write_containers(folder: Path, rows: list[dict]) -> list[str]:
@@ -65,7 +65,12 @@ UNREADABLE = [
     ("files/rows.jsonl:test", "rows.jsonl:test: a file has no splits"),
     ("rows.csv", "must end in"),
     ("empty", "no file that ends in"),
-    ("absent.jsonl", "neither a file, a directory nor a data set on the hub"),
+    ("absent.jsonl", "no such file or directory"),
+    ("fils", "no such file or directory; there is .*files$"),
+    ("latin.jsonl,truncated.parquet", "must be one file or a directory of files"),
+    ("*.jsonl", "must be one file or a directory of files"),
+    ("model", "model: is a model, not rows"),
+    ("spread.json", "line 1: not valid JSON .*; rows are a list, or one object a line"),
 ]
 
 
@@ -80,6 +85,9 @@ def unreadable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "files").mkdir()
     (folder / "files" / "rows.jsonl").write_text('{"text": "ok"}')
     (folder / "rows.csv").write_text("a,b")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "spread.json").write_text('{\n"text": "a"\n}')
     (folder / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     (folder / "truncated.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 9999)[:40])
     (folder / "truncated.parquet").write_bytes(b"PAR1 and nothing more")
@@ -93,6 +101,25 @@ def test_what_cannot_be_read_is_one_clear_line(unreadable: Path, name: str, mess
     with pytest.raises(UserError, match=message) as error:
         load(str(unreadable / name), plain(), FIRST)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pears.jsonl", "./pears", "~/pears", "data/more/pears", "tests/pears"])
+def test_a_path_that_leads_nowhere_asks_no_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tiny.ROOT)
+    with pytest.raises(UserError, match="no such file or directory"):
+        files_of(name)
+
+
+def test_the_ending_of_a_file_counts_before_the_cache(tmp_path: Path) -> None:
+    """Its content may have been read under another name."""
+    for name in ("rows.jsonl", "rows.txt"):
+        (tmp_path / name).write_text('{"text": "ok ok"}\n')
+    load(str(tmp_path / "rows.jsonl"), plain(), FIRST)
+    with pytest.raises(UserError, match="rows.txt: the file's name must end in"):
+        load(str(tmp_path / "rows.txt"), plain(), FIRST)
 
 
 # ---------------------------------------------------------------- splits in one directory

@@ -163,6 +163,50 @@ def _train_bpe(vocab: int, special_tokens: list[str]) -> "Tokenizer":
     return tokenizer
 
 
+def make_sentencepiece(kind: str = "legacy", chat: bool = False) -> "PreTrainedTokenizerFast":
+    """BPE as SentencePiece has it: ▁ for a blank, bytes for what the vocabulary lacks, and a BOS.
+
+    kind: what puts a blank before a text. "legacy" is the normalizer of Llama 2, which does it behind special tokens
+    as well; "first", "always" and "never" are schemes of the Metaspace pre-tokenizer.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never" if kind == "never" else "first")
+    special_tokens = ["<unk>", BOS, EOS]
+    if chat:
+        special_tokens += [TURN_START, TURN_END]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special_tokens + byte_tokens, show_progress=False)
+    corpus = []
+    for row in make_rows(60, seed=1):
+        corpus += [text.replace("\n", " ") for text in row.values()]
+    bpe.train_from_iterator(corpus, trainer)
+
+    if kind == "legacy":
+        bpe.pre_tokenizer = None
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        blanks = decoders.Replace("▁", " ")
+        bpe.decoder = decoders.Sequence([blanks, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        blanks = decoders.Metaspace(prepend_scheme=kind)
+        bpe.decoder = decoders.Sequence([decoders.ByteFallback(), blanks, decoders.Fuse()])
+    _begin_with_bos(bpe)
+
+    state = json.loads(bpe.to_str())
+    state["added_tokens"] = state["added_tokens"][: len(special_tokens)]  # bytes are plain tokens
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token=BOS, eos_token=EOS, unk_token="<unk>"
+    )
+    if chat:
+        tokenizer.add_special_tokens({"additional_special_tokens": [TURN_START, TURN_END]})
+        tokenizer.eos_token = TURN_END
+        tokenizer.chat_template = CHATML
+    return tokenizer
+
+
 def _begin_with_bos(tokenizer: "Tokenizer") -> None:
     """Let encoding add a BOS in front of every text."""
     from tokenizers import processors
@@ -236,6 +280,20 @@ def make_model(
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
+
+
+def make_reward_model(directory: Path, architecture: str = "llama", **options: Any) -> Path:
+    """A language model's body with a known head, saved as a sequence classifier; `options` go to `make_model`."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    make_model(directory, architecture, seed=3, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+    weight = model.score.weight
+    generator = torch.Generator().manual_seed(0)
+    weight.data = 0.3 * torch.randn(weight.shape, generator=generator)
+    model.save_pretrained(directory)
+    return directory
 
 
 # ---------------------------------------------------------------- runs

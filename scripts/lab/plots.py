@@ -23,7 +23,7 @@ GREY = "#666666"
 def require_matplotlib() -> None:
     """Raises UserError if matplotlib is not installed. Call it before anything expensive."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError('the pictures need matplotlib: pip install "cleanpo[plot]"')
+        raise UserError('the pictures need matplotlib: pip install -e ".[plot]"')
 
 
 def canvas(mosaic: Sequence[Sequence[Any]], size: tuple[float, float]) -> tuple["Figure", dict[Any, "Axes"]]:

@@ -116,11 +116,14 @@ def encode_rows(
     examples = iter(examples)
     while chunk := list(islice(examples, CHUNK_SIZE)):
         for encoded in encoder.encode(chunk, num_completions):
+            row = _to_row(encoded, encoder.eos_id, room)
             if len(encoded.prompt) >= room:
                 encoder.counts.dropped["prompt too long"] += 1
+            elif not all(completion.ids for completion in row.completions):
+                encoder.counts.dropped["no counted token in a completion"] += 1
             else:
                 encoder.counts.noted.update(encoded.notes)
-                yield _to_row(encoded, encoder.eos_id, room - len(encoded.prompt))
+                yield row
 
 
 def _to_row(encoded: EncodedExample, eos_id: int, room: int) -> EncodedRow:
@@ -128,7 +131,7 @@ def _to_row(encoded: EncodedExample, eos_id: int, room: int) -> EncodedRow:
     for completion in encoded.completions:
         if not completion.ids:
             completion = EncodedCompletion([eos_id], [True])
-        completions.append(completion.truncated(room))
+        completions.append(completion.truncated(room - len(encoded.prompt)))
     return EncodedRow(encoded.example, encoded.prompt, completions)
 
 

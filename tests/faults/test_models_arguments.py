@@ -233,7 +233,7 @@ OTHER_MISTAKES = [  # fault, option, value, words of the message
     (62, "output_dir", "", ["--output-dir"]),
     (63, "model", "runs/nowhere", ["runs/nowhere"]),
     (63, "train_data", "nowhere.jsonl", ["nowhere.jsonl"]),
-    (63, "model", "/nowhere/at/all", ["/nowhere/at/all: no such directory"]),
+    (63, "model", "/nowhere/at/all", ["/nowhere/at/all: no such file or directory"]),
     (63, "model", "", ["--model"]),
     (63, "reference", "runs/nowhere", ["runs/nowhere"]),
     (63, "eval_data", "nowhere.jsonl", ["nowhere.jsonl"]),

@@ -122,9 +122,13 @@ def start(
     torchrun: bool = False,
     hook: Callable[[], None] | None = None,
     beside: Path | None = None,
+    flag: str = "output_dir",
     **options: object,
 ) -> Started:
-    """Start a run; log and cache lie beside `out`, or beside another path. `hook` runs in its process first."""
+    """Start a run; log and cache lie beside `out`, or beside another path. `hook` runs in its process first.
+
+    flag: the one that `out` is given by.
+    """
     beside = beside or out
     log = Path(f"{beside}.log")
     log.unlink(missing_ok=True)
@@ -135,7 +139,7 @@ def start(
         workers_of_torchrun = processes
     elif processes > 1:
         variables_of_ranks = _process_group(processes)
-    command = tiny.command(str(tiny.ROOT / script), workers_of_torchrun, {"output_dir": out, **options})
+    command = tiny.command(str(tiny.ROOT / script), workers_of_torchrun, {flag: out, **options})
     line = command[1:]  # without the interpreter
 
     with mock.patch.dict(os.environ, tiny.environment(Path(f"{beside}.cache"))):

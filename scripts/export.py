@@ -5,8 +5,9 @@
     --every N       each checkpoint at a multiple of N steps, and as long as the run goes on also those that appear
 
 The model is bit for bit the one that a run which ended at that step would export. Any number of processes may have
-written the checkpoint. Model and rows are looked for where the run found them, so start the command where the run was
-started. A reward model's `reward_mean` is computed over the rows of training, as at the end of a run.
+written the checkpoint. The run's starting model is read again, and must be as it was. It is looked for where the run
+found it, from the directory where the command starts; `--model` says where else it is. The rows are needed for a reward
+model alone, whose pad token is one that they do not hold, and whose `reward_mean` is computed over them.
 
 A run keeps its newest checkpoints alone (`--keep`). For a curve over training, save often and export what appears:
 
@@ -21,8 +22,8 @@ A run keeps its newest checkpoints alone (`--keep`). For a curve over training, 
 import json
 import os
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,6 +64,12 @@ class Args:
     """write every checkpoint at a multiple of so many steps, until the run ends"""
     output_dir: Path | None = None
     """directory to write, with --every the one of all models; default: models/step-000100 in that of the run"""
+    model: str | None = None
+    """directory or hub id of the starting model of the run, if it has moved"""
+    train_data: str | None = None
+    """rows of training of a reward model, if they have moved"""
+    eval_data: str | None = None
+    """held-out rows of a reward model, if they have moved"""
 
 
 def main(args: Args) -> None:
@@ -88,7 +95,7 @@ def write_models(args: Args, ranks: Ranks) -> None:
     path = choose(args, paths, from_main(log_lines(args.run)))
     output_dir = args.output_dir or args.run / "models" / path.name
     refuse_existing(output_dir)
-    Exporter(args.run, path, ranks).write(path, output_dir)
+    Exporter(args, path, ranks).write(path, output_dir)
 
 
 # ---------------------------------------------------------------- which checkpoints
@@ -123,7 +130,7 @@ def best_step(args: Args, steps: list[int], lines: list[dict]) -> int:
     say(f"{args.run}: step {step} has the {better[:-2]}est {name}, {values[step]:.4g}, of {listed(candidates)}")
     best = choose_one(values, key=lambda step: values[step])
     if values[best] != values[step]:
-        say(f"{args.run}: step {best} was better, {values[best]:.4g}, but has no checkpoint; --keep keeps more")
+        say(f"{args.run}: better was {values[best]:.4g} at step {best}, of which there is no checkpoint")
     return step
 
 
@@ -179,21 +186,29 @@ def follow(args: Args, ranks: Ranks) -> None:
     assert args.every is not None
     directory = args.output_dir or args.run / "models"
     exporter = None
-    while True:
+    goes_on = True
+    while goes_on:
         goes_on = from_main(is_running(args.run))  # first, so that no checkpoint comes between
-        due = []
-        for path in checkpoint.published(args.run / "checkpoints"):
-            is_written = (directory / path.name / CONFIG).exists()
-            if checkpoint.step_of(path) % args.every == 0 and not is_written:
-                due.append(path)
-        for path in from_main(due):
-            if exporter is None:
-                exporter = Exporter(args.run, path, ranks)
-            exporter.write(path, directory / path.name)
-        if not goes_on:
-            break
-        time.sleep(POLL_SECONDS)
+        for path in from_main(due_checkpoints(args.run, args.every, directory)):
+            try:
+                exporter = exporter or Exporter(args, path, ranks)
+                exporter.write(path, directory / path.name)
+            except UserError:
+                if from_main(path.exists()):  # otherwise the run has deleted it meanwhile
+                    raise
+        if goes_on:
+            time.sleep(POLL_SECONDS)
     report_missing(args.run, args.every, directory)
+
+
+def due_checkpoints(run: Path, every: int, directory: Path) -> list[Path]:
+    """The checkpoints at a multiple of so many steps that have no model yet, oldest first."""
+    due = []
+    for path in checkpoint.published(run / "checkpoints"):
+        is_written = (directory / path.name / CONFIG).exists()
+        if checkpoint.step_of(path) % every == 0 and not is_written:
+            due.append(path)
+    return due
 
 
 def wait_for_start(run: Path) -> None:
@@ -230,26 +245,32 @@ def report_missing(run: Path, every: int, directory: Path) -> None:
 class Exporter:
     """The starting model of a run in memory, to be given the weights of its checkpoints."""
 
-    def __init__(self, run: Path, path: Path, ranks: Ranks):
-        self.run = run
+    def __init__(self, args: Args, path: Path, ranks: Ranks):
+        self.run = args.run
         self.ranks = ranks
         self.train: Batches | None = None  # of a reward model
         state = read_state(path)
         settings = SimpleNamespace(**state["args"])
-        settings.output_dir = str(run)
+        settings.output_dir = str(args.run)
         settings.resume = True  # so that a chat template writes the date of the run
+        for name in ("model", "train_data", "eval_data"):
+            moved = getattr(args, name)
+            if moved is not None:
+                setattr(settings, name, moved)
         self.tokenizer, config = load_tokenizer(settings.model)
         self.model: Policy | RewardModel
-        if f"lm.{REWARD_HEAD}" in checkpoint.tensor_names(path):
+        with reading(path):
+            names = checkpoint.tensor_names(path)
+        if f"lm.{REWARD_HEAD}" in names:
             requires = Requires("ranking")
             self.train, held_out = load_batches(settings, ranks, self.tokenizer, config, requires)
             if self.train.groups.report["sha256"] != state["data"]["train"]:
-                raise UserError(f"{settings.train_data}: has changed since the run {run}")
+                raise UserError(f"{settings.train_data}: has changed since the run {self.run}")
             self.model = load_reward_model(settings, ranks, self.tokenizer, self.train, held_out)
         else:
             self.model = load_policy_from(settings.model, ranks)
         if self.model.fingerprints["model"] != state["weights"]["model"]:
-            raise UserError(f"model {settings.model}: has changed since the run {run} started from it")
+            raise UserError(f"model {settings.model}: has changed since the run {self.run} started from it")
 
     def write(self, path: Path, output_dir: Path) -> None:
         """Write a checkpoint as a model directory. Raises UserError if the checkpoint is damaged or gone."""
@@ -258,7 +279,8 @@ class Exporter:
         if all_sum(problems):
             raise UserError(f"{path}: {problem or 'is damaged'}; a run deletes all but its newest --keep checkpoints")
         state = read_state(path)
-        self._load(path)
+        with reading(path):
+            checkpoint.load_weights(path, self.model, self.ranks)
         step = state["step"]
         if self.train is not None:
             assert isinstance(self.model, RewardModel)
@@ -272,13 +294,16 @@ class Exporter:
             export(self.model, self.tokenizer, directory, card, self.ranks)
         say(f"{output_dir}: the model of step {step} of {self.run}")
 
-    def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError
 
-        try:
-            checkpoint.load_weights(path, self.model, self.ranks)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn errors of reading a checkpoint into a UserError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def read_state(path: Path) -> dict:

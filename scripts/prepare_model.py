@@ -35,7 +35,6 @@ from scripts.lab.model_files import (
     copy_others,
     directory_of,
     files_of_tensors,
-    is_reward_model,
     names_in_files,
     new_directory,
     refuse_existing,
@@ -172,13 +171,21 @@ def read_template(args: Template) -> tuple[str, list[str]]:
     else:
         assert args.from_model is not None
         other, _ = load_tokenizer(args.from_model)
-        template = other.get_chat_template() if other.chat_template else ""
+        template = default_template(other)
         special = [token.content for token in other.added_tokens_decoder.values() if token.special]
         tokens += [token for token in special if token in template]
 
     if not template.strip():
         raise UserError(f"{args.from_file or args.from_model}: has no chat template")
     return template, list(dict.fromkeys(tokens))
+
+
+def default_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The template that a tokenizer uses for a chat without tools, or an empty text."""
+    template = tokenizer.chat_template or ""
+    if isinstance(template, dict):
+        template = template.get("default", "")
+    return template
 
 
 def check_template(encoder: Encoder) -> None:
@@ -371,9 +378,6 @@ def by_name(lm: Any, tensors: list[Tensor]) -> dict[str, Tensor]:
 
 def load_lm(model: str) -> Any:
     """A language model in float32. Raises UserError for a reward model."""
-    _, config = load_tokenizer(model)
-    if is_reward_model(config):
-        raise UserError(f"model {model}: is a reward model; prepare the language model that it starts from")
     return load_generator(model, torch.float32, "cpu")
 
 

@@ -140,7 +140,7 @@ def test_the_best_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert chosen(other, best="odd", better="higher") == 4
     printed = capsys.readouterr().out
     assert "step 4 has the lowest eval/loss, 0.5, of 2, 4, 6" in printed
-    assert "step 1 was better, 0.1, but has no checkpoint" in printed
+    assert "better was 0.1 at step 1, of which there is no checkpoint" in printed
 
 
 def test_the_best_of_a_real_run(run: Path, tmp_path: Path) -> None:
@@ -248,6 +248,14 @@ def test_damaged_changed_and_taken(run: Path, tmp_path: Path) -> None:
     state.write_text(json.dumps(content_of_state))
     with pytest.raises(UserError, match="model: has changed since the run"):
         write(other, step=2, output_dir=tmp_path / "model")
+
+
+def test_a_starting_model_that_has_moved(steady: dict, run: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(steady["model"], tmp_path / "base")
+    write(run, step=6, output_dir=tmp_path / "model", model=str(base))
+    assert_same_model(tmp_path / "model", run)
+    with pytest.raises(UserError, match="nowhere: no such file or directory"):
+        write(run, step=6, output_dir=tmp_path / "other", model=str(tmp_path / "nowhere"))
 
 
 def test_a_checkpoint_is_no_model(run: Path, tmp_path: Path) -> None:

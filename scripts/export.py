@@ -95,6 +95,7 @@ def write_models(args: Args, ranks: Ranks) -> None:
     path = choose(args, paths, from_main(log_lines(args.run)))
     output_dir = args.output_dir or args.run / "models" / path.name
     refuse_existing(output_dir)
+    check_intact(path, ranks)
     Exporter(args, path, ranks).write(path, output_dir)
 
 
@@ -190,15 +191,24 @@ def follow(args: Args, ranks: Ranks) -> None:
     while goes_on:
         goes_on = from_main(is_running(args.run))  # first, so that no checkpoint comes between
         for path in from_main(due_checkpoints(args.run, args.every, directory)):
-            try:
-                exporter = exporter or Exporter(args, path, ranks)
-                exporter.write(path, directory / path.name)
-            except UserError:
-                if from_main(path.exists()):  # otherwise the run has deleted it meanwhile
-                    raise
+            exporter = write_if_there(args, exporter, path, directory / path.name, ranks)
         if goes_on:
             time.sleep(POLL_SECONDS)
     report_missing(args.run, args.every, directory)
+
+
+def write_if_there(
+    args: Args, exporter: "Exporter | None", path: Path, output_dir: Path, ranks: Ranks
+) -> "Exporter | None":
+    """Write a checkpoint, unless the run has deleted it meanwhile. Returns the exporter, which the first one makes."""
+    try:
+        check_intact(path, ranks)
+        exporter = exporter or Exporter(args, path, ranks)
+        exporter.write(path, output_dir)
+    except UserError:
+        if from_main(path.exists()):
+            raise
+    return exporter
 
 
 def due_checkpoints(run: Path, every: int, directory: Path) -> list[Path]:
@@ -242,6 +252,14 @@ def report_missing(run: Path, every: int, directory: Path) -> None:
 # ---------------------------------------------------------------- a model
 
 
+def check_intact(path: Path, ranks: Ranks) -> None:
+    """Raises UserError if a checkpoint is damaged or gone. Each process reads its share of the files."""
+    problem = checkpoint.problem_of(path, ranks)
+    problems = torch.tensor(float(problem is not None), device=ranks.device)
+    if all_sum(problems):
+        raise UserError(f"{path}: {problem or 'is damaged'}; a run deletes all but its newest --keep checkpoints")
+
+
 class Exporter:
     """The starting model of a run in memory, to be given the weights of its checkpoints."""
 
@@ -273,11 +291,7 @@ class Exporter:
             raise UserError(f"model {settings.model}: has changed since the run {self.run} started from it")
 
     def write(self, path: Path, output_dir: Path) -> None:
-        """Write a checkpoint as a model directory. Raises UserError if the checkpoint is damaged or gone."""
-        problem = checkpoint.problem_of(path, self.ranks)
-        problems = torch.tensor(float(problem is not None), device=self.ranks.device)
-        if all_sum(problems):
-            raise UserError(f"{path}: {problem or 'is damaged'}; a run deletes all but its newest --keep checkpoints")
+        """Write an intact checkpoint as a model directory."""
         state = read_state(path)
         with reading(path):
             checkpoint.load_weights(path, self.model, self.ranks)

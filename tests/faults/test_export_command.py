@@ -1,7 +1,6 @@
 """Checkpoints as model directories: equal to what a run that ended there exports, while training goes on too."""
 
 import functools
-import json
 import os
 import shutil
 import signal
@@ -198,6 +197,19 @@ def test_models_that_are_there_stay(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "there was no checkpoint of the steps 3;" in capsys.readouterr().out
 
 
+def test_a_checkpoint_that_the_run_has_deleted(run: Path, tmp_path: Path) -> None:
+    """While the run goes on it is passed over, and what is wrong with one that is there ends the command."""
+    args = export.Args(run=run, every=1)
+    gone = run / "checkpoints" / "step-000003"
+    damaged = shutil.copytree(run / "checkpoints" / "step-000002", tmp_path / "step-000002")
+    (damaged / "manifest.json").write_text("{}")
+    with single_process("float32") as ranks:
+        assert export.write_if_there(args, None, gone, tmp_path / "model", ranks) is None
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            export.write_if_there(args, None, damaged, tmp_path / "model", ranks)
+    assert not (tmp_path / "model").exists()
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -242,12 +254,10 @@ def test_damaged_changed_and_taken(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists; give another directory"):
         write(run, step=4, output_dir=run)
 
-    state = other / "checkpoints" / "step-000002" / "state.json"
-    content_of_state = json.loads(state.read_text())
-    content_of_state["weights"]["model"] = "0"
-    state.write_text(json.dumps(content_of_state))
-    with pytest.raises(UserError, match="model: has changed since the run"):
-        write(other, step=2, output_dir=tmp_path / "model")
+    changed = tiny.make_model(tmp_path / "changed", seed=5)
+    with pytest.raises(UserError, match="changed: has changed since the run"):
+        write(run, step=2, output_dir=tmp_path / "model", model=str(changed))
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_starting_model_that_has_moved(steady: dict, run: Path, tmp_path: Path) -> None:

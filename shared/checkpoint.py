@@ -117,7 +117,7 @@ def _rotate(current: Path, keep: int) -> None:
 
     Those of later steps go too: a run that is at this step now has found them damaged when it resumed.
     """
-    checkpoints = _published_checkpoints(current.parent)
+    checkpoints = published(current.parent)
     end = checkpoints.index(current) + 1
     outdated = checkpoints[:end][:-keep]
     damaged = checkpoints[end:]
@@ -125,14 +125,15 @@ def _rotate(current: Path, keep: int) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _published_checkpoints(directory: Path) -> list[Path]:
+def published(directory: Path) -> list[Path]:
     """The checkpoints that have their final name, oldest first."""
-    steps = {}
-    for path in directory.glob("step-*"):
-        step = path.name.removeprefix("step-")
-        if step.isdecimal():
-            steps[path] = int(step)
-    return sorted(steps, key=lambda path: steps[path])
+    names = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(names, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The last step that was done when a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 # ---------------------------------------------------------------- find
@@ -140,9 +141,9 @@ def _published_checkpoints(directory: Path) -> list[Path]:
 
 def newest(directory: Path, ranks: Ranks) -> Path | None:
     """The newest checkpoint whose files are all as its manifest says. A line is printed for each damaged one."""
-    checkpoints = from_main(_published_checkpoints(directory / "checkpoints"))
+    checkpoints = from_main(published(directory / "checkpoints"))
     for checkpoint in reversed(checkpoints):
-        problem = _problem(checkpoint, ranks)
+        problem = problem_of(checkpoint, ranks)
         problems = torch.tensor(float(problem is not None), device=ranks.device)
         if not all_sum(problems):
             return checkpoint
@@ -151,7 +152,7 @@ def newest(directory: Path, ranks: Ranks) -> Path | None:
     return None
 
 
-def _problem(checkpoint: Path, ranks: Ranks) -> str | None:
+def problem_of(checkpoint: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint, if anything. Each process reads its share of the files."""
     entries = []
     try:
@@ -187,16 +188,27 @@ def _file_problem(file: Path, size: int, sha256: str) -> str | None:
 
 def load(path: Path, step: int, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
     """Load this process's part of every tensor, whatever number of processes wrote the checkpoint."""
+    load_weights(path, model, ranks)
     files = _open_shards(path)
     for name, parameter in model.named_parameters():
         start = _first_index(parameter, ranks)
-        _load_part(files, name, parameter.detach(), start)
-
         state = {"step": torch.tensor(float(step), device=ranks.device)}
         for moment in MOMENTS:
             state[moment] = torch.zeros_like(parameter, requires_grad=False)
             _load_part(files, f"{name}|{moment}", state[moment], start)
         optimizer.state[parameter] = state
+
+
+def load_weights(path: Path, model: nn.Module, ranks: Ranks) -> None:
+    """Load this process's part of the weights alone."""
+    files = _open_shards(path)
+    for name, parameter in model.named_parameters():
+        _load_part(files, name, parameter.detach(), _first_index(parameter, ranks))
+
+
+def tensor_names(path: Path) -> set[str]:
+    """The names of the tensors in a checkpoint, as the model names its parameters."""
+    return set(_open_shards(path)[0].keys())
 
 
 def _open_shards(path: Path) -> list[Any]:

@@ -21,7 +21,7 @@ from shared.files import storage_errors, write_json
 from shared.model import PackedModel, RewardModel
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 LAST_FILE = "config.json"  # nothing can be loaded without it, so it appears when all others are there
 GENERATION_CONFIG = "generation_config.json"
@@ -56,16 +56,17 @@ def export(
         return
 
     temporary = directory / ".export"
-    source = _source_directory(tokenizer)
+    source = source_directory(tokenizer)
     if isinstance(model, RewardModel):
         model_card += reward_recipe(tokenizer)
     try:
         with storage_errors(directory):
             _write_model(model.lm, state_dict, temporary)
-            _write_tokenizer(tokenizer, source, temporary)
-            _copy(source, PROCESSOR_FILES, temporary)
+            write_tokenizer(tokenizer, source, temporary)
+            copy_files(source, PROCESSOR_FILES, temporary)
             if model.lm.can_generate():
-                _write_generation_config(model.lm, end_ids(tokenizer), source, temporary)
+                generation = model.lm.generation_config
+                write_generation_config(model.lm.config, generation, end_ids(tokenizer), source, temporary)
             (temporary / "README.md").write_text(model_card, encoding="utf-8")
             files = sorted(temporary.iterdir(), key=lambda file: file.name == LAST_FILE)
             for file in files:
@@ -96,7 +97,7 @@ def _move(file: Path, target: Path) -> None:
     os.replace(file, target)
 
 
-def _source_directory(tokenizer: "PreTrainedTokenizerBase") -> Path | None:
+def source_directory(tokenizer: "PreTrainedTokenizerBase") -> Path | None:
     """The directory that the tokenizer was loaded from, for a hub id that of its files in the cache."""
     from huggingface_hub import snapshot_download
 
@@ -126,22 +127,29 @@ def _write_model(lm: Any, state_dict: dict[str, Tensor | None], directory: Path)
     lm.config.save_pretrained(directory)
 
 
-def _write_generation_config(lm: Any, eos_ids: list[int], source: Path | None, directory: Path) -> None:
+def write_generation_config(
+    config: "PretrainedConfig",
+    default: "GenerationConfig",
+    eos_ids: list[int],
+    source: Path | None,
+    directory: Path,
+) -> None:
     """What the starting model has, as it stands, with the ids that end a completion added to `eos_token_id`.
 
     Plain transformers stops at each of them. A chat model ends its turns with a token that is often not its EOS.
+    default: what is written if the starting model has no such file
     """
-    copies = _copy(source, [GENERATION_CONFIG], directory)
-    content = _read_json(directory / GENERATION_CONFIG)
+    copies = copy_files(source, [GENERATION_CONFIG], directory)
+    content = read_json(directory / GENERATION_CONFIG)
     if content is None:
         copies = []
-        content = json.loads(lm.generation_config.to_json_string())
+        content = json.loads(default.to_json_string())
         content.pop("_from_model_config", None)
 
     known = content.get("eos_token_id")
     is_given = known is not None
     if not is_given:
-        known = lm.config.get_text_config().eos_token_id
+        known = config.get_text_config().eos_token_id
     if not isinstance(known, list):
         known = [known]
     all_ids = [i for i in dict.fromkeys([*known, *eos_ids]) if i is not None]
@@ -157,19 +165,23 @@ def _write_generation_config(lm: Any, eos_ids: list[int], source: Path | None, d
 # ---------------------------------------------------------------- tokenizer
 
 
-def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: Path | None, directory: Path) -> None:
-    """The files of the starting model, if they give this tokenizer, or do with its pad token; else new ones.
+def write_tokenizer(tokenizer: "PreTrainedTokenizerBase", source: Path | None, directory: Path) -> None:
+    """The files of the starting model, with the pad token and the template, if they give this tokenizer; else new ones.
 
     Other programs, and earlier transformers, cannot read everything that this transformers would write.
     """
-    copied = _copy(source, TOKENIZER_FILES, directory)
+    copied = copy_files(source, TOKENIZER_FILES, directory)
     loaded = _load_tokenizer(directory)
     if loaded is not None and loaded.pad_token != tokenizer.pad_token:
         _write_pad_token(tokenizer.pad_token, directory)
         loaded = _load_tokenizer(directory)
+    template = tokenizer.chat_template
+    if loaded is not None and isinstance(template, str) and loaded.chat_template != template:
+        _write_chat_template(template, directory)
+        loaded = _load_tokenizer(directory)
     if loaded is None or _content(loaded) != _content(tokenizer):
         for file in copied:
-            file.unlink()
+            file.unlink(missing_ok=True)
         tokenizer.save_pretrained(directory)
 
 
@@ -197,13 +209,24 @@ def _content(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
 def _write_pad_token(pad_token: str, directory: Path) -> None:
     """Change the name of the pad token, and nothing else, in the files that have one."""
     for name in SPECIAL_TOKENS_FILES:
-        content = _read_json(directory / name)
+        content = read_json(directory / name)
         if content is not None:
             content["pad_token"] = pad_token
             write_json(directory / name, content, indent=2)
 
 
-def _copy(source: Path | None, patterns: Iterable[str], directory: Path) -> list[Path]:
+def _write_chat_template(template: str, directory: Path) -> None:
+    """Give the tokenizer this template alone, in the file that comes first, and in others that have one."""
+    shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        content = read_json(directory / name)
+        if content is not None and "chat_template" in content:
+            content["chat_template"] = template
+            write_json(directory / name, content, indent=2)
+
+
+def copy_files(source: Path | None, patterns: Iterable[str], directory: Path) -> list[Path]:
     """Copy the files that match and can be read; returns the copies."""
     copies: list[Path] = []
     if source is None:
@@ -220,7 +243,7 @@ def _copy(source: Path | None, patterns: Iterable[str], directory: Path) -> list
     return copies
 
 
-def _read_json(file: Path) -> dict | None:
+def read_json(file: Path) -> dict | None:
     """The content of a JSON file, or None if there is no such file or no JSON object in it."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -232,6 +255,16 @@ def _read_json(file: Path) -> dict | None:
 
 
 # ---------------------------------------------------------------- model card
+
+
+def model_card(algorithm: str, args: dict[str, Any], remark: str = "") -> str:
+    """The README.md of a trained model: what it is, and how to train it again."""
+    base = args["model"]
+    front_matter = f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [{algorithm}]\n---\n"
+    title = f"\n# {base}, trained by {algorithm} with cleanpo\n\n"
+    settings = [f"- {name}: {value}\n" for name, value in args.items()]
+    return front_matter + title + remark + "".join(settings)
+
 
 RECIPE = """
 ## Rewards

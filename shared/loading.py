@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from shared import UserError, first_line
 from shared.attention import ATTENTION_NAME, span_attention
 from shared.batches import Batches
+from shared.checkpoint import published, step_of
 from shared.distributed import Ranks, from_main, shard
 from shared.encode import end_ids
 from shared.files import bytes_of, is_complete, missing_path
@@ -60,6 +61,7 @@ def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, Pre
     if problem:
         raise UserError(f"model {path}: {problem}")
     _refuse_adapter(path)
+    _refuse_run(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
@@ -90,6 +92,25 @@ def _refuse_adapter(path: str) -> None:
         adapter = json.loads(Path(file).read_text(encoding="utf-8"))
         base = adapter.get("base_model_name_or_path") or "another model"
         raise UserError(f"model {path}: is a LoRA adapter of {base}; merge it into its base model first")
+
+
+def _refuse_run(path: str) -> None:
+    """Raises UserError for a checkpoint of a run, or for a run that has not exported its model."""
+    directory = Path(path).resolve()
+    if (directory / "state.json").is_file() and (directory / "manifest.json").is_file():
+        checkpoints = [checkpoint for checkpoint in published(directory.parent) if checkpoint == directory]
+        reason = "is a checkpoint, not a model"
+    elif (directory / "run.json").is_file() and not (directory / "config.json").is_file():
+        checkpoints = published(directory / "checkpoints")
+        reason = "is a run that has not exported its model"
+    else:
+        return
+    remedy = ""
+    if checkpoints:
+        newest = checkpoints[-1]
+        command = f"python scripts/export.py {newest.parent.parent} --step {step_of(newest)} --output-dir DIR"
+        remedy = f"; write one by: {command}"
+    raise UserError(f"model {path}: {reason}{remedy}")
 
 
 def _unloadable(path: str, error: Exception) -> UserError:
@@ -180,16 +201,15 @@ def _set_pad_token(
     for batches in sets:
         if batches is not None:
             unfit |= dict.fromkeys(batches.groups.tokens.unique().tolist(), "occurs in the rows")
-    unfit |= _unfit_for_padding(tokenizer, path)
+    unfit |= unfit_for_padding(tokenizer, path)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in unfit:
         return
 
-    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in unfit]
+    special = pad_tokens(tokenizer, unfit)
     if not special:
-        remedy = "add one to its tokenizer, and a row for it to the model's embedding"
-        raise UserError(f"model {path}: a reward model needs a pad token that no row holds; {remedy}")
-    # texts that are scored later may hold the unknown token
-    new_id = min(special, key=lambda i: (i == tokenizer.unk_token_id, i))
+        command = f"python scripts/prepare_model.py pad-token --model {path} --output-dir DIR"
+        raise UserError(f"model {path}: a reward model needs a pad token that no row holds; give it one by: {command}")
+    new_id = special[0]
     new = tokenizer.added_tokens_decoder[new_id].content
     line = f"model {path}: the pad token becomes {new}"
     if tokenizer.pad_token_id is not None:
@@ -199,7 +219,14 @@ def _set_pad_token(
         tqdm.write(line)
 
 
-def _unfit_for_padding(tokenizer: "PreTrainedTokenizerBase", path: str) -> dict[int, str]:
+def pad_tokens(tokenizer: "PreTrainedTokenizerBase", unfit: Container[int]) -> list[int]:
+    """The ids of special tokens that can pad, the best first."""
+    # texts that are scored later may hold the unknown token, so it comes last
+    special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special and i not in unfit]
+    return sorted(special, key=lambda i: (i == tokenizer.unk_token_id, i))
+
+
+def unfit_for_padding(tokenizer: "PreTrainedTokenizerBase", path: str) -> dict[int, str]:
     """The special tokens that rows hold, or may hold when others are scored, and why. {id: reason}"""
     vocab_size = _load_config(path).get_text_config().vocab_size
     template = str(tokenizer.chat_template)
@@ -224,9 +251,7 @@ def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
     config = _load_config(path)
-    for part in (config, config.get_text_config()):
-        if getattr(part, "quantization_config", None):
-            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
+    refuse_quantised(config, path)
     options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
     lm = _from_pretrained(auto_class, path, new_tensor, **options)
     for name, parameter in lm.named_parameters():
@@ -234,6 +259,13 @@ def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -
             raise UserError(f"model {path}: {name} holds values that are not finite")
     _remove_randomness(lm)
     return lm.train()  # activation checkpointing works in training mode only
+
+
+def refuse_quantised(config: "PretrainedConfig", path: str) -> None:
+    """Raises UserError for the configuration of a quantised model."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None):
+            raise UserError(f"model {path}: is quantised; give the full-precision checkpoint")
 
 
 def _remove_randomness(lm: nn.Module) -> None:

@@ -23,6 +23,7 @@ from shared.batches import Batches
 from shared.command import UNEXPECTED, check_arguments, exit_hooks
 from shared.directory import OutputDirectory
 from shared.distributed import all_sum, from_main, inference, join_processes, unsharded
+from shared.export import model_card
 from shared.files import storage_errors
 from shared.metrics import Meter, Totals, add_totals, means
 from shared.model import PackedModel
@@ -380,11 +381,7 @@ class Run:
 
     def model_card(self) -> str:
         """The README.md of the trained model: what it is, and how to train it again."""
-        base = self.args.model
-        settings = [f"- {name}: {value}\n" for name, value in dataclasses.asdict(self.args).items()]
-        front_matter = f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [{self.algorithm}]\n---\n"
-        title = f"\n# {base}, trained by {self.algorithm} with cleanpo\n\n"
-        return front_matter + title + "".join(settings)
+        return model_card(self.algorithm, dataclasses.asdict(self.args))
 
     def _write_line(self, line: dict[str, float], shown: Iterable[str]) -> None:
         """Append a line to metrics.jsonl, and print some of its values."""

@@ -148,10 +148,25 @@ def test_the_class_of_the_tokenizer_stays(tmp_path: Path, tokenizer_class: str |
     assert tokenizer_files(tmp_path / "out") == tokenizer_files(model)
 
 
+def test_another_chat_template_changes_no_other_file(tmp_path: Path) -> None:
+    model = make_model_of_old(tmp_path / "model")
+    tokenizer, _ = load_tokenizer(str(model))
+    template = LLAMA_3 + "{# another #}"
+    tokenizer.chat_template = template
+    export_with(tokenizer, model, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == template
+    config = read_json(model / "tokenizer_config.json") | {"chat_template": template}
+    assert read_json(tmp_path / "out" / "tokenizer_config.json") == config
+    same = OTHER_FILES.keys() - {"chat_template.jinja", "additional_chat_templates/rag.jinja"}
+    for name in {*same, "tokenizer.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+
+
 def test_a_tokenizer_that_was_changed_is_written_anew(tmp_path: Path) -> None:
     model = make_model_of_old(tmp_path / "model")
     tokenizer, _ = load_tokenizer(str(model))
     tokenizer.chat_template = LLAMA_3
+    tokenizer.add_tokens(["zyzzyva"])
     export_with(tokenizer, model, tmp_path / "out")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded.chat_template == LLAMA_3

@@ -132,7 +132,7 @@ def test_a_tokenizer_without_a_token_to_pad_with(
 ) -> None:
     model = make_model_of_words(tmp_path / "model", *special, pad_token="<unk>", vocab_size=vocab_size)
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(UserError, match="needs a pad token that no row holds; add one to its tokenizer"):
+    with pytest.raises(UserError, match="needs a pad token that no row holds; give it one by: python scripts/prep"):
         pad_token_of(model, rows)
 
 

@@ -44,7 +44,6 @@ def write_prepared(source: str, outputs: list[Path], settings: dict, make: Make)
         kept += 1
         numbers[output] += len(rows)
 
-    counts.unused.clear()  # all columns are kept
     line = summary(source, kept, counts)
     for output in outputs:
         if not numbers[output]:

@@ -739,6 +739,13 @@ def test_an_output_is_never_overwritten(tmp_path: Path) -> None:
         prepare_rows.main(args)
 
 
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="without torchrun"):
+        prepare_rows.main(relabel_args(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def run_command(kind: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     line = [*tiny.command(SCRIPT, 1, {}), kind, *words]
     return subprocess.run(

@@ -10,6 +10,7 @@ twice, first to count and to meet every malformed row, then to write. So it must
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ def write_prepared(source: str, outputs: list[Path], settings: dict, make: Make)
     make: called with Counts, to which it adds what becomes of the rows. A run that was killed goes on. Raises UserError
     if an output exists that is not this run's own, or if one would have no rows.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("rows are prepared by one process; start this without torchrun")
     refuse_existing(outputs, settings)
     counts = Counts()
     kept = 0

@@ -9,7 +9,6 @@ randomly initialised Llama of about 1M parameters) that is used like any other m
 
 import json
 import random
-from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +27,7 @@ from scripts.lab.notices import (
 from scripts.lab.row_files import summary, write_jsonl
 from shared import UserError
 from shared.command import AtLeast
+from shared.rows import Counts
 
 
 @dataclass(kw_only=True)
@@ -91,17 +91,17 @@ def prefer(args: Prefer) -> None:
     rng = random.Random(args.seed)
     rows = read_rows(args.rows)
     preferences = []
-    dropped: Counter[str] = Counter()
+    counts = Counts()
     for row in rows:
         reason = unusable(row)
         if reason is None:
             preferences.append(prefer_row(row, rng))
         else:
-            dropped[reason] += 1
+            counts.dropped[reason] += 1
 
-    counts = summary(str(args.rows), len(preferences), dropped)
+    line = summary(str(args.rows), len(preferences), counts)
     write_jsonl(args.output, preferences)
-    print(counts)
+    print(line)
 
 
 def read_rows(path: Path) -> list[dict]:

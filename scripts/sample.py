@@ -38,6 +38,7 @@ from scripts.lab.row_files import (
     count_rows,
     encode_rows,
     read_examples,
+    refuse_existing,
     settings_of,
     summary,
     write_windows,
@@ -91,6 +92,7 @@ def main(args: Args) -> None:
     if args.proxy is not None:
         models += [args.proxy, args.proxy_reference]
     settings = settings_of(args, *models)
+    refuse_existing([args.output], settings)
 
     model, tokenizer, eos_ids = load_sampler(args.model, args.dtype)
     room = prompt_room(model, args.max_new_tokens)

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from scripts.lab.commands import checked_command
-from scripts.lab.row_files import EncodedRow, encode_rows, read_examples, settings_of, summary, write_windows
+from scripts.lab.row_files import (
+    EncodedRow,
+    encode_rows,
+    read_examples,
+    refuse_existing,
+    settings_of,
+    summary,
+    write_windows,
+)
 from scripts.lab.scoring import load_reward_models, score_with_oracle
 from shared import UserError
 from shared.command import Above
@@ -66,6 +74,7 @@ def main(args: Args) -> None:
         raise UserError("give either --reward-models or --reward notices")
     total = count_comparable(args)
     settings = settings_of(args, *args.reward_models)
+    refuse_existing([args.output], settings)
     counts = Counts()
     examples = read_examples(args.rows, counts, args.max_rows)
     if args.reward:

@@ -21,7 +21,7 @@ from shared import UserError
 from shared.distributed import from_main
 from shared.encode import EncodedCompletion, EncodedExample, Encoder, TokenIds
 from shared.files import bytes_of, cache_directory, is_complete, read_tensors, sha256_of, write_tensors
-from shared.rows import Counts, Dropped, Example, Text, UserTurn, assistant_messages, parse_rows
+from shared.rows import Counts, Dropped, Example, Text, UserTurn, assistant_messages, is_blank, parse_rows
 from shared.sources import source_hash
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class GroupBuilder:
         elif is_ranked_by_scores and not self.requires.scores and _has_ties(example.scores):
             raise Dropped("tied scores")
 
-        if any(map(_is_blank, example.texts)):
+        if any(map(is_blank, example.texts)):
             raise Dropped("empty completion")
         if self.requires.turns == "all":
             example = _with_all_turns(example)
@@ -328,14 +328,6 @@ def _sorted_by_score(example: Example) -> Example:
 def _has_ties(scores: list[list[float]]) -> bool:
     sums = {math.fsum(values) for values in scores}
     return len(sums) < len(scores)
-
-
-def _is_blank(completion: Text) -> bool:
-    """Whether a completion, or its last message, says and calls nothing."""
-    if isinstance(completion, str):
-        return not completion.strip()
-    last = completion[-1]
-    return not last["content"].strip() and not last.get("tool_calls")
 
 
 def _has_weight_zero(completion: Text) -> bool:

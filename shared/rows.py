@@ -6,7 +6,7 @@ a malformed one ends the run.
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from shared import UserError
@@ -86,6 +86,7 @@ class Example:
     tools: list[dict] | None = None  # for the chat template
     notes: set[str] = field(default_factory=set)  # what is counted if the row is used
     row: dict = field(default_factory=dict)  # as it stands in the source
+    form: Form = ()  # the columns that told how to read it
 
     @property
     def texts(self) -> list[Text]:
@@ -486,14 +487,24 @@ def form_of(row: dict, location: str, forms: dict[Form, Callable[[dict], Parsed]
 
 
 def parse_rows(source: str, counts: Counts, forms: dict[Form, Callable[[dict], Parsed]] = FORMS) -> Iterator[Example]:
-    """Yield the rows of a source as Examples.
+    """Yield the rows of a source as Examples, as `parse_located` does."""
+    return parse_located(source, read_rows(source), counts, forms)
+
+
+def parse_located(
+    source: str,
+    rows: Iterable[tuple[str, dict]],
+    counts: Counts,
+    forms: dict[Form, Callable[[dict], Parsed]] = FORMS,
+) -> Iterator[Example]:
+    """Yield rows, each with its location, as Examples.
 
     A row that cannot be used adds its reason to `counts.dropped`. Columns that hold something, but that no example is
     made of, are added to `counts.unused`. Raises UserError, which names file and line, for a malformed row and for a
     source without rows.
     """
     form = None
-    for number, (location, row) in enumerate(read_rows(source), 1):
+    for number, (location, row) in enumerate(rows, 1):
         if form is None:
             form = form_of(row, location, forms)
         counts.unused.update(_unused_columns(row, form))
@@ -519,7 +530,9 @@ def _parse_row(location: str, number: int, row: dict, form: Form, parse: Callabl
     _check_end(prompt, form)
     prompt = _with_context(prompt, row, form)
 
-    example = Example(location, number, prompt, [], ranked="completions" not in form, tools=_tools(row), row=row)
+    example = Example(location, number, prompt, [], ranked="completions" not in form, tools=_tools(row))
+    example.row = row
+    example.form = form
     is_transcript = isinstance(prompt, str) and prompt.endswith(TRANSCRIPT_SPLITTER) and "prompt" not in form
     answers = [_until_last_answer(text, is_transcript) for text in texts]
     if answers != texts:
@@ -549,6 +562,14 @@ def is_empty(value: object) -> bool:
     if isinstance(value, list):
         return all(is_empty(part) for part in value)
     return value is None or value == ""
+
+
+def is_blank(completion: Text) -> bool:
+    """Whether a completion, or its last message, says and calls nothing."""
+    if isinstance(completion, str):
+        return not completion.strip()
+    last = completion[-1]
+    return not last["content"].strip() and not last.get("tool_calls")
 
 
 def _as_messages(prompt: Prompt, completions: list[Text]) -> Parsed:

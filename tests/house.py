@@ -351,11 +351,15 @@ def placeholder_names(path: str, source: str) -> list[str]:
 # ---------------------------------------------------------------- help texts
 
 
+COMMANDS = ("command", "checked_command")
+
+
 def argument_classes(source: str) -> set[str]:
-    """The classes that `command(main, ...)` reads from a command line."""
+    """The classes that `command(main, ...)` or `checked_command` reads from a command line."""
     names = set()
     for node in all_nodes(source):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "command" and len(node.args) == 2:
+        is_command = isinstance(node, ast.Call) and ast.unparse(node.func) in COMMANDS
+        if is_command and len(node.args) == 2:
             classes = ast.walk(node.args[1])
             names |= {inner.id for inner in classes if isinstance(inner, ast.Name)}
     return names

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from itertools import count, islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
@@ -30,9 +30,6 @@ from shared.files import replacing
 from shared.groups import describe, report_of
 from shared.rows import PROMPT_FORMS, Counts, Example, parse_rows
 from shared.sources import source_hash
-
-if TYPE_CHECKING:
-    pass
 
 CHUNK_SIZE = 256  # rows that are tokenised together
 INPUT_CONTENTS = "contents of --rows"
@@ -101,6 +98,13 @@ def count_rows(source: str, max_rows: int | None = None) -> int:
     return total
 
 
+def encode_in_chunks(examples: Iterable[Example], encoder: Encoder) -> Iterator[EncodedExample]:
+    """Examples with the token ids that training would give them before it truncates them."""
+    examples = iter(examples)
+    while chunk := list(islice(examples, CHUNK_SIZE)):
+        yield from encoder.encode(chunk)
+
+
 def encode_rows(
     examples: Iterable[Example], encoder: Encoder, room: int, completions: bool = False
 ) -> Iterator[EncodedRow]:
@@ -141,13 +145,15 @@ def _to_row(encoded: EncodedExample, eos_id: int, room: int) -> EncodedRow:
 def settings_of(args: Any, *models: str) -> dict:
     """Everything that the rows of the output depend on: the arguments, the input, the files of the models, the date.
 
-    A chat template may write the date, which is that of the day on which the run began.
-    The values are as JSON gives them back, so that they can be compared with the first line of a partial file.
+    Arguments of type Path are outputs, on which the rows do not depend. A chat template may write the date, which is
+    that of the day on which the run began. The values are as JSON gives them back, so that they can be compared with
+    the first line of a partial file.
     """
     settings = dataclasses.asdict(args)
-    del settings["output"]
-    settings[INPUT_CONTENTS] = source_hash(args.rows)
-    settings["date"] = _date_of_run(args.output)
+    outputs = [name for name, value in settings.items() if isinstance(value, Path)]
+    paths = [settings.pop(name) for name in outputs]
+    settings[INPUT_CONTENTS] = _contents(args.rows)
+    settings["date"] = _date_of_run(paths)
     settings[MODEL_FILES] = []
     for model in models:
         for path in sorted(Path(model).glob("*.safetensors")):
@@ -156,14 +162,45 @@ def settings_of(args: Any, *models: str) -> dict:
     return json.loads(json.dumps(settings))
 
 
-def _date_of_run(output: Path) -> str:
+def _contents(rows: str | tuple[str, ...]) -> str | list[str]:
+    """The hash of a source, or of several."""
+    if isinstance(rows, str):
+        return source_hash(rows)
+    return [source_hash(source) for source in rows]
+
+
+def _date_of_run(outputs: list[Path]) -> str:
     """Today, or the date of the run that left its parts."""
+    for output in outputs:
+        for header in _headers_of_parts(output):
+            return header["date"]
+    return str(date.today())
+
+
+def _headers_of_parts(output: Path) -> Iterator[dict]:
+    """The settings of the run that left its parts."""
     for path in sorted(output.parent.glob(f"{output.name}.partial*")):
         with open(path, encoding="utf-8") as file:
             header = file.readline()
         if header.endswith("}\n"):
-            return json.loads(header)["date"]
-    return str(date.today())
+            yield json.loads(header)
+
+
+def refuse_existing(outputs: list[Path], settings: dict) -> None:
+    """Raise UserError if an output exists, unless a run with these settings was interrupted and goes on."""
+    for output in outputs:
+        if settings in _headers_of_parts(output):
+            return
+    for output in outputs:
+        if output.exists():
+            raise UserError(f"{output}: exists already; give another output, or remove it")
+
+
+def reserve(output: Path, settings: dict) -> None:
+    """Begin an output that is written after others, so that the run goes on if it is killed between them."""
+    (part,) = _part_paths(output, 1)
+    with _open_part(part, settings):
+        pass
 
 
 def write_windows(

@@ -207,11 +207,11 @@ def means_by_width(values: dict[str, Tensor], seed: int) -> dict[str, list[dict]
 
 
 def curves(path: Path) -> dict[str, list[float]]:
-    """Implicit rewards of held-out pairs in nats, by step, from a metrics.jsonl. Before the first step they are 0."""
-    steps: list[float] = [0]
-    chosen = [0.0]
-    rejected = [0.0]
-    average = [0.0]
+    """Implicit rewards of held-out pairs in nats, by step, from a metrics.jsonl."""
+    steps = []
+    chosen = []
+    rejected = []
+    average = []
     for line in read_jsonl(path):
         if "eval/loss" not in line:
             continue

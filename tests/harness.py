@@ -203,11 +203,20 @@ def run(out: Path, seconds: float = 120, code: int = 0, **options: Any) -> Start
 
 
 def refused(out: Path, *words: str, state: str | None = "refused", **options: Any) -> None:
-    """A run that ends before its first step with exit code 2 and one line that holds `words`."""
+    """A run that ends before its first step with exit code 2 and one line that holds `words`.
+
+    If it was to go on from another run, that one's status stays.
+    """
+    status = out / "status.json"
+    before = None
+    if options.get("resume") and status.exists():
+        before = status.read_bytes()
     ended = run(out, code=2, **options)
     check_message(ended, *words)
     assert not re.search("^step 1/", ended.log, re.M)
-    if state:
+    if before is not None:
+        assert status.read_bytes() == before
+    elif state:
         assert ended.status["state"] == state, ended.status
         assert ended.status["step"] == 0, ended.status
 

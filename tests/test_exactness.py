@@ -175,7 +175,7 @@ def test_another_reference_and_evaluations(folder: Path, tmp_path: Path) -> None
     compare_models(output_dir, trained, rows)
 
     evaluations = evaluation_lines(output_dir)
-    assert [line["step"] for line in evaluations] == [1, 2, 3]
+    assert [line["step"] for line in evaluations] == [0, 1, 2, 3]
     expected_evaluation = reference.evaluate(model, other, trained, held_out, loss)
     compare_evaluation(evaluations[-1], expected_evaluation)
 

@@ -244,8 +244,9 @@ def test_ensemble_dpo(folder: Path, tmp_path: Path, data: str) -> None:
     if evaluates:
         evaluation = reference.evaluate(model, model, trained, held_out, loss, STEPS)
         check_that_batches_show(losses_of_steps[-1])
-        (line,) = evaluation_lines(output_dir)
-        compare_evaluation(line, evaluation)
+        first, last = evaluation_lines(output_dir)
+        assert first["eval/rewards/margins"] == 0
+        compare_evaluation(last, evaluation)
 
 
 def check_that_batches_show(losses: Tensor) -> None:

@@ -260,7 +260,7 @@ def test_flags_go_together(given, models, rows, tmp_path) -> None:
     [
         ("stranger", "reference", "^--proxy .*/stranger: has another tokenizer"),
         ("proxy", "stranger", "^--proxy-reference .*/stranger: has another tokenizer"),
-        ("proxy", "/no/such/directory", "/no/such/directory: no such directory"),
+        ("proxy", "/no/such/directory", "/no/such/directory: no such file or directory"),
     ],
 )
 def test_another_vocabulary_is_refused(proxy_name, reference_name, message, models, rows, tmp_path) -> None:

@@ -144,9 +144,9 @@ def test_every_form_has_a_row() -> None:
 def test_an_unknown_column_of_every_form_is_named(tmp_path: Path, row: dict) -> None:
     source = write(tmp_path / "rows.jsonl", [{**row, **CAPTION}])
     if row != PROMPT_ALONE:
-        assert describe(load(source, chat(), FIRST).report) == "rows 1, kept 1; not used: caption"
+        assert describe(load(source, chat(), FIRST).report).endswith("; not used: caption")
     if "text" not in row:
-        assert sampling_line(source) == "rows 1, kept 1; not used: caption"
+        assert sampling_line(source).endswith("; not used: caption")
 
 
 @pytest.mark.parametrize("row", [row for row in FORM_ROWS if messages_of(row)], ids=str)

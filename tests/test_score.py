@@ -227,19 +227,16 @@ def test_a_prompt_without_room_is_dropped_and_counted(
     assert "rows 2, kept 1, dropped: prompt too long 1" in capsys.readouterr().out
 
 
-def test_rows_end_with_the_sliding_window(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Packed rows have no sliding window: rows are truncated to it, or dropped."""
+def test_rows_beyond_a_sliding_window(tmp_path: Path) -> None:
     base = tiny.make_model(tmp_path / "base", "mistral", sliding_window=24)
     model = tmp_path / "model"
     save_classifier(base, model)
-    rows = [{"prompt": "lo " * n, "chosen": "do " * 40, "rejected": "fi"} for n in (2, 30)]
-    path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "lo " * 30, "chosen": "do " * 40, "rejected": "fi"}])
     (row,) = run(path, tmp_path / "out.jsonl", model)
-    assert "rows 2, kept 1, dropped: prompt too long 1" in capsys.readouterr().out
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer("lo " * 2).input_ids + tokenizer("do " * 40, add_special_tokens=False).input_ids
-    (expected,) = stock_scores(model, [ids[:24]])
+    ids = tokenizer("lo " * 30).input_ids + tokenizer("do " * 40, add_special_tokens=False).input_ids
+    (expected,) = stock_scores(model, [[*ids, tokenizer.eos_token_id]])
     assert row["score_chosen"] == pytest.approx(expected, abs=1e-5)
 
 

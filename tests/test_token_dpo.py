@@ -659,8 +659,8 @@ def check_agreement(output_dir: Path, other_dir: Path, metrics: Iterable[str], t
     """Metrics of two runs, step by step and at the evaluation: to 1e-6 at step one, to `tolerance` after."""
     lines = tiny.read_jsonl(output_dir / "metrics.jsonl")
     others = tiny.read_jsonl(other_dir / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 3]
-    assert [line["step"] for line in others] == [1, 2, 3, 3]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
+    assert [line["step"] for line in others] == [0, 1, 2, 3, 3]
     assert len({line["loss"] for line in lines[:3]}) == 3
     for line, other in zip(lines[:3], others[:3], strict=True):
         rel = tolerance

@@ -221,18 +221,18 @@ def test_statements_of_figure_3() -> None:
     ]
 
 
-def test_curves_start_at_zero_and_leave_training_lines_out(tmp_path: Path) -> None:
+def test_curves_leave_training_lines_out(tmp_path: Path) -> None:
     lines = [
+        {"step": 0, "eval/loss": 0.7, "eval/rewards/chosen": 0.0, "eval/rewards/rejected": 0.0},
         {"step": 1, "loss": 0.7, "rewards/chosen": 9.0, "rewards/rejected": 9.0},
         {"step": 2, "eval/loss": 0.6, "eval/rewards/chosen": 0.5, "eval/rewards/rejected": -1.0},
-        {"step": 3, "eval/loss": 0.5, "eval/rewards/chosen": 0.25, "eval/rewards/rejected": -2.0},
     ]
     metrics = tiny.write_jsonl(tmp_path / "metrics.jsonl", lines)
     assert token_figures.curves(metrics) == {
-        "step": [0, 2, 3],
-        "chosen": [0, 0.5, 0.25],
-        "average": [0, -0.25, -0.875],
-        "rejected": [0, -1.0, -2.0],
+        "step": [0, 2],
+        "chosen": [0, 0.5],
+        "average": [0, -0.25],
+        "rejected": [0, -1.0],
     }
 
 
@@ -330,8 +330,8 @@ def test_implicit_rewards_are_those_of_training(finished: Path, results: dict) -
         evaluations = [line for line in tiny.read_jsonl(directory / "metrics.jsonl") if "eval/loss" in line]
         (run,) = results["runs"][start]
         assert run["step"] == [0, 1, 2]
-        assert run["chosen"][1:] == [line["eval/rewards/chosen"] for line in evaluations]
-        assert run["rejected"][1:] == [line["eval/rewards/rejected"] for line in evaluations]
+        assert run["chosen"] == [line["eval/rewards/chosen"] for line in evaluations]
+        assert run["rejected"] == [line["eval/rewards/rejected"] for line in evaluations]
 
         chosen = run["chosen"][-1]
         rejected = run["rejected"][-1]

@@ -520,13 +520,12 @@ OTHER_ARGUMENTS = [
 def test_resumed_as_another_run(run_options: dict, through: Path, tmp_path: Path) -> None:
     """Every difference is listed, and nothing is written. The budget of a micro-batch may change."""
     out = cut(through, tmp_path / "out", 6)
-    old_rows = run_options["train_data"]
     new_rows = tmp_path / "rows.jsonl"
-    reversed_rows = tiny.read_jsonl(old_rows)[::-1]
+    reversed_rows = tiny.read_jsonl(run_options["train_data"])[::-1]
     tiny.write_jsonl(new_rows, reversed_rows)
 
     options = {**run_options, "micro_batch_tokens": 100, "train_data": new_rows}
-    differences = [f"train_data '{old_rows}' → '{new_rows}'", "the train rows"]
+    differences = ["the train rows"]
     for name, value, difference in OTHER_ARGUMENTS:
         options[name] = value
         differences.append(difference)
@@ -536,33 +535,20 @@ def test_resumed_as_another_run(run_options: dict, through: Path, tmp_path: Path
     assert files_but_status(out) == before
 
 
-OTHER_ROWS = {
-    "edited in place": "the train rows",
-    "held-out rows added": "eval_data None → ",
-    "held-out rows edited": "the eval rows",
-}
-
-
 @fault(12)
 @slow
-@pytest.mark.parametrize("change", OTHER_ROWS)
-def test_resumed_with_other_rows(run_options: dict, tmp_path: Path, change: str) -> None:
+def test_resumed_with_other_rows(run_options: dict, tmp_path: Path) -> None:
+    """Training rows are compared by their content. Held-out rows change no weights, and may be others."""
     rows = shutil.copy(run_options["train_data"], tmp_path / "rows.jsonl")
     held_out = tmp_path / "held_out.jsonl"
     tiny.make_rows(5, 3, path=held_out)
-    without_evaluation = {**run_options, "train_data": rows, "max_steps": 2}
-    with_evaluation = {**without_evaluation, "eval_data": held_out}
-
-    before, edited, after = {
-        "edited in place": (without_evaluation, rows, without_evaluation),
-        "held-out rows added": (without_evaluation, held_out, with_evaluation),
-        "held-out rows edited": (with_evaluation, held_out, with_evaluation),
-    }[change]
+    options = {**run_options, "train_data": rows, "lr_schedule": "constant"}
     out = tmp_path / "out"
-    run(out, **before)
-    remaining_rows = tiny.read_jsonl(edited)[1:]
-    tiny.write_jsonl(edited, remaining_rows)
-    refused(out, OTHER_ROWS[change], resume=True, **after)
+    run(out, **options, max_steps=2)
+    run(out, **options, max_steps=3, resume=True, eval_data=held_out)
+
+    tiny.write_jsonl(rows, tiny.read_jsonl(rows)[1:])
+    refused(out, "the train rows", resume=True, max_steps=4, **options)
 
 
 @fault(11)
@@ -601,19 +587,16 @@ OTHER_SHAPES = {"other shapes": {"intermediate_size": 48}, "fewer layers": {"num
 
 @fault(15)
 @slow
-@pytest.mark.parametrize("change", ["another directory", "other shapes", "fewer layers", "other values"])
+@pytest.mark.parametrize("change", ["other shapes", "fewer layers", "other values"])
 def test_resumed_with_another_model(run_options: dict, tmp_path: Path, change: str) -> None:
     """The starting model's values are those of the reference too."""
     out = tmp_path / "out"
     model = shutil.copytree(run_options["model"], tmp_path / "model")
     run(out, **run_options | {"model": model, "max_steps": 2})
 
-    other_model = model
-    if change == "another directory":
-        other_model = tmp_path / "other"
     shapes = OTHER_SHAPES.get(change, {})
-    tiny.make_model(other_model, "llama", seed=5, initializer_range=0.15, **shapes)
-    refused(out, "model", resume=True, **run_options | {"model": other_model, "max_steps": 4})
+    tiny.make_model(model, "llama", seed=5, initializer_range=0.15, **shapes)
+    refused(out, "model", resume=True, **run_options | {"model": model, "max_steps": 4})
 
 
 @fault(15)

@@ -19,6 +19,7 @@ TRANSCRIPT_USER = "\n\nHuman:"  # begins a turn of the user in an HH transcript
 MIXED_PAIR = "fields 'chosen' and 'rejected' must both be text or both be messages"
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
+RENAME = "scripts/prepare_rows.py rename changes names"
 LATER_TURNS = "turns after the last answer left out"  # counts of rows in the report
 
 # Columns and parts of messages that no algorithm here reads.
@@ -326,7 +327,7 @@ def _look_for_prompt(row: dict) -> None:
         if isinstance(row.get(name), str | list):
             names.append(f"`{name}`")
     if names:
-        raise ValueError(f"chosen has no prompt; is it in {' or '.join(names)}?")
+        raise ValueError(f"chosen has no prompt; is it in {' or '.join(names)}? {RENAME}")
 
 
 def _split_transcripts(chosen: str, rejected: str) -> Parsed:
@@ -480,7 +481,7 @@ def form_of(row: dict, location: str, forms: dict[Form, Callable[[dict], Parsed]
 
     columns_of_row = ", ".join(str(name) for name in row)
     known = "; ".join(" + ".join(columns) for columns in forms)
-    raise UserError(f"{location}: unknown columns {columns_of_row}{hint}. Known forms: {known}")
+    raise UserError(f"{location}: unknown columns {columns_of_row}{hint}. {RENAME}. Known forms: {known}")
 
 
 # ---------------------------------------------------------------- examples

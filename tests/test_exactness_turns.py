@@ -2,11 +2,13 @@
 stands before it; several processes and micro-batches over such rows.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import chatml
+import families
 import harness
 import pytest
 import reference
@@ -122,6 +124,31 @@ def test_preferences(folder: Path, tmp_path: Path, name: str) -> None:
         encode=chatml.encode,
         **options,
     )
+
+
+FAMILIES = ("mistral", "qwen3_moe", "gemma3")  # rows of several windows, experts, the text part of a multimodal model
+
+
+def pairs_of_runs_and_families() -> Iterator[Any]:
+    """Every run with each family; a third of them when the slow tests do not run."""
+    for i, name in enumerate(PAIR_RUNS):
+        for j, family in enumerate(FAMILIES):
+            marks = pytest.mark.slow if i % len(FAMILIES) != j else ()
+            yield pytest.param(name, family, marks=marks)
+
+
+@pytest.mark.parametrize("name, family", pairs_of_runs_and_families())
+def test_preferences_of_other_families(folder: Path, tmp_path: Path, name: str, family: str) -> None:
+    model = families.save_model(family, tmp_path / "model", scale=10)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.save_pretrained(model)
+    algorithm, data, loss, options = PAIR_RUNS[name]
+    path = folder / f"{data}.jsonl"
+    groups = [chatml.encode(tokenizer, row) for row in tiny.read_jsonl(path)]
+    longest = max(len(group.prompt + ids) for group in groups for ids in group.completions)
+    assert longest > 3 * families.WINDOW
+    script = f"algos/{algorithm}.py"
+    compare_run(script, tmp_path / "out", model, path, loss, encode=chatml.encode, **options)
 
 
 def test_token_dpo_beam(folder: Path, tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ def check_export(model: Path, exported: Path) -> None:
             assert not torch.equal(tensor, before[name].float()), name
 
 
-@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen3_vl"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llava", "qwen3_vl"))]
+)
 def test_the_vision_part_is_frozen_and_exported_as_it_was(family: str, tmp_path: Path) -> None:
     """No checkpoint holds it, and no optimizer sees it."""
     options = run_options(family, tmp_path)

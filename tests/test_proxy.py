@@ -60,7 +60,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: str, rows: Path, output: Path, **options) -> list[dict]:
-    """The rows that sampling writes."""
+    """The rows that sampling writes, in the place of earlier ones."""
+    output.unlink(missing_ok=True)
     defaults = {"num_completions": 3, "max_new_tokens": 16, "batch_size": 16}
     args = sample.Args(model=model, rows=str(rows), output=output, **{**defaults, **options})
     sample.main(args)

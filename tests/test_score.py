@@ -209,6 +209,9 @@ def test_continued_and_on_two_processes_gives_the_same_bytes(models: list[Path],
         score.main(args)
         assert output.read_bytes() == complete
         assert not part.exists()
+        with pytest.raises(UserError, match="again.jsonl: exists already"):
+            score.main(args)
+        output.unlink()
 
     part.write_bytes(header + lines[0])
     with pytest.raises(UserError, match="other settings .*model files"):

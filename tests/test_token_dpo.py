@@ -657,10 +657,11 @@ def alone(folder: Path) -> Path:
 
 def check_agreement(output_dir: Path, other_dir: Path, metrics: Iterable[str], tolerance: float) -> None:
     """Metrics of two runs, step by step and at the evaluation: to 1e-6 at step one, to `tolerance` after."""
-    lines = tiny.read_jsonl(output_dir / "metrics.jsonl")
-    others = tiny.read_jsonl(other_dir / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]
-    assert [line["step"] for line in others] == [0, 1, 2, 3, 3]
+    start, *lines = tiny.read_jsonl(output_dir / "metrics.jsonl")
+    other_start, *others = tiny.read_jsonl(other_dir / "metrics.jsonl")
+    assert start["step"] == other_start["step"] == 0
+    assert [line["step"] for line in lines] == [1, 2, 3, 3]
+    assert [line["step"] for line in others] == [1, 2, 3, 3]
     assert len({line["loss"] for line in lines[:3]}) == 3
     for line, other in zip(lines[:3], others[:3], strict=True):
         rel = tolerance

@@ -544,11 +544,11 @@ def test_resumed_with_other_rows(run_options: dict, tmp_path: Path) -> None:
     tiny.make_rows(5, 3, path=held_out)
     options = {**run_options, "train_data": rows, "lr_schedule": "constant"}
     out = tmp_path / "out"
-    run(out, **options, max_steps=2)
-    run(out, **options, max_steps=3, resume=True, eval_data=held_out)
+    run(out, **options | {"max_steps": 2})
+    run(out, **options | {"max_steps": 3, "resume": True, "eval_data": held_out})
 
     tiny.write_jsonl(rows, tiny.read_jsonl(rows)[1:])
-    refused(out, "the train rows", resume=True, max_steps=4, **options)
+    refused(out, "the train rows", **options | {"max_steps": 4, "resume": True})
 
 
 @fault(11)

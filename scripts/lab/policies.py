@@ -23,6 +23,7 @@ from shared.loading import load_policy_from, load_tokenizer
 from shared.rows import Completion, Example, Prompt, Text, UserTurn
 
 MICRO_BATCH_TOKENS = 8_192
+NO_NOTICES = "notices is the oracle of the small world; for other rows, give the directory of a reward model"
 MEASURES = {"reward": ".2f", "kl": ".2f", "length": ".1f", "win_rate": ".3f"}  # with the format of their numbers
 
 
@@ -195,10 +196,10 @@ def rewards_of(reward: str, examples: Sequence[Example]) -> list[float]:
             post = plain_prompt(example.prompt)
             (text,) = example.texts
             if not isinstance(post, str) or not isinstance(text, str):
-                raise UserError(f"--reward {reward}: a prompt is not a string")
+                raise UserError(f"--reward {reward}: a prompt is not a string; {NO_NOTICES}")
             rewards.append(notices.oracle(post, text))
     except ValueError as error:
-        raise UserError(f"--reward {reward}: {error}") from None
+        raise UserError(f"--reward {reward}: {error}; {NO_NOTICES}") from None
     return rewards
 
 

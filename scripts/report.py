@@ -100,7 +100,8 @@ def training_plot(metrics: list[dict], curves: list[Curve], y_label: str) -> str
                 markeredgecolor="white",
                 label=curve.held_out_label,
             )
-    axes.legend(frameon=False, fontsize=9)
+    # above the axes, where it hides no point
+    axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return to_svg(figure)
 
 

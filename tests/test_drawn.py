@@ -84,8 +84,9 @@ def test_ids_of_another_vocabulary_are_not_used(tmp_path: Path, vocabulary: obje
         vocabulary = Encoder(tiny.make_tokenizer(vocab=380)).vocabulary
     row = drawn_row(plain(), USER, ["ok", "dapu"], [[5, 6, 7], [8]], finished=[True, False], vocabulary=vocabulary)
     groups = load(write(tmp_path / "rows.jsonl", [row]), plain())
-    expected = [ids(plain(), USER, special=True), [*ids(plain(), "ok"), plain().eos_token_id], ids(plain(), "dapu")]
-    assert pieces(groups, 0) == expected
+    prompt = ids(plain(), USER, special=True)
+    finished = [*ids(plain(), "ok"), plain().eos_token_id]
+    assert pieces(groups, 0) == [prompt, finished, ids(plain(), "dapu")]
     assert counts(groups) == (0, 1)
 
 
@@ -131,7 +132,16 @@ def test_ids_of_reference_samples(tmp_path: Path, vocabulary: str) -> None:
 
 # ---------------------------------------------------------------- malformed ids
 
-MALFORMED = [[[5]], [[5], []], [[5], ["a"]], [[5], [-1]], [[5], [True]], [[5], 6], [[5], [6.0]], [[5], [2**31]]]
+MALFORMED = [
+    [[5]],  # of one completion of two
+    [[5], []],
+    [[5], ["a"]],
+    [[5], [-1]],
+    [[5], [True]],
+    [[5], 6],
+    [[5], [6.0]],
+    [[5], [2**31]],  # beyond int32
+]
 
 
 @pytest.mark.parametrize("value", MALFORMED, ids=str)

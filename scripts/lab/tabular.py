@@ -32,6 +32,56 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return float(differences.sum() / 2)
 
 
+def random_policies(count: int, num_completions: int, seed: int) -> Tensor:
+    """Log-probs of policies drawn uniformly from the simplex, (count, num_completions)."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(count, num_completions, generator=generator, dtype=torch.float64)
+    exponentials = -uniform.log()
+    return exponentials.log() - exponentials.sum(1, keepdim=True).log()
+
+
+# ---------------------------------------------------------------- the KL-regularised objective
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats over the last dimension, from log-probs. Completions with p = 0 add nothing."""
+    p = log_p.exp()
+    terms = torch.where(p > 0, p * (log_p - log_q), 0)
+    return terms.sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """H(p) in nats over the last dimension, from log-probs."""
+    p = log_p.exp()
+    terms = torch.where(p > 0, p * log_p, 0)
+    return -terms.sum(-1)
+
+
+def objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """E_π[r] - β KL(π ‖ π_ref) over the last dimension, from log π and log π_ref."""
+    expected_rewards = (logps.exp() * rewards).sum(-1)
+    return expected_rewards - beta * kl(logps, ref_logps)
+
+
+def tilted(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """Log-probs of π_ref exp(r/β) / Z over the last dimension, which maximise `objective`."""
+    return (ref_logps + rewards / beta).log_softmax(-1)
+
+
+def log_partition(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """log Z = log Σ π_ref exp(r/β) over the last dimension. β log Z is the maximum of `objective`."""
+    return (ref_logps + rewards / beta).logsumexp(-1)
+
+
+def bradley_terry(pi_star: Tensor, pairs: Tensor) -> Tensor:
+    """P(y_w ≻ y_l) = π*(y_w) / (π*(y_w) + π*(y_l)) of (winner, loser) index pairs: (num_pairs,)."""
+    winners = pairs[:, 0]
+    return pi_star[winners] / pi_star[pairs].sum(1)
+
+
+# ---------------------------------------------------------------- optima
+
+
 class Optimum(NamedTuple):
     """The point at which `minimise` stopped."""
 

@@ -1,34 +1,32 @@
-"""The papers' experiments that need no language model: tabular softmax policies, trained to the optimum in float64.
+"""All statements of the papers that can be checked exactly: runs the files of scripts/papers one after another.
 
-The losses are those of `algos/`, on the log-probs of a few completions of one prompt. Each number that is known for a
-setting, in closed form or worked out beforehand, is printed beside ours. If one disagrees, the exit code is 1. The
-experiments are those of scripts/papers, and each paper has one figure in `--output-dir`:
-
-    typo.png          TYPO: interpolation and preservation (Figs. 2, 3, 5, 6, appendix A)
-    distillation.png  reward-model distillation, arXiv 2405.19316: Propositions 3 and 7, Theorems 1 and 2
-    exo.png           EXO, arXiv 2402.00856: mode seeking (Fig. 1), the gradients of Eqs 16 and 20 at finite K
-
-    python scripts/bandits.py --output-dir runs/bandits
+python scripts/bandits.py
 """
 
-from scripts.lab.commands import checked_command
-from scripts.papers import Args, distillation, exo, first_step, run_experiments, typo
+from dataclasses import dataclass
+from pathlib import Path
 
-SECTIONS = (
-    *typo.SECTIONS,
-    *distillation.SECTIONS,
-    *exo.SECTIONS,
-    *first_step.SECTIONS,
-)
-FIGURES = {
-    **typo.FIGURES,
-    **distillation.FIGURES,
-    **exo.FIGURES,
-}
+from scripts.lab.claim_files import exit_if_any, run_paper
+from scripts.lab.commands import checked_command
+from scripts.papers import distillation, dpo, exo, r_to_q, typo
+
+PAPERS = (dpo.PAPER, exo.PAPER, typo.PAPER, distillation.PAPER, r_to_q.PAPER)
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Check the statements of all papers."""
+
+    output_dir: Path = Path("runs/bandits")
+    """directory of the JSON files and the figures"""
 
 
 def main(args: Args) -> None:
-    run_experiments(args, SECTIONS, FIGURES)
+    surprises = []
+    for paper in PAPERS:
+        surprises += run_paper(paper, args.output_dir)
+        print()
+    exit_if_any(surprises)
 
 
 if __name__ == "__main__":

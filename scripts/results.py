@@ -21,9 +21,9 @@ VERDICTS = (*(verdict.value for verdict in Verdict), NOT_HERE)
 INTRODUCTION = """\
 # Results
 
-What the papers state, statement by statement. Each statement is a function in [scripts/papers](../scripts/papers) with a
-number: `python scripts/papers/dpo.py --claim T8` runs one and prints all that it compares. The verdict follows from these
-comparisons. `bash scripts/reproduce.sh --exact` runs all of them, and makes this page.
+What the papers state, statement by statement. Each statement is a function in [scripts/papers](../scripts/papers) with
+a number: `python scripts/papers/dpo.py --claim T8` runs one and prints all that it compares. The verdict follows from
+these comparisons. `bash scripts/reproduce.sh --exact` runs all of them, and makes this page.
 
 "Holds with a correction" and "false" mean the statement as it is printed; [errata.md](errata.md) says what is right."""
 
@@ -44,11 +44,17 @@ def main(args: Args) -> None:
     if not papers:
         raise UserError(f"--results-dir {args.results_dir}: no result file; python scripts/papers/dpo.py writes one")
 
+    figures = os.path.relpath(args.results_dir, args.output.parent)
+    write_text(args.output, page(papers, Path(figures).as_posix()))
+    print(f"written: {args.output}")
+
+
+def page(papers: list[dict], figures: str) -> str:
+    """The text of the page. `figures` is the directory of the figures, as a link from the page."""
     sections = [INTRODUCTION, counts_table(papers)]
     for paper in papers:
-        sections += paper_sections(paper, args)
-    write_text(args.output, "\n\n".join(sections) + "\n")
-    print(f"written: {args.output}")
+        sections += paper_sections(paper, figures)
+    return "\n\n".join(sections) + "\n"
 
 
 def counts_table(papers: Iterable[dict]) -> str:
@@ -70,12 +76,11 @@ def statements_of(paper: dict) -> Iterator[tuple[dict, str, str]]:
         yield statement, statement["reason"], NOT_HERE
 
 
-def paper_sections(paper: dict, args: Args) -> Iterator[str]:
+def paper_sections(paper: dict, figures: str) -> Iterator[str]:
     """The part of the page on one paper: title, command, figures, and a table for each section."""
     yield f"## {paper['paper']}\n\narXiv {paper['arxiv']}. `{paper['command']}`"
     for figure in paper["figures"]:
-        path = relative_to(args.results_dir / figure["file"], args.output.parent)
-        yield f"![{figure['caption']}]({path})\n\n{figure['caption']}"
+        yield f"![{figure['caption']}]({figures}/{figure['file']})\n\n{figure['caption']}"
 
     by_section: dict[str, list[list[str]]] = {}
     for statement, findings, verdict in statements_of(paper):
@@ -97,11 +102,6 @@ def number_key(number: str) -> list[tuple[int, str]]:
 def in_a_cell(text: str) -> str:
     """A text whose vertical bars do not end the table's cell."""
     return text.replace("|", "\\|")
-
-
-def relative_to(path: Path, directory: Path) -> str:
-    """The link from a page in `directory` to `path`."""
-    return Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix()
 
 
 if __name__ == "__main__":

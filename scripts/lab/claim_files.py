@@ -22,26 +22,32 @@ class Args:
     """directory of the JSON file and the figures"""
 
 
-def run_paper(paper: Paper, args: Args) -> None:
-    """Print the claims with their verdicts, and write `{paper.name}.json` and the figures.
-
-    Raises SystemExit with code 1 if a verdict is not the expected one; nothing is written then.
-    """
-    if args.claim is not None:
+def paper_command(paper: Paper, args: Args) -> None:
+    """Check one claim of a paper, or all of them. Exits with code 1 if a verdict is not the expected one."""
+    if args.claim is None:
+        surprises = run_paper(paper, args.output_dir)
+    else:
         outcome = run_claim(claim_of(paper, args.claim))
         print_findings(outcome)
-        check_expected([outcome])
-        return
+        surprises = surprises_of([outcome])
+    exit_if_any(surprises)
 
+
+def run_paper(paper: Paper, output_dir: Path) -> list[str]:
+    """Print the claims with their verdicts, and write `{paper.name}.json` and the figures.
+
+    Returns the claims whose verdict is not the expected one. If there are any, nothing is written.
+    """
     require_matplotlib()
     outcomes = print_claims(paper)
-    check_expected(outcomes)
-
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    figures = save_figures(paper, args.output_dir)
-    path = args.output_dir / f"{paper.name}.json"
-    write_json(path, as_json(paper, outcomes, figures))
-    print(f"\nwritten: {path}; `python scripts/results.py` makes docs/results.md")
+    surprises = surprises_of(outcomes)
+    if not surprises:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        figures = save_figures(paper, output_dir)
+        path = output_dir / f"{paper.name}.json"
+        write_json(path, as_json(paper, outcomes, figures))
+        print(f"written: {path}")
+    return surprises
 
 
 def claim_of(paper: Paper, number: str) -> Claim:
@@ -56,14 +62,21 @@ def claim_of(paper: Paper, number: str) -> Claim:
     raise UserError(f"--claim {number}: {paper.title} has the claims {numbers}")
 
 
-def check_expected(outcomes: list[Outcome]) -> None:
-    """Exit with code 1 if a verdict is not the expected one, and name those claims."""
+def surprises_of(outcomes: list[Outcome]) -> list[str]:
+    """The claims whose verdict is not the expected one, with both."""
     surprises = []
     for outcome in outcomes:
         if not outcome.is_expected:
-            surprises.append(f"{outcome.claim.number} ({outcome.verdict.value}, not {outcome.claim.expected.value})")
+            claim = outcome.claim
+            surprises.append(f"{claim.number}: {outcome.verdict.value}, expected: {claim.expected.value}")
+    return surprises
+
+
+def exit_if_any(surprises: list[str]) -> None:
+    """Print the claims that are not as expected, and exit with code 1 if there are any."""
     if surprises:
-        print(f"\nnot as expected: {', '.join(surprises)}")
+        shown = "\n".join(surprises)
+        print(f"\nnot as expected:\n{shown}")
         raise SystemExit(1)
 
 

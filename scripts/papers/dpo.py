@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from algos.dpo import dpo_loss
-from scripts.lab.claim_files import Args, run_paper
+from scripts.lab.claim_files import Args, paper_command
 from scripts.lab.claims import Finding, Paper, Verdict, given, judged, same_value, vanishes
 from scripts.lab.commands import checked_command
 from scripts.lab.tabular import (
@@ -96,7 +96,7 @@ def the_update_raises_the_chosen_completion() -> Iterator[Finding]:
 
 
 def main(args: Args) -> None:
-    run_paper(PAPER, args)
+    paper_command(PAPER, args)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Args:
     """pairs per forward pass to try for the other side, the fastest of which is used; on a GPU: 4 8 16"""
     repeats: Annotated[int, Above(0)] = 2
     """rounds of one run of every contender"""
-    output_dir: Path = ROOT / "results"
+    output_dir: Path = ROOT / "runs" / "benchmark"
     """where the table (.md) and all numbers (.json) go"""
 
 

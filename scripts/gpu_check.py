@@ -10,7 +10,7 @@
     profile[:SHAPE[:BATCH:BUDGET]]
                        the kernels of one step of dpo
 
-Each part prints PASS or FAIL. Logs, expected.json and profiles go to results/gpu, or to $OUT if that is set. A machine
+Each part prints PASS or FAIL. Logs, expected.json and profiles go to runs/gpu, or to $OUT if that is set. A machine
 without an installation needs this repository and tyro in PYTHONPATH. Everything runs on a CPU too, as a rehearsal with
 the shape cpu-8k.
 

@@ -125,7 +125,7 @@ class Args:
 
     sweeps: tuple[str, ...] = tuple(SWEEPS)
     """sweeps to run"""
-    output_dir: Path = ROOT / "results"
+    output_dir: Path = ROOT / "runs" / "growth"
     """where the tables (growth.md), all numbers (growth.json) and the picture (growth.png) go"""
 
 

@@ -42,7 +42,7 @@ from shared import UserError
 from shared.files import write_json, write_text
 from shared.loading import load_tokenizer
 
-KEPT_RESULTS = ROOT / "results" / "gpu"
+KEPT_RESULTS = ROOT / "runs" / "gpu"
 RESULTS = Path(os.environ.get("OUT", KEPT_RESULTS))
 SCRATCH = Path(tempfile.gettempdir()) / "gpu_check"  # models and rows are made there once
 EXPECTED = "expected.json"

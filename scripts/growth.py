@@ -7,6 +7,8 @@ goes back to the system (MALLOC_MMAP_THRESHOLD_), so that the measured memory is
     again      the same at the next start, when tokens and log-probs of π_ref are in the cache
     step       mean seconds of the steps after the first
     memory     most resident memory of a process, the largest of them, without what the libraries take
+    loading    most memory of all processes at one time until the steps begin, and of a process that is not the first,
+               in copies of the model in float32, without what a run of a tiny model takes
     saving     seconds of writing one checkpoint, its bytes, and how far it lifts the most resident memory; measured
                in a run of its own, which saves after every step
 
@@ -21,15 +23,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scripts.lab import plots
 from scripts.lab.commands import ROOT, checked_command
 from scripts.lab.contenders import Spec
 from scripts.lab.machine import processor_name
 from scripts.lab.tables import markdown_table
-from scripts.lab.timing import Measurement, launch
-from scripts.lab.workload import PROFILES, Lengths, Profile, Shape, Workload, prepare
+from scripts.lab.timing import Measurement, launch, most_at_once
+from scripts.lab.workload import PROFILES, Lengths, Profile, Shape, Workload, make_model, prepare
 from shared import UserError
 from shared.files import write_text
+from shared.loading import load_tokenizer
 
 LEARNING_RATE = 1e-4
 MICRO_BATCH_TOKENS = 2_048
@@ -37,6 +42,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # larger blocks go back to t
 
 SMALL = Shape(8_192, 256, 4, 8, 8, 688)
 LARGE = Shape(8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outweigh all else
+DEEP = Shape(4_096, 512, 20, 8, 8, 1_376)  # mostly in its layers, as larger models are: 67 million parameters
 
 
 def thin_shape(vocab_size: int) -> Shape:
@@ -65,6 +71,8 @@ class Point:
     again: bool = False  # whether the next start is measured too
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     saving: bool = False  # whether checkpoints are measured too
+    loading: bool = False  # whether memory until the steps begin is measured too
+    dtype: str = "float32"  # of the model's files
 
 
 def length_point(tokens: int) -> Point:
@@ -96,12 +104,18 @@ def processes_point(processes: int) -> Point:
     )
 
 
+def loading_point(processes: int) -> Point:
+    """Weights as most models have them."""
+    return replace(processes_point(processes), shape=DEEP, saving=False, loading=True, dtype="bfloat16")
+
+
 SWEEPS = {
     "tokens of a prompt and of a completion": [length_point(n) for n in (64, 256, 1024, 2048)],
     "completions": [completions_point(n) for n in (2, 4, 8, 16)],
     "vocabulary": [Point(value=n, shape=thin_shape(n)) for n in (8_192, 32_768, 131_072)],
     "rows": [Point(value=n, rows=n, options={"max_steps": 2}, again=True) for n in (1_000, 10_000, 100_000)],
     "processes": [processes_point(n) for n in (1, 2, 4)],
+    "processes that load": [loading_point(n) for n in (1, 2, 4)],
 }
 
 # of the tables: key and format of each number
@@ -116,6 +130,8 @@ COLUMNS = {
     "saving (s)": ("saving", ".2f"),
     "checkpoint (MB)": ("checkpoint", ".1f"),
     "memory of saving (MB)": ("extra", ".1f"),
+    "loading (copies)": ("loading", ".2f"),
+    "of another process": ("loading of another", ".2f"),
 }
 
 
@@ -139,6 +155,7 @@ def measure_point(point: Point, scratch: Path) -> dict[str, float]:
         max_rows=point.rows,
         profile=point.profile,
         num_completions=point.num_completions,
+        dtype=point.dtype,
     )
     model, rows, lengths = prepare(workload, scratch)
     spec = Spec(
@@ -150,7 +167,8 @@ def measure_point(point: Point, scratch: Path) -> dict[str, float]:
         options=point.options,
     )
 
-    numbers = largest_numbers(run_point("first", spec, point.processes, scratch))
+    runs = run_point("first", spec, point.processes, scratch)
+    numbers = largest_numbers(runs)
     if point.again:
         again = run_point("again", spec, point.processes, scratch)
         numbers["again"] = largest_numbers(again)["first"]
@@ -158,6 +176,12 @@ def measure_point(point: Point, scratch: Path) -> dict[str, float]:
         runs = run_point("saving", replace(spec, job="saving"), point.processes, scratch)
         for key in ("saving", "checkpoint", "extra"):
             numbers[key] = max(run.result[key] for run in runs)
+
+    if point.loading:
+        tiny_model = scratch / "tiny_model"
+        make_model(tiny_model, thin_shape(point.shape.vocab_size), load_tokenizer(str(model))[0], point.dtype)
+        tiny_runs = run_point("tiny", replace(spec, model=str(tiny_model)), point.processes, scratch)
+        numbers |= loading_numbers(runs, tiny_runs, model)
 
     later_steps = point.rows / point.batch_size - 1
     numbers["tokens"] = float(lengths[point.batch_size :].sum()) / later_steps
@@ -171,6 +195,24 @@ def run_point(name: str, spec: Spec, processes: int, scratch: Path) -> list[Meas
     threads = max(1, (os.cpu_count() or 1) // processes)
     environment = {"OMP_NUM_THREADS": str(threads), **ALLOCATOR}
     return launch(name, spec, scratch, processes, environment)
+
+
+def loading_numbers(runs: list[Measurement], tiny_runs: list[Measurement], model: Path) -> dict[str, float]:
+    """The memory of loading in copies of the model: of all processes at one time, and of one that is not the first."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).num_parameters()
+    copy = 4 * parameters
+
+    most = most_at_once([run.loading for run in runs])
+    numbers = {"loading": (most - most_at_once([run.loading for run in tiny_runs])) / copy}
+    others = []
+    for run, tiny_run in zip(runs[1:], tiny_runs[1:], strict=True):
+        difference = most_at_once([run.loading]) - most_at_once([tiny_run.loading])
+        others.append(difference / copy)
+    numbers["loading of another"] = max(others, default=0.0)
+    return numbers
 
 
 def largest_numbers(runs: list[Measurement]) -> dict[str, float]:

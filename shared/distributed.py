@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -134,6 +134,9 @@ def _exit_with(parent: int) -> None:
 def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks) -> Callable[[bool], None]:
     """Apply FSDP2 in place: float32 weights and gradient sums, a forward pass in `ranks.dtype`.
 
+    The weights are the first process's. Of the others, `model` may lie on the meta device. Each block is copied to all
+    processes and cut before the next one, so that none but the first holds more of the model than its shard.
+
     Returns `sync(last)`. Call it before each training forward pass; `last` says whether its micro-batch is the last of
     the step. Until then, replicas do not exchange their gradients, and unsharded weights only accumulate them.
     """
@@ -152,13 +155,72 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks) -> Callable[[
 
     is_sharded = ranks.shard_size > 1  # only sharded weights are gathered for a forward pass and freed after it
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    frozen = _frozen_parameters(model)
     for block in blocks:
+        _copy_from_main(block, ranks)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded)
+    _copy_from_main(model, ranks)
+    frozen = _frozen_parameters(model)
     root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded, ignored_params=frozen)
     if is_sharded:
         return root.set_requires_all_reduce
     return root.set_requires_gradient_sync
+
+
+class _Place(NamedTuple):
+    """Where a module holds a tensor."""
+
+    module: str  # its name, "" for the outermost one
+    kind: str  # "_parameters" or "_buffers", or "" for a plain attribute
+    name: str
+    tensor: int  # its index among the tensors; tied weights are one tensor in two places
+
+
+def _copy_from_main(module: nn.Module, ranks: Ranks) -> None:
+    """Put the first process's tensors of a module, but those that are cut already, into it on every process."""
+    if ranks.world_size == 1:
+        return
+    places, tensors = _uncut_tensors(module)
+    places, descriptions = from_main((places, [(x.shape, x.dtype, x.requires_grad) for x in tensors]))
+
+    copies = []
+    for i, (shape, dtype, requires_grad) in enumerate(descriptions):
+        if ranks.is_main:
+            copy = tensors[i].detach().to(ranks.device).contiguous()
+        else:
+            copy = torch.empty(shape, dtype=dtype, device=ranks.device)
+        dist.broadcast(copy, 0)
+        copies.append((copy, requires_grad))
+
+    parameters: dict[int, nn.Parameter] = {}
+    for place in places:
+        copy, requires_grad = copies[place.tensor]
+        part = module.get_submodule(place.module)
+        if place.kind == "_parameters":
+            parameter = parameters.setdefault(place.tensor, nn.Parameter(copy, requires_grad))
+            part._parameters[place.name] = parameter
+        elif place.kind == "_buffers":
+            part._buffers[place.name] = copy
+        else:
+            setattr(part, place.name, copy)
+
+
+def _uncut_tensors(module: nn.Module) -> tuple[list[_Place], list[Tensor]]:
+    """All tensors that a module and its parts hold and that FSDP2 has not cut, and where they are."""
+    from torch.distributed.tensor import DTensor
+
+    places = []
+    tensors: list[Tensor] = []
+    indices: dict[int, int] = {}  # by identity
+    for path, part in module.named_modules():
+        for kind, held in (("_parameters", part._parameters), ("_buffers", part._buffers), ("", vars(part))):
+            for name, tensor in held.items():
+                if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in indices:
+                    indices[id(tensor)] = len(tensors)
+                    tensors.append(tensor)
+                places.append(_Place(path, kind, name, indices[id(tensor)]))
+    return places, tensors
 
 
 def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:

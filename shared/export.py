@@ -8,11 +8,13 @@ model card         README.md; that of a reward model has code that computes its 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from shared.distributed import Ranks, unsharded
@@ -23,6 +25,8 @@ from shared.model import PackedModel, RewardModel
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+WEIGHTS = "model.safetensors"
+FILE_SIZE = 5 * 10**9  # bytes of weights in a file; a layer is never split
 LAST_FILE = "config.json"  # nothing can be loaded without it, so it appears when all others are there
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
@@ -51,17 +55,15 @@ def export(
 
     Trained weights are in float32, frozen ones in the dtype of the starting model's files.
     """
-    state_dict = _gather(model, ranks)
-    if not ranks.is_main:
-        return
-
     temporary = directory / ".export"
     source = source_directory(tokenizer)
     if isinstance(model, RewardModel):
         model_card += reward_recipe(tokenizer)
     try:
         with storage_errors(directory):
-            _write_model(model.lm, state_dict, temporary)
+            _write_weights(model, temporary, ranks)
+            if not ranks.is_main:
+                return
             write_tokenizer(tokenizer, source, temporary)
             copy_files(source, PROCESSOR_FILES, temporary)
             if model.lm.can_generate():
@@ -72,23 +74,8 @@ def export(
             for file in files:
                 _move(file, directory / file.name)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _gather(model: PackedModel, ranks: Ranks) -> dict[str, Tensor | None]:
-    """All weights by name, in the memory of the first process; None on the others."""
-    state_dict: dict[str, Tensor | None] = {}
-    gathered: dict[int, Tensor | None] = {}
-    for name, tensor in model.lm.state_dict(keep_vars=True).items():
-        # tied weights are one tensor under two names
-        if id(tensor) not in gathered:
-            weights = unsharded(tensor)
-            if ranks.is_main:
-                gathered[id(tensor)] = weights.detach().cpu()
-            else:
-                gathered[id(tensor)] = None
-        state_dict[name] = gathered[id(tensor)]
-    return state_dict
+        if ranks.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _move(file: Path, target: Path) -> None:
@@ -113,6 +100,74 @@ def source_directory(tokenizer: "PreTrainedTokenizerBase") -> Path | None:
 # ---------------------------------------------------------------- model
 
 
+def _write_weights(model: PackedModel, directory: Path, ranks: Ranks) -> None:
+    """Write the weights and the configuration. One file at a time is gathered, in the memory of the first process."""
+    parts = _parts(model.lm)
+    files: dict[str, Path] = {}  # which file holds a tensor, by the tensor's name there
+    for number, names in enumerate(parts, 1):
+        state_dict = _gather(model, names, ranks)
+        if ranks.is_main and len(parts) == 1:
+            _write_model(model.lm, state_dict, directory)
+        elif ranks.is_main:
+            # transformers names the tensors as the files have them, and deletes what lies beside what it writes
+            part = directory / f"part-{number}"
+            _write_model(model.lm, state_dict, part)
+            file = directory / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            os.replace(part / WEIGHTS, file)
+            os.replace(part / LAST_FILE, directory / LAST_FILE)
+            shutil.rmtree(part)
+            with safe_open(file, "pt") as tensors:
+                files |= dict.fromkeys(tensors.keys(), file)
+        del state_dict
+
+    if files:
+        total_size = sum(file.stat().st_size for file in set(files.values()))
+        weight_map = {name: file.name for name, file in sorted(files.items())}
+        write_json(
+            directory / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        )
+
+
+def _parts(lm: Any) -> list[list[str]]:
+    """The names of the weights of each file: first those outside all layers, then layer after layer."""
+    tensors = lm.state_dict(keep_vars=True)
+    names_of_layers: dict[str, list[str]] = {}
+    for name in tensors:
+        layer = re.match(r"(.*?\.\d+\.)|", name)
+        assert layer is not None
+        names_of_layers.setdefault(layer[0], []).append(name)
+
+    parts: list[list[str]] = [[]]
+    size = 0
+    for layer in sorted(names_of_layers, key=lambda layer: layer != ""):
+        names = names_of_layers[layer]
+        layer_size = sum(tensors[name].numel() * tensors[name].element_size() for name in names)
+        if parts[-1] and size + layer_size > FILE_SIZE:
+            parts.append([])
+            size = 0
+        parts[-1] += names
+        size += layer_size
+    return parts
+
+
+def _gather(model: PackedModel, names: list[str], ranks: Ranks) -> dict[str, Tensor | None]:
+    """Weights by name, in the memory of the first process; None on the others."""
+    tensors = model.lm.state_dict(keep_vars=True)
+    state_dict: dict[str, Tensor | None] = {}
+    gathered: dict[int, Tensor | None] = {}
+    for name in names:
+        tensor = tensors[name]
+        # tied weights are one tensor under two names
+        if id(tensor) not in gathered:
+            weights = unsharded(tensor)
+            if ranks.is_main:
+                gathered[id(tensor)] = weights.detach().cpu()
+            else:
+                gathered[id(tensor)] = None
+        state_dict[name] = gathered[id(tensor)]
+    return state_dict
+
+
 def _write_model(lm: Any, state_dict: dict[str, Tensor | None], directory: Path) -> None:
     from transformers import GenerationConfig
 
@@ -120,7 +175,7 @@ def _write_model(lm: Any, state_dict: dict[str, Tensor | None], directory: Path)
     if lm.can_generate():
         # transformers refuses to save some generation configurations that it has loaded, but never this one
         lm.generation_config = GenerationConfig()
-    lm.save_pretrained(directory, state_dict=state_dict)
+    lm.save_pretrained(directory, state_dict=state_dict, max_shard_size=2**62)
     lm.generation_config = loaded
 
     lm.config.dtype = "float32"  # the text part's, whatever a frozen part has

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -69,11 +69,11 @@ def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, Pre
     return tokenizer, _load_config(path)
 
 
-def _load_config(path: str) -> "PretrainedConfig":
+def _load_config(path: str, **options: Any) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
         config.get_text_config()  # raises an error if there are several
     except Exception as error:
         raise _unloadable(path, error) from None
@@ -129,8 +129,8 @@ def load_policy(args: Any, ranks: Ranks) -> Policy:
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
     """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails."""
-    lm = _load_lm(_policy_class(path), path)
-    return _prepare(Policy(lm), path, ranks, activation_checkpointing)
+    source = _Source(_policy_class(path), path)
+    return _load(Policy, source, ranks, activation_checkpointing)
 
 
 def load_reward_model(
@@ -144,8 +144,8 @@ def load_reward_model(
     """
     _set_pad_token(tokenizer, args.model, sets, ranks)
     torch.manual_seed(args.seed)
-    lm = _load_lm(REWARD_MODEL_CLASS, args.model, new_tensor=REWARD_HEAD, num_labels=1)
-    model = _prepare(RewardModel(lm), args.model, ranks, args.activation_checkpointing)
+    source = _Source(REWARD_MODEL_CLASS, args.model, {"num_labels": 1}, new_tensor=REWARD_HEAD)
+    model = _load(RewardModel, source, ranks, args.activation_checkpointing)
     for config in (model.lm.config, model.lm.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
     _say_what_is_left_out(model, args.model, ranks)
@@ -154,8 +154,7 @@ def load_reward_model(
 
 def load_scorer(path: str, ranks: Ranks) -> RewardModel:
     """A trained reward model. Raises UserError if it has no head, and as `load_policy` does."""
-    lm = _load_lm(REWARD_MODEL_CLASS, path, num_labels=1)
-    return _prepare(RewardModel(lm), path, ranks)
+    return _load(RewardModel, _Source(REWARD_MODEL_CLASS, path, {"num_labels": 1}), ranks)
 
 
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> Any:
@@ -241,24 +240,96 @@ def unfit_for_padding(tokenizer: "PreTrainedTokenizerBase", path: str) -> dict[i
     return unfit | dict.fromkeys(end_ids(tokenizer), "ends a completion")
 
 
-def _load_lm(auto_class: str, path: str, new_tensor: str = "", **options: Any) -> Any:
-    """A model of transformers in float32, with attention over packed rows, without dropout, in training mode.
+class _Source(NamedTuple):
+    """Which class of transformers reads a model, from where, and how."""
 
-    Only `new_tensor` may be missing from its weights. Raises UserError if it cannot be loaded or is quantised, or if a
-    tensor is missing or not finite.
+    auto_class: str
+    path: str
+    options: dict[str, Any] = {}
+    new_tensor: str = ""  # the only one that may be missing from the weights
+
+
+def _load(kind: type[AnyModel], source: _Source, ranks: Ranks, activation_checkpointing: bool = False) -> AnyModel:
+    """The first process reads and checks the model. The others make it without weights, which they get when it is cut.
+
+    Raises UserError, the same on every process, if it cannot be loaded, or if its architecture computes something that
+    packed rows do not reproduce.
     """
+    model = None
+    problem = None
+    fingerprint = ""
+    if ranks.is_main:
+        try:
+            model = _read_and_check(kind, source, activation_checkpointing)
+            fingerprint = _weights_hash(model.lm)
+        except UserError as error:
+            problem = str(error)
+    problem, fingerprint = from_main((problem, fingerprint))
+    if problem:
+        raise UserError(problem)
+
+    if model is None:
+        model = kind(_without_weights(source))
+        _prepare(model, activation_checkpointing)
+    model.fingerprints["model"] = fingerprint
+    model.sync = shard(model, _layers(model), ranks)
+    return model
+
+
+def _read_and_check(kind: type[AnyModel], source: _Source, activation_checkpointing: bool) -> AnyModel:
+    model = kind(_load_lm(source))
+    try:
+        _prepare(model, activation_checkpointing)
+        check_packing(model)
+    except Exception as error:  # an architecture that does not fit fails in many ways
+        raise _unsupported(source.path, reason_of_refusal(model, error)) from None
+    if model.lm.config.get_text_config() is not model.lm.config:
+        _freeze_other_parts(model, source.path)
+    return model
+
+
+def _prepare(model: Policy | RewardModel, activation_checkpointing: bool) -> None:
+    """Set what a forward pass over packed rows does, which the weights do not say."""
+    lm = model.lm
+    _remove_randomness(lm)
+    lm.train()  # activation checkpointing works in training mode only
+    if activation_checkpointing:
+        # newer transformers have it under the first name, and warn of the second
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    skip_unread(_layers(model)[-1])
+
+
+def _load_lm(source: _Source) -> Any:
+    """A model of transformers in float32, with attention over packed rows.
+
+    Raises UserError if it cannot be loaded or is quantised, or if a tensor is missing or not finite.
+    """
+    _register_attention()
+    refuse_quantised(_load_config(source.path), source.path)
+    options = {**source.options, "dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
+    lm = _from_pretrained(source.auto_class, source.path, source.new_tensor, **options)
+    for name, parameter in lm.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"model {source.path}: {name} holds values that are not finite")
+    return lm
+
+
+def _without_weights(source: _Source) -> Any:
+    """The modules of `_load_lm`'s model, whose tensors have shapes but no values."""
+    import transformers
+
+    _register_attention()
+    config = _load_config(source.path, **source.options)
+    auto_class = getattr(transformers, source.auto_class)
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION_NAME)
+
+
+def _register_attention() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION_NAME, span_attention)
-    config = _load_config(path)
-    refuse_quantised(config, path)
-    options |= {"dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
-    lm = _from_pretrained(auto_class, path, new_tensor, **options)
-    for name, parameter in lm.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(f"model {path}: {name} holds values that are not finite")
-    _remove_randomness(lm)
-    return lm.train()  # activation checkpointing works in training mode only
 
 
 def refuse_quantised(config: "PretrainedConfig", path: str) -> None:
@@ -304,34 +375,6 @@ def _damaged_file(path: str) -> str | None:
         if not is_complete(file):
             return str(file)
     return None
-
-
-def _prepare(model: AnyModel, path: str, ranks: Ranks, activation_checkpointing: bool = False) -> AnyModel:
-    """Check that packed rows give the model's own values, and shard it.
-
-    Raises UserError if its architecture computes something that packed rows do not reproduce.
-    """
-    lm = model.lm
-    if activation_checkpointing:
-        # newer transformers have it under the first name, and warn of the second
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    try:
-        layers = _layers(model)
-        skip_unread(layers[-1])
-        if ranks.is_main:
-            check_packing(model)
-    except Exception as error:  # an architecture that does not fit fails in many ways
-        raise _unsupported(path, reason_of_refusal(model, error)) from None
-
-    if lm.config.get_text_config() is not lm.config:
-        _freeze_other_parts(model, path)
-    fingerprint = ""
-    if ranks.is_main:
-        fingerprint = _weights_hash(lm)
-    model.fingerprints["model"] = from_main(fingerprint)
-    model.sync = shard(model, layers, ranks)
-    return model
 
 
 def _unsupported(path: str, reason: str) -> UserError:

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from scripts.lab.commands import ROOT
 from scripts.lab.contenders import JOBS, Spec
-from scripts.lab.machine import processor_name, resident_bytes
+from scripts.lab.machine import processor_name, proportional_bytes, resident_bytes
 from shared import UserError
+from shared.run import Run
 
 # what the jobs would import while they run
 MODULES = (
@@ -52,6 +54,7 @@ class Measurement:
     libraries: int  # resident bytes when the clock started; 0 on a GPU
     threads: int
     device: str
+    loading: list[tuple[float, int]]  # until the steps begin: the time of day, and the bytes of this process
 
 
 # ---------------------------------------------------------------- in the measured process
@@ -69,6 +72,7 @@ class Stopwatch:
         self.memory = 0
         register_optimizer_step_post_hook(self._note_update)
         self.started = time.perf_counter()
+        self.memory_log = MemoryLog()
 
     def _note_update(self, *_: object) -> None:
         self.updates.append(self.seconds())
@@ -77,6 +81,42 @@ class Stopwatch:
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.started
+
+
+class MemoryLog:
+    """The memory of this process ten times a second, until the steps of its run begin."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+        resume = Run.resume
+
+        def end_and_resume(run: Run, *args: Any) -> int:
+            self._ended.set()
+            return resume(run, *args)
+
+        Run.resume = end_and_resume  # type: ignore[method-assign]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.1):
+            self.samples.append((time.time(), proportional_bytes()))
+
+
+def most_at_once(logs: list[list[tuple[float, int]]]) -> int:
+    """The largest sum of the memory of all processes at one time, from the log of each."""
+    events = []
+    for process, samples in enumerate(logs):
+        for moment, size in samples:
+            events.append((moment, process, size))
+
+    sizes = [0] * len(logs)
+    largest = 0
+    for _, process, size in sorted(events):
+        sizes[process] = size
+        largest = max(largest, sum(sizes))
+    return largest
 
 
 def peak_memory() -> int:
@@ -109,6 +149,7 @@ def run_job(spec: Spec) -> Measurement:
         libraries=libraries,
         threads=torch.get_num_threads(),
         device=device_name(),
+        loading=stopwatch.memory_log.samples,
     )
 
 

@@ -96,6 +96,7 @@ class Workload:
     num_completions: int = 2
     rows: str | None = None  # a source of real pairs, instead of the profile
     tokenizer: str | None = None  # that of `rows`; None: byte-level BPE trained on them
+    dtype: str = "float32"  # of the weights in the model's files
 
 
 class Prepared(NamedTuple):
@@ -110,7 +111,7 @@ def prepare(workload: Workload, directory: Path) -> Prepared:
     """Write the model and the rows to `directory`. Raises UserError if `workload.rows` has too few usable pairs."""
     tokenizer = make_tokenizer(workload)
     model = directory / "model"
-    make_model(model, workload.shape, tokenizer)
+    make_model(model, workload.shape, tokenizer, workload.dtype)
 
     if workload.rows is None:
         rows = random_rows(workload)
@@ -289,7 +290,7 @@ def trained_tokenizer(source: str) -> "Tokenizer":
     return backend
 
 
-def make_model(path: Path, shape: Shape, tokenizer: "PreTrainedTokenizerBase") -> None:
+def make_model(path: Path, shape: Shape, tokenizer: "PreTrainedTokenizerBase", dtype: str = "float32") -> None:
     """Write a Llama of random weights with its tokenizer. Raises UserError if it has no embedding for some tokens."""
     from transformers import LlamaForCausalLM, logging
 
@@ -298,7 +299,7 @@ def make_model(path: Path, shape: Shape, tokenizer: "PreTrainedTokenizerBase") -
         raise UserError(f"--tokenizer: has {len(tokenizer)} tokens, but the model of --shape embeds {shape.vocab_size}")
 
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(llama_config(shape, tokenizer))
+    lm = LlamaForCausalLM(llama_config(shape, tokenizer)).to(getattr(torch, dtype))
     with storage_errors(path):
         lm.save_pretrained(path)
         tokenizer.save_pretrained(path)

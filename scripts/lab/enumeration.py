@@ -1,0 +1,114 @@
+"""Exact expectations by enumeration: of the policy gradient, of the best of N samples, and over all sequences.
+
+The last part is a language model so small that all its completions can be listed. It is a table (prefixes, tokens) of
+log-probs, one row for each prefix after which a token follows.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- the policy gradient
+
+
+class Moments(NamedTuple):
+    """Mean and variance of a random vector."""
+
+    mean: Tensor
+    variance: float  # summed over the entries: the trace of the covariance
+
+
+def gradient_moments(logps: Tensor, advantages: Tensor) -> Moments:
+    """Moments of the one-sample estimate ∇ log π(y) A(y), y ~ π, of a policy gradient.
+
+    logps, advantages: (completions,). The gradient is that of softmax logits: ∇ log π(y) = e_y - π.
+    """
+    policy = logps.exp()
+    units = torch.eye(len(policy), dtype=policy.dtype)
+    gradients = (units - policy) * advantages[:, None]  # one row for each y
+
+    mean = policy @ gradients
+    squares = (gradients - mean).square().sum(1)
+    variance = policy @ squares
+    return Moments(mean, float(variance))
+
+
+# ---------------------------------------------------------------- the best of N samples
+
+
+def best_of(policy: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """The distribution of the best of n samples, (completions,). No two rewards are equal.
+
+    P(best = y) = F(y)^n - F(y')^n, with F the distribution function of the rewards and y' the next worse completion.
+    """
+    order = rewards.argsort()
+    at_most = policy[order].cumsum(0)  # P(a sample is at most as good)
+    powers = at_most**n
+    worse = torch.cat([torch.zeros(1, dtype=policy.dtype), powers[:-1]])
+
+    best = torch.zeros_like(policy)
+    best[order] = powers - worse
+    return best
+
+
+def win_rate(policy: Tensor, baseline: Tensor, rewards: Tensor) -> float:
+    """P(r(y) > r(y')) for y from the policy and y' from the baseline; a tie counts half."""
+    signs = (rewards[:, None] - rewards).sign()
+    wins = policy @ signs @ baseline
+    return float(1 + wins) / 2
+
+
+# ---------------------------------------------------------------- all sequences
+
+WORDS = 3
+END = WORDS  # the token that ends a sequence
+HORIZON = 6  # a sequence of so many words ends by itself
+Sequence = tuple[int, ...]
+
+
+def sequences_of_words(length: int) -> list[Sequence]:
+    """All sequences of so many words, without END."""
+    return list(itertools.product(range(WORDS), repeat=length))
+
+
+PREFIXES = [prefix for length in range(HORIZON) for prefix in sequences_of_words(length)]
+COMPLETIONS = [(*prefix, END) for prefix in PREFIXES] + sequences_of_words(HORIZON)
+ROW_OF = {prefix: row for row, prefix in enumerate(PREFIXES)}
+
+
+def random_model(seed: int) -> Tensor:
+    """Log-probs of the next token after each prefix, (prefixes, tokens), at random."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(PREFIXES), WORDS + 1, generator=generator, dtype=torch.float64)
+    return logits.log_softmax(1)
+
+
+def along(table: Tensor, sequence: Sequence) -> Tensor:
+    """The sum of a table's entries at the tokens of a sequence."""
+    rows = [ROW_OF[sequence[:t]] for t in range(len(sequence))]
+    return table[rows, sequence].sum()
+
+
+def along_completions(table: Tensor) -> Tensor:
+    """The sum of a table's entries along each completion, (completions,)."""
+    return torch.stack([along(table, completion) for completion in COMPLETIONS])
+
+
+def along_prefixes(table: Tensor) -> Tensor:
+    """The sum of a table's entries along each prefix, (prefixes,)."""
+    return torch.stack([along(table, prefix) for prefix in PREFIXES])
+
+
+def soft_value(ref: Tensor, rewards: Tensor, beta: float) -> float:
+    """V(x) by soft Bellman backups from the ends: V(s) = β log Σ_a π_ref(a|s) exp(V(s, a)/β).
+
+    ref: a model (prefixes, tokens). rewards: (completions,), the values of the ends.
+    """
+    values = dict(zip(COMPLETIONS, rewards.unbind(), strict=True))
+    for prefix in reversed(PREFIXES):
+        next_values = torch.stack([values[(*prefix, token)] for token in range(WORDS + 1)])
+        log_sum = (ref[ROW_OF[prefix]] + next_values / beta).logsumexp(0)
+        values[prefix] = beta * log_sum
+    return float(values[()])

@@ -55,9 +55,10 @@ def best_of(policy: Tensor, rewards: Tensor, n: int) -> Tensor:
 
 def win_rate(policy: Tensor, baseline: Tensor, rewards: Tensor) -> float:
     """P(r(y) > r(y')) for y from the policy and y' from the baseline; a tie counts half."""
-    signs = (rewards[:, None] - rewards).sign()
-    wins = policy @ signs @ baseline
-    return float(1 + wins) / 2
+    levels, level_of = rewards.unique(return_inverse=True)  # in ascending order
+    mass = torch.zeros(len(levels), dtype=baseline.dtype).index_add(0, level_of, baseline)
+    beaten = mass.cumsum(0) - mass / 2
+    return float(policy @ beaten[level_of])
 
 
 # ---------------------------------------------------------------- all sequences

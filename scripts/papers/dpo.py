@@ -1,7 +1,7 @@
 """DPO, arXiv 2305.18290: its objective, its optimum, its loss and its theory, on tabular policies.
 
-A policy has one logit for each completion of a prompt, in float64. The losses are those of algos/dpo.py and algos/rm.py.
-Optima are found by Newton's method; expectations are sums over all completions.
+A policy has one logit for each completion of a prompt, in float64. The losses are those of algos/dpo.py and
+algos/rm.py. Optima are found by Newton's method; expectations are sums over all completions.
 
     python scripts/papers/dpo.py
     python scripts/papers/dpo.py --claim T8
@@ -35,7 +35,6 @@ from scripts.lab.claims import (
 )
 from scripts.lab.commands import checked_command
 from scripts.lab.enumeration import (
-    Moments,
     along_completions,
     along_prefixes,
     best_of,
@@ -107,7 +106,7 @@ def maximise_objective(beta: float, shift: float = 0.0) -> Optimum:
         logps = logits.log_softmax(0)
         return -objective(logps, REF_LOGPS, REWARDS + shift, beta)
 
-    return minimise(loss, REF_LOGPS)
+    return minimise(loss, REF_LOGPS, max_steps=40)  # at small β, rare completions drift on long after the rest stands
 
 
 def fit_dpo(weights: Tensor, pairs: Tensor, beta: float, start: Tensor = REF_LOGPS) -> Optimum:
@@ -198,10 +197,10 @@ def slope(values: list[float]) -> float:
 
 
 def rewards_information() -> Tensor:
-    """Fisher information of one drawn pair about the rewards: E[σ'(Δr) (e_i - e_j)(e_i - e_j)ᵀ], (4, 4)."""
+    """Fisher information of one drawn pair about the rewards: E[σ'(Δr) (e_w - e_l)(e_w - e_l)ᵀ], (4, 4)."""
     differences = torch.eye(4, dtype=torch.float64)[PAIRS].diff(dim=1).squeeze(1)
-    losing = bradley_terry(REWARDS.exp(), PAIRS.flip(1))
-    weights = labels(REWARDS, PAIRS) * losing  # p(1 - p) of a pair appears once in each order
+    winning = bradley_terry(REWARDS.exp(), PAIRS)
+    weights = labels(REWARDS, PAIRS) * winning * (1 - winning)
     return differences.T @ (weights[:, None] * differences)
 
 
@@ -392,16 +391,24 @@ def dpo_is_a_reward_model() -> Iterator[Finding]:
 
 
 @functools.cache
-def fitted_policies(size: int) -> list[Tensor]:
-    """The policies that minimise Eq 7 at β = 0.5 on the data sets of a size."""
-    return [fit_dpo(shares.double(), PAIRS, 0.5).policy for shares in draw_pairs(size)]
+def fitted_policies(size: int) -> Tensor:
+    """The policies that minimise Eq 7 at β = 0.5 on the data sets of a size, all at once: (RUNS, 4)."""
+    weights = draw_pairs(size).double().flatten()
+    ref_logps = REF_LOGPS.expand(RUNS, 4)
+
+    def loss(logits: Tensor) -> Tensor:
+        logps = logits.view(RUNS, 4).log_softmax(1)
+        losses = dpo_loss(logps[:, PAIRS].flatten(0, 1), ref_logps[:, PAIRS].flatten(0, 1), 0.5)
+        return weights @ losses
+
+    return minimise(loss, ref_logps.flatten()).parameters.view(RUNS, 4).softmax(1)
 
 
 def distance_to_optimum(size: int) -> float:
     """Root mean square distance of the fitted policies to π*, over the data sets of a size."""
     optimum = tilted(REF_LOGPS, REWARDS, 0.5).exp()
-    distances = [total_variation(policy, optimum) for policy in fitted_policies(size)]
-    return float(vector(*distances).square().mean().sqrt())
+    distances = (fitted_policies(size) - optimum).abs().sum(1) / 2
+    return float(distances.square().mean().sqrt())
 
 
 def is_strongly_connected(wins: Tensor) -> bool:
@@ -431,12 +438,11 @@ def is_bounded_below_only_inside(pairs: Tensor) -> bool:
 def dpo_is_consistent() -> Iterator[Finding]:
     """DPO is a reparametrised Bradley-Terry model, and so consistent under suitable assumptions on the data.
 
-    The assumption: wins lead from each completion to each other one. Without it there is no finite optimum, or none that
-    is unique. Data sets as in T4, β = 0.5; and all 64 sets of wins among three completions.
+    The assumption: wins lead from each completion to each other one. Without it there is no finite optimum, or it is
+    not unique. Data sets as in T4, β = 0.5; and all sets of wins among three completions.
     """
-    policies = torch.stack(fitted_policies(1_000))
     of_rewards = tilted(REF_LOGPS, fitted_rewards(1_000), 0.5).exp()
-    yield vanishes("20 data sets: policy less Eq 4 of the fitted reward", policies - of_rewards, 1e-8)
+    yield vanishes("20 data sets: policy less Eq 4 of the fitted reward", fitted_policies(1_000) - of_rewards, 1e-8)
     exponent = slope([distance_to_optimum(size) for size in SIZES])
     yield judged("slope of log distance to π* over log n", "-0.5 ± 0.1", exponent, abs(exponent + 0.5) < 0.1)
 
@@ -448,8 +454,8 @@ def dpo_is_consistent() -> Iterator[Finding]:
         wins = torch.zeros(3, 3).index_put((pairs[:, 0], pairs[:, 1]), torch.ones(len(pairs)))
         connected += is_strongly_connected(wins)
         disagreements += is_strongly_connected(wins) != is_bounded_below_only_inside(pairs)
-    yield same_value("sets of wins that are connected, or have a finite optimum, but not both", 0, disagreements)
-    yield given(same_value("connected ones, as counted by others", 18, connected))
+    yield same_value("sets of wins of which only one is true: connected, finite optimum", 0, disagreements)
+    yield given(same_value("connected ones (OEIS A003030)", 18, connected))
 
     two_parts = torch.tensor([[0, 1], [1, 0], [2, 3], [3, 2]])
     starts = (REF_LOGPS, REF_LOGPS + vector(2, 2, 0, 0))
@@ -481,8 +487,8 @@ def the_partition_function_is_expensive() -> Iterator[Finding]:
     yield reported("samples for a relative error of 10%, β = 1", at_one)
     yield judged("the same, β = 0.1", "> 100,000", at_tenth, at_tenth > 1e5)
     of_normal_law = at_one / (100 * math.expm1(1))
-    is_near = abs(of_normal_law - 1) < 0.02
-    yield given(judged("β = 1, over the normal law's e^(1/β²) - 1", "1 ± 0.02", of_normal_law, is_near))
+    is_near = abs(of_normal_law - 1) < 0.05
+    yield given(judged("β = 1, over the normal law's e^(1/β²) - 1", "1 ± 0.05", of_normal_law, is_near))
 
     generator = torch.Generator().manual_seed(8)
     draws = torch.randint(4_096, (500, 1_000), generator=generator)
@@ -613,8 +619,8 @@ def unlikelihood(logps: Tensor) -> Tensor:
 def the_weight_prevents_degeneration() -> Iterator[Finding]:
     """The weight σ(r̂_l - r̂_w) prevents the degeneration that a naive loss without it, unlikelihood, shows.
 
-    It does if each completion also loses sometimes. If a pair is always labelled the same, DPO's loss falls for ever too;
-    the weight then only slows the growth of h, from t to log t.
+    It does if each completion also loses sometimes. If a pair is always labelled the same, DPO's loss falls for ever
+    too; the weight then only slows the growth of h, from t to log t.
     """
 
     def expected(losses: Tensor) -> Tensor:
@@ -630,7 +636,7 @@ def the_weight_prevents_degeneration() -> Iterator[Finding]:
     yield vanishes("drawn labels: distance of DPO's optimum to π*", distance, 1e-8)
 
     slope_left = pair_weight(100)
-    yield judged("one pair, always the same label: weight at βh = 100", "0", slope_left, slope_left == 0)
+    yield judged("one pair, always the same label: weight left at βh = 100", "0", slope_left, slope_left == 0)
     yield instead(same_value("its weight at βh = 100, over e^-100", 1, slope_left / math.exp(-100), 1e-12))
 
 
@@ -649,7 +655,7 @@ FOURS = all_orders(4)
 
 @THEORY.claim("T19", "Definition 1, Lemma 1")
 def equivalent_rewards_mean_the_same_preferences() -> Iterator[Finding]:
-    """Rewards that differ by a function of the prompt alone induce the same Plackett-Luce and Bradley-Terry preferences.
+    """Rewards that differ by a function of the prompt alone induce the same preferences (Plackett-Luce, Bradley-Terry).
 
     The losses of the reward model and of DPO, three prompts with their own shifts.
     """
@@ -809,10 +815,10 @@ def eq_10_is_a_divergence() -> Iterator[Finding]:
 
 @ACTOR_CRITIC.claim("T27", "§5.2", expected=Verdict.CORRECTED)
 def a_human_baseline_estimates_the_normaliser() -> Iterator[Finding]:
-    """The normaliser β log Z is the soft value of π_ref, of which the reward of a human completion is a one-sample estimate.
+    """The normaliser β log Z is the soft value of π_ref. A human completion's reward is a one-sample estimate of it.
 
-    exp(r/β) is an unbiased estimate of Z for a completion drawn from π_ref. Its β log, the reward, is on average too low
-    by β KL(π_ref ‖ π*). Rewards 0 and 10, equally likely, β = 1; and a model with 1,093 completions.
+    exp(r/β) is an unbiased estimate of Z for a completion drawn from π_ref. Its β log, the reward, is on average too
+    low by β KL(π_ref ‖ π*). Rewards 0 and 10, equally likely, β = 1; and a model with 1,093 completions.
     """
     ref = random_model(seed=1)
     rewards = random_numbers(1_093, seed=12)
@@ -847,27 +853,31 @@ def gradient_variance(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: f
     return gradient_moments(logps, weights).variance
 
 
+THREE_REFS = vector(0.4, 0.4, 0.2).log()
+THREE_REWARDS = vector(5, 3, 0)
+
+
 @ACTOR_CRITIC.claim("T28", "§5.2")
 def the_gradient_varies_more_without_the_normaliser() -> Iterator[Finding]:
     """Without the normaliser β log Z the policy gradient could have a high variance.
 
-    Three equally likely completions, r = (5, 3, 0), β = 1, by enumeration. The converse occurs too: on two completions
+    π_ref = (.4, .4, .2), r = (5, 3, 0), β = 1, by enumeration. The converse occurs too: on two completions
     with r = ±1, β = 0.1, at π_ref the variance is 0 without the normaliser.
     """
-    refs = uniform_logps(3)
-    rewards = vector(5, 3, 0)
-    normaliser = float(log_partition(refs, rewards, 1.0))
-    optimum = tilted(refs, rewards, 1.0)
-    yield vanishes("at π*, with it", gradient_variance(optimum, refs, rewards, 1.0, normaliser), 1e-20)
-    without = gradient_variance(optimum, refs, rewards, 1.0, 0.0)
-    yield judged("at π*, without it", "> 1", without, without > 1)
-    fisher = float(1 - optimum.exp().square().sum())  # trace of diag(π) - ππᵀ
-    yield given(
-        same_value("the same: (β log Z)² times the Fisher information's trace", normaliser**2 * fisher, without)
-    )
+    normaliser = float(log_partition(THREE_REFS, THREE_REWARDS, 1.0))
 
-    at_ref = gradient_variance(refs, refs, rewards, 1.0, 0.0)
-    yield given(same_value("at π_ref, without it, in fractions: 166/27", 166 / 27, at_ref, 1e-12))
+    def variance(logps: Tensor, baseline: float) -> float:
+        return gradient_variance(logps, THREE_REFS, THREE_REWARDS, 1.0, baseline)
+
+    optimum = tilted(THREE_REFS, THREE_REWARDS, 1.0)
+    fisher = float(1 - optimum.exp().square().sum())  # trace of diag(π) - ππᵀ
+    yield vanishes("at π*, with it", variance(optimum, normaliser), 1e-20)
+    yield same_value("at π*, without it: (β log Z)² tr(diag π - ππᵀ)", normaliser**2 * fisher, variance(optimum, 0.0))
+    ratio = variance(THREE_REFS, normaliser) / variance(THREE_REFS, 0.0)
+    yield judged("at π_ref, variance with it over that without", "< 0.5", ratio, ratio < 0.5)
+    by_hand = (variance(THREE_REFS, 0.0), variance(THREE_REFS, 3.2))
+    yield given(same_digits("at π_ref by hand: without it, with the mean reward instead", "6.6816, 1.7664", *by_hand))
+
     two = uniform_logps(2)
     signs = vector(1, -1)
     of_signs = float(0.1 * log_partition(two, signs, 0.1))
@@ -904,23 +914,26 @@ def the_objective_is_a_divergence_to_the_optimum() -> Iterator[Finding]:
     The chain's "max = min" means the same optimisers: the values differ by the factor -β.
     """
     policies = random_policies(10_000, 4, seed=5)
+    differences = []
+    least = []
     for beta in (0.1, 1.0, 5.0):
         divergences = kl(policies, tilted(REF_LOGPS, REWARDS, beta))
         expected = beta * (log_partition(REF_LOGPS, REWARDS, beta) - divergences)
-        values = objective(policies, REF_LOGPS, REWARDS, beta)
-        yield vanishes(f"β = {beta:g}, 10,000 policies: difference", values - expected, 1e-12)
-        yield judged(f"β = {beta:g}, least KL(π ‖ π*)", "> 0", float(divergences.min()), divergences.min() > 0)
+        differences.append(objective(policies, REF_LOGPS, REWARDS, beta) - expected)
+        least.append(float(divergences.min()))
+    yield vanishes("10,000 policies, β from 0.1 to 5: difference of both sides", torch.stack(differences), 1e-12)
+    yield judged("least KL(π ‖ π*) of these", "> 0", min(least), min(least) > 0)
 
 
 @APPENDIX.claim("A2", "Eqs 16-17", expected=Verdict.CORRECTED)
 def the_last_line_is_the_loss() -> Iterator[Finding]:
-    """With Eq 17 put into Eq 16, Z cancels, and the last line, σ(β log-ratio difference), is the per-instance loss of Eq 7.
+    """With Eq 17 in Eq 16, Z cancels, and A.2's last line, σ(r̂(y_1) - r̂(y_2)), is the per-instance loss of Eq 7.
 
-    It is the probability of the label. The loss is its negative logarithm.
+    The line is the probability of the label. The loss is its negative logarithm.
     """
     rewards = REWARDS / 2 + 3  # Eq 17 with β log Z = 3
     logps = REF_LOGPS + REWARDS / 2 / 0.5
-    last_line = torch.sigmoid((rewards[PAIRS[:, 0]] - rewards[PAIRS[:, 1]]))
+    last_line = torch.sigmoid(rewards[PAIRS[:, 0]] - rewards[PAIRS[:, 1]])
     yield vanishes("Eq 16 less the last line", bradley_terry(rewards.exp(), PAIRS) - last_line, 1e-14)
     losses = dpo_loss(logps[PAIRS], REF_LOGPS[PAIRS], 0.5)
     yield vanishes("loss of Eq 7 less the last line", losses - last_line)
@@ -929,9 +942,9 @@ def the_last_line_is_the_loss() -> Iterator[Finding]:
 
 @APPENDIX.claim("A3", "Eq 18", expected=Verdict.CORRECTED)
 def rankings_follow_plackett_luce() -> Iterator[Finding]:
-    """Eq 18, Plackett-Luce: rankings arise as the best of what is left is chosen with probability proportional to its reward.
+    """Plackett-Luce, Eq 18: of what is left, a completion is chosen with probability proportional to its reward.
 
-    Eq 18 has the exponential of the reward, and Bradley-Terry as its case K = 2.
+    Eq 18 has the exponential of the reward. Its case K = 2 is Bradley-Terry.
     """
     likelihoods = (-rm_loss(REWARDS[FOURS])).exp()
     yield vanishes("24 orders: exp(-loss) less Eq 18", likelihoods - plackett_luce(REWARDS, FOURS), 1e-14)
@@ -992,20 +1005,19 @@ def rankings_and_their_pairs_have_the_same_optimum() -> Iterator[Finding]:
     rewards = vector(1.0, 0.2, -0.5)
     orders = all_orders(3)
     probabilities = plackett_luce(rewards, orders)
-    refs = uniform_logps(3)
     pairs_of_ranking = torch.tensor([[0, 1], [0, 2], [1, 2]])
 
     def ranking_losses(logps: Tensor) -> Tensor:
-        return dpo_loss(logps[orders], refs[orders], 0.5)
+        return dpo_loss(logps[orders], THREE_REFS[orders], 0.5)
 
     def pair_losses(logps: Tensor) -> Tensor:
         pairs = orders[:, pairs_of_ranking]  # (orders, 3, 2)
-        return dpo_loss(logps[pairs].flatten(0, 1), refs[pairs].flatten(0, 1), 0.5).view(-1, 3).sum(1)
+        return dpo_loss(logps[pairs].flatten(0, 1), THREE_REFS[pairs].flatten(0, 1), 0.5).view(-1, 3).sum(1)
 
-    optimum = tilted(refs, rewards, 0.5).exp()
+    optimum = tilted(THREE_REFS, rewards, 0.5).exp()
     yield given(same_digits("π_r", ".8151, .1646, .0203", *optimum.tolist()))
     for name, losses in (("Eq 20", ranking_losses), ("Eq 7 on all pairs", pair_losses)):
-        policy = fit_policy(losses, probabilities, refs).policy
+        policy = fit_policy(losses, probabilities, THREE_REFS).policy
         yield vanishes(f"{name}: distance of the optimum to π_r", total_variation(policy, optimum), 1e-8)
     gap = float((pair_losses(optimum.log()) - ranking_losses(optimum.log())).abs().max())
     yield judged("largest difference of both losses of a ranking", "> 0.1", gap, gap > 0.1)
@@ -1054,3 +1066,441 @@ def the_code_is_the_loss() -> Iterator[Finding]:
     yield given(
         judged("six pairs are not one ranking: Eq 20's loss is another", "> 0.01", difference, difference > 0.01)
     )
+
+
+# ---------------------------------------------------------------- experiments
+
+EXPERIMENTS = PAPER.section("Experiments (section 6, appendices C and D)")
+NEEDS_MODELS = "needs trained language models"
+
+EXPERIMENTS.elsewhere(
+    "E1",
+    "§6.1, Fig 2",
+    "On IMDB sentiment DPO has the best frontier of reward against KL of all methods.",
+    NEEDS_MODELS,
+)
+EXPERIMENTS.elsewhere(
+    "E2",
+    "§6.1, Fig 2",
+    "DPO's frontier is better than PPO's, even where PPO has the ground-truth reward.",
+    NEEDS_MODELS,
+)
+
+
+@EXPERIMENTS.claim("E3", "Eq 4, Fig 2 (ours)")
+def no_policy_lies_above_the_frontier() -> Iterator[Finding]:
+    """No policy lies above the curve of reward against KL that the optima of Eq 4 form, and DPO's optima lie on it.
+
+    So what Fig 2 compares is how well the methods optimise: PPO with the ground-truth reward has the same optimum.
+    """
+    policies = random_policies(10_000, 4, seed=6)
+    rewards = (policies.exp() * REWARDS).sum(1)
+    excess = rewards - frontier(REF_LOGPS, REWARDS, kl(policies, REF_LOGPS))
+    yield judged("most that 10,000 random policies lie above it", "< 0", float(excess.max()), excess.max() < 0)
+
+    optima = torch.stack([fit_dpo(labels(REWARDS, PAIRS), PAIRS, beta).policy for beta in BETAS])
+    on_curve = frontier(REF_LOGPS, REWARDS, kl(optima.log(), REF_LOGPS))
+    yield vanishes("DPO's optima at the paper's four β: distance from it", optima @ REWARDS - on_curve, 1e-8)
+    last = float(frontier(REF_LOGPS, REWARDS, vector(-math.log(0.1)))[0])
+    yield given(same_value("its end: the best reward, at KL = -log π_ref(best)", 2, last))
+
+
+@EXPERIMENTS.claim("E4", "§3, §6.1")
+def larger_beta_is_more_conservative() -> Iterator[Finding]:
+    """β sets how conservative the policy is: DPO with a larger β ends nearer to π_ref.
+
+    For labels drawn from Bradley-Terry; E5 has labels without noise. The optima are those of Newton's method on Eq 7.
+    """
+
+    def divergence(beta: float) -> float:
+        optimum = fit_dpo(labels(REWARDS, PAIRS), PAIRS, beta)
+        return float(kl(optimum.policy.log(), REF_LOGPS))
+
+    divergences = vector(*[divergence(beta) for beta in BETAS])
+    changes = divergences.diff()
+    yield judged("β = .05, .1, 1, 5: largest change of the KL", "< 0", float(changes.max()), changes.max() < 0)
+    measured = (divergence(1.001) - divergence(0.999)) / 0.002
+    policy = tilted(REF_LOGPS, REWARDS, 1.0).exp()
+    variance = float(policy @ REWARDS.square() - (policy @ REWARDS) ** 2)
+    yield given(same_value("its slope at β = 1: -Var(r)/β³ over π*", -variance, measured, 1e-5))
+
+
+NOISE_FREE = PAIRS[REWARDS[PAIRS[:, 0]] > REWARDS[PAIRS[:, 1]]]  # the better completion always wins
+STEPS = 1_000
+
+
+@functools.cache
+def divergences_of_descent(beta: float, has_noise: bool) -> Tensor:
+    """KL(π_θ ‖ π_ref) after each step of gradient descent on Eq 7 from π_ref, at the rate 1/β²."""
+    pairs = PAIRS
+    weights = labels(REWARDS, PAIRS)
+    if not has_noise:
+        pairs = NOISE_FREE
+        weights = torch.full((len(pairs),), 1 / len(pairs), dtype=torch.float64)
+
+    logits = REF_LOGPS.clone().requires_grad_()
+    divergences = []
+    for _ in range(STEPS):
+        loss = weights @ dpo_loss(logits.log_softmax(0)[pairs], REF_LOGPS[pairs], beta)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        with torch.no_grad():
+            logits -= gradient / beta**2
+            divergences.append(kl(logits.log_softmax(0), REF_LOGPS))
+    return torch.stack(divergences)
+
+
+@EXPERIMENTS.claim("E5", "C.1, Eq 7 (ours)")
+def noise_free_labels_have_no_optimum() -> Iterator[Finding]:
+    """On pairs labelled without noise, as those of C.1, Eq 7 has no finite optimum: steps set the KL, and β does not.
+
+    For every β the loss falls to 0 on the way to the best completion alone.
+    """
+    losses = []
+    divergences = []
+    for beta in BETAS:
+        logps = tilted(REF_LOGPS, 1_000 * REWARDS, beta)
+        losses.append(dpo_loss(logps[NOISE_FREE], REF_LOGPS[NOISE_FREE], beta))
+        divergences.append(float(kl(logps, REF_LOGPS)))
+    yield vanishes("losses at π_ref exp(1,000 r/β), the paper's four β", torch.stack(losses), 1e-12)
+    yield vanishes("KL there less -log π_ref(best)", vector(*divergences) + math.log(0.1), 1e-12)
+
+    without_noise = divergences_of_descent(1.0, has_noise=False)
+    rise = float(without_noise[-1] - without_noise[99])
+    yield judged("β = 1: KL after 1,000 steps less that after 100, nats", "> 0.1", rise, rise > 0.1)
+    with_noise = divergences_of_descent(1.0, has_noise=True)
+    at_optimum = float(kl(tilted(REF_LOGPS, REWARDS, 1.0), REF_LOGPS))
+    yield given(same_value("drawn labels, β = 1: KL after 1,000 steps, π*'s", at_optimum, float(with_noise[-1]), 1e-6))
+
+
+@EXPERIMENTS.claim("E6", "footnote 3")
+def the_divergence_is_a_sum_over_tokens() -> Iterator[Finding]:
+    """The sequence-level KL is the sum of the per-timestep KLs, along completions of the policy.
+
+    All 1,093 completions of two random models. Along one sample, the sum of KLs varies less than the log-ratio.
+    """
+    policy = random_model(seed=4)
+    ref = random_model(seed=5)
+    logps = along_completions(policy)
+    log_ratios = logps - along_completions(ref)
+    divergence = float(kl(logps, along_completions(ref)))
+    steps = kl(policy, ref)
+    visits = along_prefixes(policy).exp()
+    yield same_value("sum over prefixes of their KL, as often as visited", divergence, float(visits @ steps), 1e-12)
+
+    sums = along_completions(steps[:, None].expand_as(policy))
+    yield same_value("mean of the sums of KLs along completions", divergence, float(logps.exp() @ sums), 1e-12)
+    spread = (logps.exp() @ (sums - divergence).square()) / (logps.exp() @ (log_ratios - divergence).square())
+    yield judged("variance of the sum of KLs over that of the log-ratio", "< 1", float(spread), spread < 1)
+
+
+EXPERIMENTS.elsewhere(
+    "E7",
+    "§6.2, Fig 2",
+    "On TL;DR DPO wins against the reference summaries in about 61% of cases, PPO in 57%, both at temperature 0.",
+    NEEDS_MODELS,
+)
+EXPERIMENTS.elsewhere(
+    "E8", "§6.2, Fig 2", "DPO is much more robust to the sampling temperature than PPO.", NEEDS_MODELS
+)
+EXPERIMENTS.elsewhere(
+    "E9", "§6.2, Fig 2", "DPO's best win rate on TL;DR is higher than that of the best of N samples.", NEEDS_MODELS
+)
+EXPERIMENTS.elsewhere("E10", "§6.2", "Preferred-FT does not improve significantly over the SFT model.", NEEDS_MODELS)
+EXPERIMENTS.elsewhere(
+    "E11",
+    "§6.2, §6.4",
+    "Humans prefer DPO's samples at temperature 0.25 over PPO's at temperature 0 in 58% of cases.",
+    "needs trained language models; E27 has the interval of the 58%",
+)
+EXPERIMENTS.elsewhere(
+    "E12",
+    "§6.2, Fig 3",
+    "On HH dialogue DPO alone, of the methods that draw one sample, wins against the preferred completions.",
+    NEEDS_MODELS,
+)
+EXPERIMENTS.elsewhere(
+    "E13", "§6.2, Fig 3", "DPO converges quickly, and its gain is stable over training and temperatures.", NEEDS_MODELS
+)
+
+
+@EXPERIMENTS.claim("E14", "Fig 4")
+def best_of_n_plateaus() -> Iterator[Finding]:
+    """The performance of the best of N samples plateaus after roughly 64 to 128 samples.
+
+    The exact part: its win rate against one sample of the same policy under the same reward is N/(N + 1), for any law
+    of the rewards without ties. The mean reward grows on. 4,096 equally likely completions with normal rewards.
+    """
+    policy = NORMAL_REFS.exp()
+    sizes = (1, 4, 16, 64, 128)
+    best = {n: best_of(policy, NORMAL_REWARDS, n) for n in sizes}
+    rates = [win_rate(best[n], policy, NORMAL_REWARDS) for n in sizes]
+    yield given(same_digits("win rates at N = 1, 4, 16, 64, 128: N/(N + 1)", ".500, .800, .941, .985, .992", *rates))
+    gain = rates[-1] - rates[-2]
+    yield judged("gain of the win rate from N = 64 to 128", "< 0.01", gain, gain < 0.01)
+    gain = float((best[128] - best[64]) @ NORMAL_REWARDS)
+    yield reported("gain of the reward from N = 64 to 128, standard deviations", gain)
+
+
+@EXPERIMENTS.claim("E15", "§6.2")
+def best_of_128_is_a_proxy() -> Iterator[Finding]:
+    """Best of 128 is a rough proxy for what PPO reaches on the same reward function.
+
+    The exact part: the distribution of the best of 128, and the largest reward of Eq 3 at the same KL. A trained PPO is
+    not compared. Best of N has no β; its KL to the policy it samples from is at most log N - (N - 1)/N.
+    """
+    best = best_of(NORMAL_REFS.exp(), NORMAL_REWARDS, 128)
+    divergence = kl(best.log(), NORMAL_REFS)
+    reward = float(best @ NORMAL_REWARDS)
+    largest = float(frontier(NORMAL_REFS, NORMAL_REWARDS, divergence[None])[0])
+    yield judged("its reward over the largest at the same KL", "0.9 to 1", reward / largest, 0.9 < reward / largest < 1)
+    bound = math.log(128) - 127 / 128
+    yield given(same_value("its KL in nats: log N - (N - 1)/N", bound, float(divergence), 1e-2))
+    yield given(judged("the KL over that bound", "≤ 1", float(divergence) / bound, float(divergence) <= bound))
+
+
+EXPERIMENTS.elsewhere(
+    "E16",
+    "§6.3, Table 1",
+    "On CNN/DailyMail, new to both, DPO outperforms PPO by a significant margin.",
+    "needs trained language models; E27 has the number of prompts from which the margin is significant",
+)
+
+# Table 2: percentages for DPO and for PPO at temperature 1, each against PPO at temperature 0
+HUMAN_WINS = {"DPO": 0.58, "SFT": 0.43, "PPO-1": 0.17}
+JUDGE_WINS = {
+    "S": {"DPO": 0.47, "SFT": 0.27, "PPO-1": 0.13},
+    "C": {"DPO": 0.54, "SFT": 0.32, "PPO-1": 0.12},
+}
+HUMAN_AGREEMENT = {"DPO": 0.65, "PPO-1": 0.87}
+JUDGE_AGREEMENT = {"S": {"DPO": 0.70, "PPO-1": 0.86}, "C": {"DPO": 0.67, "PPO-1": 0.85}}
+
+
+def kappa(agreement: float, first: float, second: float) -> float:
+    """Cohen's κ: agreement beyond that of independent raters who prefer the first method with these probabilities."""
+    by_chance = first * second + (1 - first) * (1 - second)
+    return (agreement - by_chance) / (1 - by_chance)
+
+
+@EXPERIMENTS.claim("E17", "§6.4, Table 2")
+def humans_agree_with_the_judge() -> Iterator[Finding]:
+    """Humans agree with GPT-4 about as much as they agree with each other.
+
+    Arithmetic on Table 2. Corrected for chance, the judge's κ is larger than the humans' for DPO, and smaller for
+    PPO-1, where the humans' has a standard error of about 0.12 (100 comparisons).
+    """
+    shortfalls = []
+    kappas = []
+    for method, agreement in HUMAN_AGREEMENT.items():
+        wins = HUMAN_WINS[method]
+        kappas.append(kappa(agreement, wins, wins))
+        for prompt in ("S", "C"):
+            shortfalls.append(agreement - JUDGE_AGREEMENT[prompt][method])
+            kappas.append(kappa(JUDGE_AGREEMENT[prompt][method], wins, JUDGE_WINS[prompt][method]))
+
+    yield judged("largest shortfall of the judge's agreement", "≤ 0.05", max(shortfalls), max(shortfalls) <= 0.05)
+    yield given(same_digits("κ for DPO: humans, (S), (C)", ".282, .406, .331", *kappas[:3]))
+    yield given(same_digits("κ for PPO-1: humans, (S), (C)", ".539, .453, .398", *kappas[3:]))
+    largest_gap = kappas[3] - kappas[5]
+    error = math.sqrt(0.87 * 0.13 / 100) / (2 * 0.17 * 0.83)
+    yield judged(
+        "humans' κ less (C)'s for PPO-1, standard errors", "< 1.96", largest_gap / error, largest_gap < 1.96 * error
+    )
+
+
+@EXPERIMENTS.claim("E18", "§6.4, Table 2")
+def the_concise_prompt_is_nearer_to_humans() -> Iterator[Finding]:
+    """The prompt (C), which asks for concise summaries, gives win rates more representative of humans than (S).
+
+    Arithmetic on Table 2. That (S) prefers longer summaries needs the judge.
+    """
+    distances = {}
+    for prompt, wins in JUDGE_WINS.items():
+        distances[prompt] = [abs(wins[method] - HUMAN_WINS[method]) for method in HUMAN_WINS]
+    yield given(same_digits("(S), mean distance to the humans' win rates: 31/300", ".1033", sum(distances["S"]) / 3))
+    mean = sum(distances["C"]) / 3
+    yield judged("(C), mean distance", "< .1033", mean, mean < 31 / 300)
+
+
+EXPERIMENTS.elsewhere("E19", "C.1", "The reward model's best checkpoint of 3 epochs is taken.", NEEDS_MODELS)
+EXPERIMENTS.elsewhere(
+    "E20", "title, §5.1", "DPO's implicit reward orders held-out pairs as a reward model does.", NEEDS_MODELS
+)
+EXPERIMENTS.elsewhere("E21", "abstract, §7", "DPO needs virtually no tuning of its hyper-parameters.", NEEDS_MODELS)
+EXPERIMENTS.elsewhere(
+    "E22",
+    "abstract, §6",
+    "DPO is computationally lightweight; the best of N costs N samples for each query.",
+    "docs/performance.md measures DPO's training steps; the comparison needs trained language models",
+)
+EXPERIMENTS.elsewhere("E23", "abstract", "DPO's training is stable.", NEEDS_MODELS)
+EXPERIMENTS.elsewhere(
+    "E24", "§7", "Labels from the DPO policy itself may make use of prompts without labels.", NEEDS_MODELS
+)
+EXPERIMENTS.elsewhere(
+    "E25", "§7", "DPO policies generalise out of distribution as well as an explicit reward does.", NEEDS_MODELS
+)
+EXPERIMENTS.elsewhere(
+    "E26",
+    "Tables 4-10",
+    "Samples of DPO, PPO and the data set, with GPT-4's judgments, one of them wrong.",
+    "samples of models that are not here",
+)
+
+
+def prompts_needed(first: float, second: float) -> float:
+    """From how many prompts each on two win rates differ at 95%, unpaired: 1.96² (p(1-p) + q(1-q)) / (p - q)²."""
+    variance = first * (1 - first) + second * (1 - second)
+    return 1.96**2 * variance / (first - second) ** 2
+
+
+@EXPERIMENTS.claim("E27", "D.3, Table 2")
+def the_human_study_in_numbers() -> Iterator[Finding]:
+    """24 raters with 25 summaries each give 275 + 200 + 125 judgments; about 1% are ties; 58% is more than chance.
+
+    Two raters saw 125 of the 150 comparisons with DPO and one saw 25. With κ = .282 between them, the variance of the
+    58% is 1 + κ (Σm²/Σm - 1) = 1.256 times that of 272 independent judgments.
+    """
+    of_dpo = 150 * 2 - 25
+    yield same_value("judgments: 24 times 25", 600, of_dpo + 100 * 2 + 125)
+    ties = 1 - (272 + 122 + 199) / 600
+    yield judged("share of ties", "0.01 ± 0.005", ties, abs(ties - 0.01) < 0.005)
+
+    squares = 125 * 2**2 + 25
+    inflation = 1 + kappa(0.65, 0.58, 0.58) * (squares / of_dpo - 1)
+    low = 0.58 - 1.96 * math.sqrt(inflation * 0.58 * 0.42 / 272)
+    yield judged("lower end of the 95% interval of the 58%", "> 0.5", low, low > 0.5)
+    yield reported("prompts from which 61% and 57% differ at 95% (E7; not given)", prompts_needed(0.61, 0.57))
+    yield reported("prompts from which 36% and 26% differ at 95% (E16; not given)", prompts_needed(0.36, 0.26))
+
+
+EXPERIMENTS.elsewhere(
+    "E28",
+    "§6.2",
+    "No prompt or temperature makes the public PPO model for HH better than its base model.",
+    "a model that is not here",
+)
+
+# ---------------------------------------------------------------- figures
+
+
+def plot_frontier(axes: "Axes") -> None:
+    """Reward against KL: random policies, the curve of Eq 4, and DPO's optima."""
+    policies = random_policies(3_000, 4, seed=6)
+    axes.plot(kl(policies, REF_LOGPS), policies.exp() @ REWARDS, ".", color=GREY, markersize=2, alpha=0.4)
+    axes.plot([], [], ".", color=GREY, label="random policies")
+
+    betas = torch.logspace(-2, 2, 200, dtype=torch.float64)[:, None]
+    curve = tilted(REF_LOGPS, REWARDS, betas)
+    axes.plot(kl(curve, REF_LOGPS), curve.exp() @ REWARDS, color=BLUE, label="optima of Eq 3, any β")
+    for beta in BETAS:
+        policy = fit_dpo(labels(REWARDS, PAIRS), PAIRS, beta).policy
+        place = (float(kl(policy.log(), REF_LOGPS)), float(policy @ REWARDS))
+        axes.plot(*place, "o", color=ORANGE)
+        axes.annotate(f"{beta:g}", place, xytext=(6, -12), textcoords="offset points", fontsize=8)
+
+    axes.plot([], [], "o", color=ORANGE, label="optima of DPO, with β")
+    axes.plot(0, float(REF_LOGPS.exp() @ REWARDS), "s", color=BLACK, label="π_ref", zorder=3)
+    label_axes(axes, "The frontier", "KL(π ‖ π_ref) (nats)", "expected reward")
+
+
+def plot_consistency(axes: "Axes") -> None:
+    """Errors of sampled data sets against their size."""
+    centred = REWARDS - REWARDS.mean()
+    errors = [float((fitted_rewards(n) - centred).square().sum(1).mean().sqrt()) for n in SIZES]
+    distances = [distance_to_optimum(n) for n in SIZES]
+    axes.loglog(SIZES, errors, "o-", color=BLUE, label="Eq 2: error of the rewards")
+    axes.loglog(SIZES, distances, "s-", color=ORANGE, label="Eq 7: distance to π* (total variation)")
+    guide = [2 * n**-0.5 for n in SIZES]
+    axes.loglog(SIZES, guide, ":", color=GREY, label="slope -½")
+    label_axes(axes, f"Sampled pairs, {RUNS} data sets", "pairs n", "root mean square error")
+
+
+def plot_descent(axes: "Axes") -> None:
+    """KL over steps of gradient descent on labels with and without noise."""
+    steps = range(1, STEPS + 1)
+    for beta, color in ((0.3, ORANGE), (1.0, BLUE)):
+        axes.semilogx(
+            steps, divergences_of_descent(beta, has_noise=True), color=color, label=f"drawn labels, β = {beta:g}"
+        )
+        without = divergences_of_descent(beta, has_noise=False)
+        axes.semilogx(steps, without, "--", color=color, label=f"noise-free labels, β = {beta:g}")
+    axes.axhline(-math.log(0.1), color=GREY, linestyle=":", label="the best completion alone")
+    label_axes(axes, "Labels without noise", "steps of gradient descent, rate 1/β²", "KL(π ‖ π_ref) (nats)")
+
+
+@PAPER.figure(
+    "Left: no policy lies above the optima of Eq 3, and DPO's optima under Bradley-Terry labels lie on the curve. "
+    "Middle: on sampled pairs DPO and the reward model are consistent. Right: if the better completion always wins, the "
+    "KL grows with the steps at every β; with drawn labels it ends at the optimum's."
+)
+def optimum() -> "Figure":
+    figure, panels = canvas(["abc"], (14, 4.2))
+    plot_frontier(panels["a"])
+    plot_consistency(panels["b"])
+    plot_descent(panels["c"])
+    return figure
+
+
+def plot_variance(axes: "Axes") -> None:
+    """The variance of the policy gradient with and without the normaliser as its baseline, over β."""
+    betas = torch.logspace(-1.3, 1, 60, dtype=torch.float64).tolist()
+    places = (
+        ("π_ref", BLUE, lambda beta: THREE_REFS),
+        ("half-way", GREEN, lambda beta: half_way(THREE_REFS, THREE_REWARDS, beta)),
+        ("π*", ORANGE, lambda beta: tilted(THREE_REFS, THREE_REWARDS, beta)),
+    )
+    for name, color, policy_of in places:
+        without = [gradient_variance(policy_of(b), THREE_REFS, THREE_REWARDS, b, 0.0) for b in betas]
+        axes.semilogx(betas, without, "--", color=color, label=f"{name}, without")
+        with_it = []
+        for beta in betas:
+            normaliser = float(beta * log_partition(THREE_REFS, THREE_REWARDS, beta))
+            with_it.append(gradient_variance(policy_of(beta), THREE_REFS, THREE_REWARDS, beta, normaliser))
+        axes.semilogx(betas, with_it, color=color, label=f"{name}, with β log Z")
+    label_axes(axes, "Variance of the policy gradient, r = (5, 3, 0)", "β", "variance of one sample (squared reward)")
+
+
+def plot_one_parameter(axes: "Axes") -> None:
+    """The log-probs of the example of T16 over its parameter."""
+    thetas = torch.linspace(-1, 1.5, 200, dtype=torch.float64)
+    logps = (thetas[:, None] * FEATURES).log_softmax(1)
+    names = ("chosen, feature 1", "rejected, feature 0", "third, feature 3")
+    for column, (name, color) in enumerate(zip(names, (BLUE, ORANGE, GREEN), strict=True)):
+        axes.plot(thetas, logps[:, column], color=color, label=name)
+    axes.plot(thetas, thetas, "--", color=PURPLE, label="h, the margin of the pair")
+    axes.axvline(0, color=GREY, linestyle=":")
+    axes.annotate("DPO's step", (0.75, -4.6), (0.04, -4.65), arrowprops={"arrowstyle": "->"}, fontsize=8)
+    label_axes(axes, "One parameter: log π(chosen) falls from π_ref (θ = 0)", "θ", "log-probability, and h (nats)")
+
+
+def plot_estimates(axes: "Axes") -> None:
+    """The relative error of n-sample estimates of Z over β."""
+    betas = torch.logspace(-1.3, 1, 60, dtype=torch.float64).tolist()
+    for n, color in ((100, BLUE), (10_000, ORANGE), (1_000_000, GREEN)):
+        errors = [relative_error(beta) / math.sqrt(n) for beta in betas]
+        axes.loglog(betas, errors, color=color, label=f"n = {n:,}")
+    axes.axhline(0.1, color=GREY, linestyle=":", label="10%")
+    label_axes(
+        axes, "Estimates of Z, 4,096 completions, normal rewards", "β (standard deviations of r)", "relative error"
+    )
+
+
+@PAPER.figure(
+    "Left: the policy gradient of section 5.2 varies less with β log Z as its baseline, and not at all at π*. Middle: "
+    "a policy with one parameter, whose chosen completion loses likelihood while the margin h grows. Right: an "
+    "estimate of Z from n samples of π_ref fails as β falls."
+)
+def gradient() -> "Figure":
+    figure, panels = canvas(["abc"], (14, 4.2))
+    plot_variance(panels["a"])
+    plot_one_parameter(panels["b"])
+    plot_estimates(panels["c"])
+    return figure
+
+
+def main(args: Args) -> None:
+    run_paper(PAPER, args)
+
+
+if __name__ == "__main__":
+    checked_command(main, Args)

@@ -1392,11 +1392,11 @@ def plot_frontier(axes: "Axes") -> None:
     betas = torch.logspace(-2, 2, 200, dtype=torch.float64)[:, None]
     curve = tilted(REF_LOGPS, REWARDS, betas)
     axes.plot(kl(curve, REF_LOGPS), curve.exp() @ REWARDS, color=BLUE, label="optima of Eq 3, any β")
-    for beta in BETAS:
+    for beta, name, offset in ((0.05, "0.05 and 0.1", (-64, -14)), (1.0, "1", (8, -12)), (5.0, "5", (8, 0))):
         policy = fit_dpo(labels(REWARDS, PAIRS), PAIRS, beta).policy
         place = (float(kl(policy.log(), REF_LOGPS)), float(policy @ REWARDS))
         axes.plot(*place, "o", color=ORANGE)
-        axes.annotate(f"{beta:g}", place, xytext=(6, -12), textcoords="offset points", fontsize=8)
+        axes.annotate(name, place, xytext=offset, textcoords="offset points", fontsize=8)
 
     axes.plot([], [], "o", color=ORANGE, label="optima of DPO, with β")
     axes.plot(0, float(REF_LOGPS.exp() @ REWARDS), "s", color=BLACK, label="π_ref", zorder=3)
@@ -1425,13 +1425,14 @@ def plot_descent(axes: "Axes") -> None:
         without = divergences_of_descent(beta, has_noise=False)
         axes.semilogx(steps, without, "--", color=color, label=f"noise-free labels, β = {beta:g}")
     axes.axhline(-math.log(0.1), color=GREY, linestyle=":", label="the best completion alone")
+    axes.set_ylim(-0.1, 3.7)  # room for the legend
     label_axes(axes, "Labels without noise", "steps of gradient descent, rate 1/β²", "KL(π ‖ π_ref) (nats)")
 
 
 @PAPER.figure(
     "Left: no policy lies above the optima of Eq 3, and DPO's optima under Bradley-Terry labels lie on the curve. "
-    "Middle: on sampled pairs DPO and the reward model are consistent. Right: if the better completion always wins, the "
-    "KL grows with the steps at every β; with drawn labels it ends at the optimum's."
+    "Middle: on sampled pairs DPO and the reward model are consistent. Right: if the better completion always wins, "
+    "the KL grows with the steps at every β; with drawn labels it ends at the optimum's."
 )
 def optimum() -> "Figure":
     figure, panels = canvas(["abc"], (14, 4.2))
@@ -1457,6 +1458,7 @@ def plot_variance(axes: "Axes") -> None:
             normaliser = float(beta * log_partition(THREE_REFS, THREE_REWARDS, beta))
             with_it.append(gradient_variance(policy_of(beta), THREE_REFS, THREE_REWARDS, beta, normaliser))
         axes.semilogx(betas, with_it, color=color, label=f"{name}, with β log Z")
+    axes.set_ylim(-0.3, 11.5)  # room for the legend
     label_axes(axes, "Variance of the policy gradient, r = (5, 3, 0)", "β", "variance of one sample (squared reward)")
 
 
@@ -1469,6 +1471,7 @@ def plot_one_parameter(axes: "Axes") -> None:
         axes.plot(thetas, logps[:, column], color=color, label=name)
     axes.plot(thetas, thetas, "--", color=PURPLE, label="h, the margin of the pair")
     axes.axvline(0, color=GREY, linestyle=":")
+    axes.set_ylim(-5, 4)  # room for the legend
     axes.annotate("DPO's step", (0.75, -4.6), (0.04, -4.65), arrowprops={"arrowstyle": "->"}, fontsize=8)
     label_axes(axes, "One parameter: log π(chosen) falls from π_ref (θ = 0)", "θ", "log-probability, and h (nats)")
 

@@ -27,7 +27,8 @@ def gradient_moments(logps: Tensor, advantages: Tensor) -> Moments:
     """
     policy = logps.exp()
     units = torch.eye(len(policy), dtype=policy.dtype)
-    gradients = (units - policy) * advantages[:, None]  # one row for each y
+    scores = units - policy  # one row for each y
+    gradients = scores * advantages[:, None]
 
     mean = policy @ gradients
     squares = (gradients - mean).square().sum(1)
@@ -45,11 +46,11 @@ def best_of(policy: Tensor, rewards: Tensor, n: int) -> Tensor:
     """
     order = rewards.argsort()
     at_most = policy[order].cumsum(0)  # P(a sample is at most as good)
-    powers = at_most**n
-    worse = torch.cat([torch.zeros(1, dtype=policy.dtype), powers[:-1]])
+    powers = at_most**n  # P(the best is at most as good)
 
     best = torch.zeros_like(policy)
-    best[order] = powers - worse
+    best[order] = powers
+    best[order[1:]] -= powers[:-1]
     return best
 
 
@@ -74,15 +75,20 @@ def sequences_of_words(length: int) -> list[Sequence]:
     return list(itertools.product(range(WORDS), repeat=length))
 
 
-PREFIXES = [prefix for length in range(HORIZON) for prefix in sequences_of_words(length)]
-COMPLETIONS = [(*prefix, END) for prefix in PREFIXES] + sequences_of_words(HORIZON)
+PREFIXES: list[Sequence] = []  # from short to long
+for length in range(HORIZON):
+    PREFIXES += sequences_of_words(length)
+
+COMPLETIONS = [(*prefix, END) for prefix in PREFIXES]
+COMPLETIONS += sequences_of_words(HORIZON)
 ROW_OF = {prefix: row for row, prefix in enumerate(PREFIXES)}
 
 
 def random_model(seed: int) -> Tensor:
     """Log-probs of the next token after each prefix, (prefixes, tokens), at random."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(len(PREFIXES), WORDS + 1, generator=generator, dtype=torch.float64)
+    shape = (len(PREFIXES), WORDS + 1)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64)
     return logits.log_softmax(1)
 
 
@@ -94,12 +100,14 @@ def along(table: Tensor, sequence: Sequence) -> Tensor:
 
 def along_completions(table: Tensor) -> Tensor:
     """The sum of a table's entries along each completion, (completions,)."""
-    return torch.stack([along(table, completion) for completion in COMPLETIONS])
+    sums = [along(table, completion) for completion in COMPLETIONS]
+    return torch.stack(sums)
 
 
 def along_prefixes(table: Tensor) -> Tensor:
     """The sum of a table's entries along each prefix, (prefixes,)."""
-    return torch.stack([along(table, prefix) for prefix in PREFIXES])
+    sums = [along(table, prefix) for prefix in PREFIXES]
+    return torch.stack(sums)
 
 
 def soft_value(ref: Tensor, rewards: Tensor, beta: float) -> float:
@@ -109,7 +117,7 @@ def soft_value(ref: Tensor, rewards: Tensor, beta: float) -> float:
     """
     values = dict(zip(COMPLETIONS, rewards.unbind(), strict=True))
     for prefix in reversed(PREFIXES):
-        next_values = torch.stack([values[(*prefix, token)] for token in range(WORDS + 1)])
-        log_sum = (ref[ROW_OF[prefix]] + next_values / beta).logsumexp(0)
-        values[prefix] = beta * log_sum
+        next_values = [values[(*prefix, token)] for token in range(WORDS + 1)]
+        log_weights = ref[ROW_OF[prefix]] + torch.stack(next_values) / beta
+        values[prefix] = beta * log_weights.logsumexp(0)
     return float(values[()])

@@ -14,7 +14,7 @@ from algos.rm import rm_loss
 from scripts.lab import enumeration, tabular
 from scripts.lab.claim_files import save_figures
 from scripts.lab.claims import Claim, run_claim
-from scripts.lab.tabular import uniform_logps, vector
+from scripts.lab.tabular import vector
 from scripts.papers import dpo
 
 CLAIMS = {claim.number: claim for claim in dpo.PAPER.claims}
@@ -147,16 +147,16 @@ PLANTED = [
     ("section 3", "tilted", tilted_by_the_product, ["T6"]),
     ("section 3", "entropy", lambda log_p: -tabular.entropy(log_p), ["T6"]),
     ("section 3", "rank_by_preference", lambda rewards, rng: [1, 0], ["T2"]),
-    ("section 4", "dpo_loss", swapped_dpo_loss, ["T10", "T11", "T12", "T13", "T14", "T15", "T17"]),
+    ("section 4", "dpo_loss", swapped_dpo_loss, ["T1", "T10", "T11", "T12", "T13", "T14", "T15", "T17"]),
     ("section 4", "dpo_loss", dpo_loss_without_reference, ["T10", "T11", "T12", "T13", "T14", "L1", "L2"]),
     ("section 4", "dpo_loss", dpo_loss_of_means, ["T10", "T11", "T12", "T13", "T14", "T16", "T17"]),
     ("section 4", "objective", objective_with_half_the_penalty, ["T8", "T9"]),
     ("section 4", "log_partition", log_partition_of_uniform, ["T8", "T9"]),
     ("section 4", "tilted", tilted_by_the_product, ["T13"]),
     ("section 4", "relative_error", lambda beta: 1.0, ["T30"]),
-    ("the gradient", "weighted_gradient", ascending_weight, ["T14", "A7"]),
-    ("the gradient", "pair_weight", lambda margin: 0.5, ["T15", "T17"]),
-    ("the gradient", "unlikelihood", lambda logps: logps[:, 0] - logps[:, 1], ["T17"]),
+    ("The gradient", "weighted_gradient", ascending_weight, ["T14", "A7"]),
+    ("The gradient", "pair_weight", lambda margin: 0.5, ["T15", "T17"]),
+    ("The gradient", "unlikelihood", lambda logps: logps[:, 0] - logps[:, 1], ["T17"]),
     ("section 5.1", "projection", projection_upwards, ["T22", "T23", "T24"]),
     ("section 5.1", "log_partition", log_partition_of_uniform, ["T22", "T23", "T25"]),
     ("section 5.1", "rm_loss", lambda rewards: rewards[:, 0], ["T19", "T21"]),
@@ -169,13 +169,14 @@ PLANTED = [
     ("appendices", "plackett_luce", reversed_ranking, ["A3", "A4", "A6"]),
     ("appendices", "losses_by_index", swapped_losses_by_index, ["A8"]),
     ("appendices", "dpo_loss", swapped_dpo_loss, ["A2", "A4", "A5", "A6", "A7", "A8"]),
-    ("experiments", "frontier", frontier_further_out, ["E3", "E15"]),
-    ("experiments", "dpo_loss", dpo_loss_of_means, ["E3", "E4", "E5"]),
-    ("experiments", "NOISE_FREE", dpo.PAIRS, ["E5"]),
-    ("experiments", "along_completions", along_first_tokens, ["E6"]),
-    ("experiments", "best_of", best_of_one_less, ["E14", "E15"]),
-    ("experiments", "kappa", agreement_without_chance, ["E17", "E27"]),
-    ("experiments", "HUMAN_WINS", dpo.JUDGE_WINS["S"], ["E17", "E18"]),
+    ("Experiments", "frontier", frontier_further_out, ["E3", "E15"]),
+    ("Experiments", "dpo_loss", dpo_loss_of_means, ["E4", "E5"]),
+    ("Experiments", "dpo_loss", dpo_loss_without_reference, ["E3", "E4", "E5"]),
+    ("Experiments", "NOISE_FREE", dpo.PAIRS, ["E5"]),
+    ("Experiments", "along_completions", along_first_tokens, ["E6"]),
+    ("Experiments", "best_of", best_of_one_less, ["E14", "E15"]),
+    ("Experiments", "kappa", agreement_without_chance, ["E17", "E27"]),
+    ("Experiments", "HUMAN_WINS", dpo.JUDGE_WINS["S"], ["E17", "E18"]),
 ]
 
 

@@ -142,14 +142,14 @@ def along_first_tokens(table: Tensor) -> Tensor:
 
 PLANTED = [
     # section, name in the module, the wrong one, claims that turn
-    ("section 3", "rm_loss", swapped_rm_loss, ["T2", "T3", "T4"]),
+    ("section 3", "rm_loss", swapped_rm_loss, ["T2", "T3"]),
     ("section 3", "objective", objective_with_half_the_penalty, ["T7"]),
     ("section 3", "tilted", tilted_by_the_product, ["T6"]),
     ("section 3", "entropy", lambda log_p: -tabular.entropy(log_p), ["T6"]),
     ("section 3", "rank_by_preference", lambda rewards, rng: [1, 0], ["T2"]),
-    ("section 4", "dpo_loss", swapped_dpo_loss, ["T1", "T10", "T11", "T12", "T13", "T14", "T15", "T17"]),
-    ("section 4", "dpo_loss", dpo_loss_without_reference, ["T10", "T11", "T12", "T13", "T14", "L1", "L2"]),
-    ("section 4", "dpo_loss", dpo_loss_of_means, ["T10", "T11", "T12", "T13", "T14", "T16", "T17"]),
+    ("section 4", "dpo_loss", swapped_dpo_loss, ["T10", "T11", "T12", "T14", "T15", "T17"]),
+    ("section 4", "dpo_loss", dpo_loss_without_reference, ["T1", "T11", "T12", "L1", "L2"]),
+    ("section 4", "dpo_loss", dpo_loss_of_means, ["T10", "T11", "T12", "T14", "T16", "T17"]),
     ("section 4", "objective", objective_with_half_the_penalty, ["T8", "T9"]),
     ("section 4", "log_partition", log_partition_of_uniform, ["T8", "T9"]),
     ("section 4", "tilted", tilted_by_the_product, ["T13"]),
@@ -170,7 +170,7 @@ PLANTED = [
     ("appendices", "losses_by_index", swapped_losses_by_index, ["A8"]),
     ("appendices", "dpo_loss", swapped_dpo_loss, ["A2", "A4", "A5", "A6", "A7", "A8"]),
     ("Experiments", "frontier", frontier_further_out, ["E3", "E15"]),
-    ("Experiments", "dpo_loss", dpo_loss_of_means, ["E4", "E5"]),
+    ("Experiments", "dpo_loss", dpo_loss_of_means, ["E4"]),
     ("Experiments", "dpo_loss", dpo_loss_without_reference, ["E3", "E4", "E5"]),
     ("Experiments", "NOISE_FREE", dpo.PAIRS, ["E5"]),
     ("Experiments", "along_completions", along_first_tokens, ["E6"]),
@@ -320,8 +320,8 @@ def test_fitted_rewards_of_counts_by_hand() -> None:
 def test_shares_of_drawn_pairs() -> None:
     shares = dpo.draw_pairs(10_000)
     assert shares.shape == (dpo.RUNS, 12)
-    assert_close(shares.double().sum(1), torch.ones(dpo.RUNS, dtype=torch.float64), 1e-6)
-    assert_close(shares.mean(0).double(), dpo.LABELS, 0.003)
+    assert_close(shares.sum(1), torch.ones(dpo.RUNS, dtype=torch.float64))
+    assert_close(shares.mean(0), dpo.LABELS, 0.003)
 
 
 def test_relative_error_over_all_completions() -> None:

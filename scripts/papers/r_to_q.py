@@ -1305,7 +1305,7 @@ def the_implied_q_need_not_rise() -> Iterator[Finding]:
 # ---------------------------------------------------------------- beyond the token MDP
 
 BEYOND = PAPER.section("Beyond the token MDP (§6, appendices)")
-GRID = torch.linspace(-6, 6, 64, dtype=torch.float64)
+GRID = torch.linspace(-6, 6, 65, dtype=torch.float64)
 NUM_STEPS = 4
 SHRINKAGE = 0.8
 STEP_SCALE = 0.6
@@ -1332,7 +1332,7 @@ def gaussian_value(x: Tensor) -> Tensor:
 def diffusion_has_the_bijection_too() -> Iterator[Finding]:
     """Rewards and optimal Q-functions are one to one in the diffusion MDP, and the optimum is the tilted reference.
 
-    Four Gaussian denoising steps on a grid of 64 points, random rewards at all steps; and -(x_0 - 1)², β = 1/2, whose
+    Four Gaussian denoising steps on a grid of 65 points, random rewards at all steps; and -(x_0 - 1)², β = 1/2, whose
     V* has a closed form. The sums stand for integrals, which must exist: Q* = 0 on the whole line has no V*.
     """
     rewards = normal(*STEP_LOGPS.shape, seed=23)
@@ -1545,7 +1545,7 @@ def token_rewards_on_the_tree() -> "Figure":
         axes = axes_of[name]
         image = draw_table(axes, table, order, limit=5)
         label_axes(axes, title, "step t", "")
-        axes.set_yticks(range(len(labels)), [])
+        axes.set_yticks([])
     axes_of["dense"].set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
     axes_of["dense"].set_ylabel("trajectory (■ = EOS)")
     figure.colorbar(image, ax=list(axes_of.values()), label="reward of the token", shrink=0.8)
@@ -1632,7 +1632,7 @@ def diffusion_on_a_grid() -> "Figure":
     axes.plot(GRID, gaussian_value(GRID), color=GREY, linewidth=4, alpha=0.5, label="closed form")
     axes.plot(GRID, best.v[0], color=BLUE, label="backward induction")
     axes.set_xlim(-4, 4)
-    axes.set_ylim(-4, 0)
+    axes.set_ylim(-2.2, 0)
     label_axes(axes, "the value of the noise", "x_T", "V*(x_T) (units of reward)")
     return figure
 

@@ -30,14 +30,24 @@ class TreeMDP:
         self.horizon = horizon
         self.eos = eos
 
-        sequences = list(self._all_sequences())
-        self.states = [sequence for sequence in sequences if not self.is_terminal(sequence)]  # from short to long
-        self.row_of = {state: row for row, state in enumerate(self.states)}
-        self.paths = [path for path in sequences if self.is_terminal(path) and path[:-1] in self.row_of]
+        self.states: list[State] = []  # from short to long
+        self.paths: list[State] = []
+        self.row_of: dict[State, int] = {}
+        for sequence in self._all_sequences():
+            if not self.is_terminal(sequence):
+                self.row_of[sequence] = len(self.states)
+                self.states.append(sequence)
+            elif sequence[:-1] in self.row_of:
+                self.paths.append(sequence)
 
-        next_rows = [self.row_of.get((*state, action), len(self.states)) for state, action in self.choices()]
+        next_rows = []
+        for state, action in self.choices():
+            next_state = (*state, action)
+            next_rows.append(self.row_of.get(next_state, len(self.states)))
         self.next_rows = torch.tensor(next_rows).view(self.shape)  # (S, A), S where the next state is terminal
-        self.visits = torch.stack([self._visits_of(path) for path in self.paths])  # (paths, S * A), 0 or 1
+
+        visits = [self._visits_of(path) for path in self.paths]
+        self.visits = torch.stack(visits)  # (paths, S * A), 0 or 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,7 +92,8 @@ class TreeMDP:
         """The sparse rewards of given returns: all at the last action, (paths,) → (S, A)."""
         rewards = torch.zeros(self.shape, dtype=torch.float64)
         for path, reward in zip(self.paths, returns.tolist(), strict=True):
-            rewards[self.row_of[path[:-1]], path[-1]] = reward
+            row = self.row_of[path[:-1]]
+            rewards[row, path[-1]] = reward
         return rewards
 
     def policy_of(self, path_logps: Tensor) -> Tensor:
@@ -94,17 +105,19 @@ class TreeMDP:
 
     def next_values(self, values: Tensor, terminal: float = 0.0) -> Tensor:
         """The value of the next state, which is `terminal` where the trajectory ends: (..., S) → (..., S, A)."""
-        padding = torch.full_like(values[..., :1], terminal)
-        return torch.cat([values, padding], -1)[..., self.next_rows]
+        at_the_end = torch.full_like(values[..., :1], terminal)
+        padded = torch.cat([values, at_the_end], -1)
+        return padded[..., self.next_rows]
 
     def solve(self, rewards: Tensor, ref_logps: Tensor, beta: float) -> Solution:
         """Eqs 5 to 7 from the last states backwards."""
         q = rewards + beta * ref_logps
-        v = torch.zeros(*q.shape[:-2], len(self.states) + 1, dtype=q.dtype)  # the last is that of terminal states
+        v = torch.zeros_like(q[..., 0])
         for row in reversed(range(len(self.states))):
-            q[..., row, :] += v[..., self.next_rows[row]]
-            v[..., row] = beta * (q[..., row, :] / beta).logsumexp(-1)
-        v = v[..., :-1]
+            next_values = self.next_values(v)
+            q[..., row, :] += next_values[..., row, :]
+            scaled = q[..., row, :] / beta
+            v[..., row] = beta * scaled.logsumexp(-1)
         return Solution(q, v, (q - v.unsqueeze(-1)) / beta)
 
     def inverse(self, q: Tensor, ref_logps: Tensor, beta: float) -> Tensor:

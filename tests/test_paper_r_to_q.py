@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from scripts.lab.claims import Claim, run_claim
 from scripts.lab.grid_mdp import end_logps, gaussian_steps, solve_chain
 from scripts.lab.notices import make_notice, make_sft_row, oracle
-from scripts.lab.tree_mdp import TreeMDP
+from scripts.lab.tree_mdp import Solution, TreeMDP
 from scripts.papers import r_to_q
 
 CLAIMS = {claim.number: claim for claim in r_to_q.PAPER.claims}
@@ -53,6 +53,7 @@ original_dpo_loss = r_to_q.dpo_loss
 original_eq_16 = r_to_q.eq_16
 original_shaped = TreeMDP.shaped
 original_inverse = TreeMDP.inverse
+original_solve = TreeMDP.solve
 original_solve_chain = r_to_q.solve_chain
 original_end_logps = r_to_q.end_logps
 
@@ -105,6 +106,10 @@ def inverse_without_reference(tree: TreeMDP, q: Tensor, ref_logps: Tensor, beta:
     return original_inverse(tree, q, torch.zeros_like(ref_logps), beta)
 
 
+def solve_without_reference(tree: TreeMDP, rewards: Tensor, ref_logps: Tensor, beta: float) -> Solution:
+    return original_solve(tree, rewards, torch.zeros_like(ref_logps), beta)
+
+
 def eq_16_with_minus(logps: Tensor, ref_logps: Tensor, actions: Tensor, beta: float) -> Tensor:
     return -original_eq_16(logps, ref_logps, actions, beta)
 
@@ -138,6 +143,12 @@ MISTAKES: dict[str, Mistake] = {
     "means for sums": (r_to_q, "token_dpo_loss", loss_of_means, ["C1", "C11", "C12"]),
     "chosen and rejected swapped": (r_to_q, "dpo_loss", swapped_dpo_loss, ["C5", "C14", "C19", "C60", "C64"]),
     "no reference in the loss": (r_to_q, "dpo_loss", dpo_loss_without_reference, ["C5", "C13", "C21"]),
+    "no π_ref in Bellman's equation": (
+        TreeMDP,
+        "solve",
+        solve_without_reference,
+        ["C2", "C3", "C6", "C7", "C10", "C17", "C33"],
+    ),
     "no V* in the inverse": (TreeMDP, "inverse", inverse_without_next, ["C8", "C15"]),
     "no π_ref in the inverse": (TreeMDP, "inverse", inverse_without_reference, ["C8", "C15"]),
     "the potential's sign": (TreeMDP, "shaped", shaped_with_minus, ["C15", "C17"]),

@@ -27,6 +27,7 @@ from algos.token_dpo_beam import (
     token_dpo_loss,
     token_rewards,
 )
+from scripts.lab.tree_mdp import TreeMDP
 from shared import NonFinite, UserError
 from shared.batches import Batches
 from shared.distributed import single_process
@@ -166,142 +167,82 @@ def test_the_loss_and_its_gradient_are_those_of_dpo(beta: float) -> None:
 
 # ---------------------------------------------------------------- Theorem 1
 
-TOKENS = 3
-END = 2
-HORIZON = 4
+TREE = TreeMDP(num_tokens=3, horizon=4, eos=2)
 SCALE = 0.7  # β
-State = tuple[int, ...]
-
-
-def is_terminal(state: State) -> bool:
-    """After the EOS, or after the last action."""
-    return len(state) == HORIZON or END in state
-
-
-def all_sequences() -> Iterable[State]:
-    """All sequences of at most HORIZON tokens, from short to long."""
-    for length in range(HORIZON + 1):
-        yield from itertools.product(range(TOKENS), repeat=length)
-
-
-STATES = [state for state in all_sequences() if not is_terminal(state)]
-PATHS = [path for path in all_sequences() if is_terminal(path) and not is_terminal(path[:-1])]
-ROW_OF = {state: row for row, state in enumerate(STATES)}
-
-
-def along(table: Tensor, *paths: State) -> Tensor:
-    """The values of a (states, actions) table on the way from the empty state along paths, one after another."""
-    rows = []
-    actions = []
-    for path in paths:
-        for t, action in enumerate(path):
-            rows.append(ROW_OF[path[:t]])
-            actions.append(action)
-    return table[rows, actions]
-
-
-def along_all_paths(table: Tensor) -> Tensor:
-    """(paths,) the sum along each path."""
-    return torch.stack([along(table, path).sum() for path in PATHS])
-
-
-def solve(rewards: Tensor, ref: Tensor) -> tuple[dict[State, Tensor], Tensor]:
-    """Eqs 5 to 7 from the last states backwards: V* of each state, log π* (states, actions)."""
-    q = rewards + SCALE * ref
-    v = {}
-    for state in reversed(STATES):
-        q_of_state = q[ROW_OF[state]]
-        for action in range(TOKENS):
-            next_state = (*state, action)
-            if not is_terminal(next_state):
-                q_of_state[action] += v[next_state]
-        worths = (q_of_state / SCALE).exp()
-        v[state] = SCALE * worths.sum().log()
-    values = torch.stack([v[state] for state in STATES])
-    return v, (q - values[:, None]) / SCALE
-
-
-def shape(rewards: Tensor, potential: dict[State, Tensor]) -> Tensor:
-    """Definition 1, r + Φ(s') − Φ(s); Φ is 0 at terminal states."""
-    shaped = rewards.clone()
-    for state, action in itertools.product(STATES, range(TOKENS)):
-        next_state = (*state, action)
-        shaped[ROW_OF[state], action] -= potential[state]
-        if not is_terminal(next_state):
-            shaped[ROW_OF[state], action] += potential[next_state]
-    return shaped
 
 
 def preferences(rewards: Tensor) -> Tensor:
     """Eq 1, P(τ_i ≻ τ_j) (paths, paths)."""
-    worths = along_all_paths(rewards).exp()
+    worths = by_hand(rewards).exp()
     return worths[:, None] / (worths[:, None] + worths)
 
 
 def losses_of_all_pairs(logps: Tensor, ref: Tensor) -> Tensor:
     """What the code under test makes of all ordered pairs of paths, (paths, paths)."""
     paths = []
-    for pair in itertools.product(PATHS, repeat=2):
+    for pair in itertools.product(TREE.paths, repeat=2):
         paths += pair
-    ref_logps = along(ref, *paths)
-    rewards = token_rewards(along(logps, *paths), ref_logps, SCALE)
+    ref_logps = TREE.along(ref, *paths)
+    rewards = token_rewards(TREE.along(logps, *paths), ref_logps, SCALE)
     lengths = torch.tensor([len(path) for path in paths])
     losses = token_dpo_loss(rewards, lengths.view(-1, 2))
-    return losses.view(len(PATHS), -1)
+    return losses.view(len(TREE.paths), -1)
+
+
+def by_hand(table: Tensor) -> Tensor:
+    """The sum of a table along each trajectory, (trajectories,)."""
+    return torch.stack([TREE.along(table, path).sum() for path in TREE.paths])
 
 
 @pytest.fixture(scope="module")
 def rewards() -> Tensor:
     """Random dense rewards (states, actions)."""
-    return double(len(STATES), TOKENS, seed=1)
+    return double(*TREE.shape, seed=1)
 
 
 @pytest.fixture(scope="module")
 def ref() -> Tensor:
     """A random log π_ref (states, actions)."""
-    return double(len(STATES), TOKENS, seed=2).log_softmax(1)
+    return double(*TREE.shape, seed=2).log_softmax(1)
 
 
 def test_soft_bellman_backups_solve_the_kl_regularised_problem(rewards: Tensor, ref: Tensor) -> None:
     """π*(τ) ∝ π_ref(τ) exp(r(τ) / β) over all trajectories, with V*(s_0) as its normaliser; Eqs 12 and 13."""
-    assert len(STATES) == 15
-    assert len(PATHS) == 31
-    v, best = solve(rewards, ref)
+    assert len(TREE.states) == 15
+    assert len(TREE.paths) == 31
+    _, v, best = TREE.solve(rewards, ref, SCALE)
     sums = best.exp().sum(1)
     assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-12)
 
-    start = v[()]
-    log_worths = along_all_paths(ref + rewards / SCALE)
-    logps = along_all_paths(best)
-    assert_close(logps, log_worths.log_softmax(0), rtol=0, atol=1e-12)
-    assert_close(SCALE * log_worths.logsumexp(0), start, rtol=0, atol=1e-12)
+    log_worths = by_hand(ref + rewards / SCALE)
+    assert_close(by_hand(best), log_worths.log_softmax(0), rtol=0, atol=1e-12)
+    assert_close(SCALE * log_worths.logsumexp(0), v[0], rtol=0, atol=1e-12)
 
     objectives = rewards + SCALE * ref
-    for state in STATES[1:]:  # a partial expansion: V*(s_0) has a plus
-        objective = along(objectives, state).sum() + v[state]
-        log_probability = along(best, state).sum()
-        assert_close(objective, start + SCALE * log_probability, rtol=0, atol=1e-12)
+    for state, value in zip(TREE.states[1:], v[1:], strict=True):  # a partial expansion: V*(s_0) has a plus
+        objective = TREE.along(objectives, state).sum() + value
+        log_probability = TREE.along(best, state).sum()
+        assert_close(objective, v[0] + SCALE * log_probability, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed, scale", [(3, 1.0), (4, 10.0)])
 def test_shaped_rewards_share_policy_and_preferences(rewards: Tensor, ref: Tensor, seed: int, scale: float) -> None:
     """Half of Theorem 1."""
-    _, best = solve(rewards, ref)
-    values = double(len(STATES), seed=seed, scale=scale)
-    potential = dict(zip(STATES, values, strict=True))
-    shaped = shape(rewards, potential)
+    best = TREE.solve(rewards, ref, SCALE)
+    potential = double(len(TREE.states), seed=seed, scale=scale)
+    shaped = TREE.shaped(rewards, potential)
     assert (shaped - rewards).abs().max() > 1
-    _, best_of_shaped = solve(shaped, ref)
-    assert_close(best_of_shaped, best, rtol=0, atol=1e-11)
+    best_of_shaped = TREE.solve(shaped, ref, SCALE)
+    assert_close(best_of_shaped.logps, best.logps, rtol=0, atol=1e-11)
     assert_close(preferences(shaped), preferences(rewards), rtol=0, atol=1e-11)
 
 
 def test_theorem_1(rewards: Tensor, ref: Tensor) -> None:
     """β log π*/π_ref is a shaped reward, and has the preferences' log-loss."""
-    v, best = solve(rewards, ref)
+    _, v, best = TREE.solve(rewards, ref, SCALE)
     wanted = preferences(rewards)
     implicit = token_rewards(best, ref, SCALE)  # Eq 11
-    assert_close(implicit, shape(rewards, v), rtol=0, atol=1e-12)  # Eq 10
+    assert_close(implicit, TREE.shaped(rewards, v), rtol=0, atol=1e-12)  # Eq 10
     assert_close(preferences(implicit), wanted, rtol=0, atol=1e-12)  # Eq 8
     losses = losses_of_all_pairs(best, ref)
     assert_close(losses.double(), -wanted.log(), rtol=1e-6, atol=1e-7)
@@ -314,7 +255,7 @@ def test_theorem_1(rewards: Tensor, ref: Tensor) -> None:
 
 def test_the_expected_loss_is_least_at_the_optimal_policy(rewards: Tensor, ref: Tensor) -> None:
     """Tabular logits from π_ref to convergence under the preferences of the rewards: π*, token by token."""
-    _, best = solve(rewards, ref)
+    best = TREE.solve(rewards, ref, SCALE).logps
     probabilities = preferences(rewards)
     logits = ref.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -337,6 +278,7 @@ def test_the_expected_loss_is_least_at_the_optimal_policy(rewards: Tensor, ref: 
 # ---------------------------------------------------------------- beam search
 
 EOS = 3
+State = tuple[int, ...]
 Beams = list[tuple[list[int], float]]  # ids and log π of completions
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from algos.dpo import dpo_loss
 from algos.token_dpo_beam import Beam, extend, likeliest, proxy_logps, token_dpo_loss, token_rewards
 from algos.typo import typo_loss
-from scripts.lab.claim_files import Args, run_paper
+from scripts.lab.claim_files import Args, paper_command
 from scripts.lab.claims import (
     Finding,
     Paper,
@@ -1749,7 +1749,7 @@ def diffusion_on_a_grid() -> "Figure":
 
 
 def main(args: Args) -> None:
-    run_paper(PAPER, args)
+    paper_command(PAPER, args)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,12 @@ Details the equation leaves open:
 4. `--label-smoothing` ε, for pairs, is in the paper's code but not in the paper. A label is wrong with probability ε.
 5. The paper trains with RMSprop and 150 steps of warm-up. Here, as in every file, the optimizer is AdamW.
 6. The batch's loss is the mean over the groups of the whole global batch.
-7. Errors in the paper: Appendix A.4 has w and l swapped against Eq 7, in Eqs 21 and 22 and in the weight σ of the final
-   gradient. Section 4 has them right. A.2 calls the probability σ(β h) the loss of Eq 7, which is -log σ(β h). Section
-   4 says that the gradient increases the likelihood of y_w. It increases h, and π_θ(y_w|x) may still fall.
+7. The optimum is unique only if the pairs connect all completions of a prompt, and finite only if each of them also
+   loses: on pairs that are always labelled the same, h grows at every β, and the number of steps sets the KL.
+8. Errors in the paper (docs/errata.md): Appendix A.4 has w and l swapped against Eq 7, in Eqs 21 and 22 and in the
+   weight σ of the final gradient. Section 4 has them right. A.2 calls the probability σ(β h) the loss of Eq 7, which is
+   -log σ(β h). Section 4 says that the gradient increases the likelihood of y_w. It increases h. Where completions
+   share parameters, π_θ(y_w|x) may fall (`python scripts/papers/dpo.py --claim T16`).
 
 Rows (docs/rows.md): pairs, or K ranked completions.
 

@@ -7,7 +7,7 @@
 
 Details the equations leave open:
 1. A state is the prompt with the completion so far. An action is its next token, and the last action is the EOS. Summed
-   over a completion, r is β ρ of algos/dpo.py. The loss and its gradient are DPO's.
+   over a completion, r is β ρ of algos/dpo.py. The loss and its gradient are DPO's: of a return, not of a dense reward.
 2. π_ref is the starting model, or `--reference`. Its token log-probs are computed once, before the first step.
 3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, into beams.jsonl.
 4. Scores are not divided by the length, as in Eq 13. All tokens take part (appendix E states top-k 50).
@@ -15,7 +15,7 @@ Details the equations leave open:
    are finished, and the `width` best others go on. The search stops when none can overtake the `width` best finished
    ones (as in transformers' `generate`). Ties go to the better beam, then to the lower id.
 6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; exp(r) for exp(r/β) and -Z(x) for +β log Z(x)
-   in section 3.3; π(s|a) for π(a|s) in section 5.1. By Eq 5, Eq 15 lacks the π_ref of Eq 14.
+   in section 3.3; π(s|a) for π(a|s) in section 5.1. By Eq 5, Eq 15 lacks π_ref, and has the β of the proxy's training.
 
 Rows (docs/rows.md): pairs.
 

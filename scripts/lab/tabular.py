@@ -145,3 +145,12 @@ def newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
     inverse = torch.where(is_curved, 1 / curvature, 0)
     rotated_gradient = eigenvectors.T @ gradient
     return -eigenvectors @ (inverse * rotated_gradient)
+
+
+def descend(loss: Callable[[Tensor], Tensor], start: Tensor, rate: float, num_steps: int) -> Tensor:
+    """The path of gradient descent on a scalar function of a vector, from the start on: (num_steps + 1, size)."""
+    gradient_of = torch.func.grad(loss)
+    path = [start]
+    for _ in range(num_steps):
+        path.append(path[-1] - rate * gradient_of(path[-1]))
+    return torch.stack(path)

@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,17 @@ from torch import Tensor
 def vector(*values: float) -> Tensor:
     """A float64 tensor of the given values."""
     return torch.tensor(values, dtype=torch.float64)
+
+
+def matrix(rows: Sequence[Any]) -> Tensor:
+    """A float64 tensor of the given rows, which may be nested."""
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Independent standard normal numbers of that shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def uniform_logps(num_completions: int) -> Tensor:

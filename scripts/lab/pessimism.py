@@ -92,7 +92,7 @@ class Ball(NamedTuple):
     size: float  # λ
 
     def score(self, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-        """Eq 8 over the ball. The least ⟨π - π_ref, δ⟩ is -√(λ ⟨π - π_ref, M⁺ (π - π_ref)⟩). logps (..., arms) → (...)."""
+        """Eq 8 over the ball, for log π (..., arms) → (...). With d = π - π_ref, the least ⟨d, δ⟩ is -√(λ ⟨d, M⁺ d⟩)."""
         differences = logps.exp() - ref_logps.exp()
         squares = (differences @ torch.linalg.pinv(self.matrix)) * differences
         margin = math.sqrt(self.size) * squares.sum(-1).sqrt()

@@ -19,6 +19,11 @@ def matrix(rows: Sequence[Any]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def grid(start: float, end: float, count: int) -> Tensor:
+    """Evenly spaced float64 numbers, both ends included: (count,)."""
+    return torch.linspace(start, end, count, dtype=torch.float64)
+
+
 def normal(*shape: int, seed: int) -> Tensor:
     """Independent standard normal numbers of that shape."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,17 +5,19 @@ Policies are tabular, in float64. r̄ is the reward of a convex hull whose optim
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scripts.lab.tabular import kl, minimise, tilted
+from scripts.lab.tabular import grid, kl, minimise, tilted, vector
 
 
 def pessimistic_score(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """Eq 8: min_i (E_π r_i - E_ref r_i) - β KL(π ‖ π_ref), for log π (..., arms) and the rewards (models, arms)."""
-    return advantages(logps, ref_logps, rewards).amin(-1) - beta * kl(logps, ref_logps)
+    least = advantages(logps, ref_logps, rewards).amin(-1)
+    return least - beta * kl(logps, ref_logps)
 
 
 def advantages(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
@@ -26,7 +28,8 @@ def advantages(logps: Tensor, ref_logps: Tensor, rewards: Tensor) -> Tensor:
 
 def forward_kls(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """KL(π_ref ‖ π_r) in nats, π_r being the optimal policy of r: rewards (..., arms) → (...)."""
-    return kl(ref_logps, tilted(ref_logps, rewards, beta))
+    logps = tilted(ref_logps, rewards, beta)
+    return kl(ref_logps, logps)
 
 
 # ---------------------------------------------------------------- the convex hull
@@ -47,16 +50,22 @@ def least_divergent(ref_logps: Tensor, rewards: Tensor, beta: float) -> HullPoin
     itself: the best of all such minima with no negative weight is taken.
     """
     points = []
-    num_models = len(rewards)
-    for size in range(1, num_models + 1):
-        for members in itertools.combinations(range(num_models), size):
-            weights = torch.zeros(num_models, dtype=torch.float64)
-            weights[list(members)] = plane_minimum(ref_logps, rewards[list(members)], beta)
-            mixture = weights @ rewards
-            points.append(HullPoint(weights, mixture, float(forward_kls(ref_logps, mixture, beta))))
+    for members in subsets(len(rewards)):
+        weights = torch.zeros(len(rewards), dtype=torch.float64)
+        weights[members] = plane_minimum(ref_logps, rewards[members], beta)
+        mixture = weights @ rewards
+        divergence = forward_kls(ref_logps, mixture, beta)
+        points.append(HullPoint(weights, mixture, float(divergence)))
 
     inside = [point for point in points if point.weights.min() >= -1e-12]
     return min(inside, key=lambda point: point.divergence)
+
+
+def subsets(count: int) -> Iterator[list[int]]:
+    """All subsets of the numbers below `count` but the empty one."""
+    for size in range(1, count + 1):
+        for members in itertools.combinations(range(count), size):
+            yield list(members)
 
 
 def plane_minimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -69,7 +78,8 @@ def plane_minimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
     def divergence(weights: Tensor) -> Tensor:
         return forward_kls(ref_logps, rewards[0] + weights @ directions, beta)
 
-    others = minimise(divergence, torch.zeros(len(directions), dtype=torch.float64)).parameters
+    start = torch.zeros(len(directions), dtype=torch.float64)
+    others = minimise(divergence, start).parameters
     first = 1 - others.sum(0, keepdim=True)
     return torch.cat([first, others])
 
@@ -80,7 +90,9 @@ def plane_minimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
 def gap_matrix(pairs: Tensor, weights: Tensor, num_arms: int) -> Tensor:
     """M with δᵀ M δ = Σ_ρ ρ(y_1, y_2) (δ(y_1) - δ(y_2))², for the weights ρ of the pairs: (arms, arms)."""
     identity = torch.eye(num_arms, dtype=torch.float64)
-    differences = identity[pairs[:, 0]] - identity[pairs[:, 1]]  # (pairs, arms)
+    firsts = identity[pairs[:, 0]]
+    seconds = identity[pairs[:, 1]]
+    differences = firsts - seconds  # (pairs, arms)
     return differences.T @ (weights[:, None] * differences)
 
 
@@ -94,21 +106,26 @@ class Ball(NamedTuple):
     def score(self, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
         """Eq 8 over the ball, for log π (..., arms) → (...). With d = π - π_ref, the least ⟨d, δ⟩ is -√(λ ⟨d, M⁺ d⟩)."""
         differences = logps.exp() - ref_logps.exp()
-        squares = (differences @ torch.linalg.pinv(self.matrix)) * differences
+        inverse = torch.linalg.pinv(self.matrix)
+        squares = (differences @ inverse) * differences
         margin = math.sqrt(self.size) * squares.sum(-1).sqrt()
-        return differences @ self.rewards - margin - beta * kl(logps, ref_logps)
+        advantage = differences @ self.rewards
+        return advantage - margin - beta * kl(logps, ref_logps)
 
     def boundary(self, count: int) -> Tensor:
         """Rewards on the boundary of the ball, for three arms: (count, 3)."""
         directions = plane_directions(count)
         squares = (directions @ self.matrix) * directions
         lengths = squares.sum(1, keepdim=True).sqrt()
-        return self.rewards + math.sqrt(self.size) * directions / lengths
+        radius = math.sqrt(self.size)
+        return self.rewards + radius * directions / lengths
 
 
 def plane_directions(count: int) -> Tensor:
     """Unit vectors in all directions of the plane of rewards whose sum is 0, for three arms: (count, 3)."""
-    angles = torch.arange(count, dtype=torch.float64) * 2 * math.pi / count
-    first = torch.tensor([1, -1, 0], dtype=torch.float64) / math.sqrt(2)
-    second = torch.tensor([1, 1, -2], dtype=torch.float64) / math.sqrt(6)
-    return angles.cos()[:, None] * first + angles.sin()[:, None] * second
+    angles = grid(0, 2 * math.pi, count + 1)[:-1]
+    first = vector(1, -1, 0) / math.sqrt(2)
+    second = vector(1, 1, -2) / math.sqrt(6)
+    along_first = angles.cos()[:, None] * first
+    along_second = angles.sin()[:, None] * second
+    return along_first + along_second

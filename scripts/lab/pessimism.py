@@ -104,7 +104,7 @@ class Ball(NamedTuple):
     size: float  # λ
 
     def score(self, logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-        """Eq 8 over the ball, for log π (..., arms) → (...). With d = π - π_ref, the least ⟨d, δ⟩ is -√(λ ⟨d, M⁺ d⟩)."""
+        """Eq 8 over the ball, for log π (..., arms) → (...): with d = π - π_ref, the least ⟨d, δ⟩ is -√(λ dᵀ M⁺ d)."""
         differences = logps.exp() - ref_logps.exp()
         inverse = torch.linalg.pinv(self.matrix)
         squares = (differences @ inverse) * differences

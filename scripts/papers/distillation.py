@@ -1127,6 +1127,16 @@ def p_dpo_is_pessimistic() -> Iterator[Finding]:
     yield below("best of 2,000 other policies less that, half of them near", vector(*excesses))
 
 
+def exact_pdpo_policy(pairs: Tensor, num_arms: int, beta: float, alpha: float) -> Tensor:
+    """p-DPO's optimum over the probabilities of all arms, with a uniform π_ref and the exact KL(π_ref ‖ π)."""
+    ref_logps = uniform_logps(num_arms)
+
+    def losses(logps: Tensor) -> Tensor:
+        return dpo_loss(logps[pairs], ref_logps[pairs], beta) + beta / alpha * kl(ref_logps, logps)
+
+    return fit_policy(losses, vector(1 / len(pairs)), ref_logps).policy
+
+
 @PESSIMISTIC_DPO.claim("T28", "§3.3")
 def dpo_gains_little_from_large_rewards() -> Iterator[Finding]:
     """Past a certain point DPO's loss hardly falls while the reward grows without bound. With γ > 0 finite rewards are
@@ -1149,6 +1159,12 @@ def dpo_gains_little_from_large_rewards() -> Iterator[Finding]:
         margin = float((optimum[0] / optimum[1]).log())
         errors.append(margin - math.log(1 + 2 / gamma))
     yield vanishes("γ from .1 to 1e-4, h of p-DPO's optimum less log(1 + 2/γ)", vector(*errors), 1e-7)
+
+
+def pdpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, alpha: float) -> Tensor:
+    """Eq 13 with γ = β/α and Ω on the pairs themselves. logps, ref_logps (B, 2) → (B,)."""
+    losses = dpo_loss(logps, ref_logps, beta)
+    return pessimistic_loss(losses, logps, beta / alpha)
 
 
 @PESSIMISTIC_DPO.claim("T29", "Eq 13")
@@ -1221,12 +1237,6 @@ SINGLE_PAIR = PAPER.section("One pair")
 PAIR_REF = vector(0.4, 0.2).log()  # π_ref of the winner and the loser; a third arm has the rest
 
 
-def pdpo_loss(logps: Tensor, ref_logps: Tensor, beta: float, alpha: float) -> Tensor:
-    """Eq 13 with γ = β/α and Ω on the pairs themselves. logps, ref_logps (B, 2) → (B,)."""
-    losses = dpo_loss(logps, ref_logps, beta)
-    return pessimistic_loss(losses, logps, beta / alpha)
-
-
 @functools.cache
 def pdpo_margin(beta: float, alpha: float) -> float:
     """β h at p-DPO's optimum over log π_θ(y_l), with π_θ(y_w) = .3 and π_θ(y_l) unbounded (Proposition 3)."""
@@ -1262,16 +1272,6 @@ def pdpo_policy(pairs: Tensor, num_arms: int, beta: float, alpha: float) -> Tens
 
     def losses(logps: Tensor) -> Tensor:
         return pdpo_loss(logps[pairs], ref_logps[pairs], beta, alpha)
-
-    return fit_policy(losses, vector(1 / len(pairs)), ref_logps).policy
-
-
-def exact_pdpo_policy(pairs: Tensor, num_arms: int, beta: float, alpha: float) -> Tensor:
-    """The same with the exact KL(π_ref ‖ π) in place of Ω."""
-    ref_logps = uniform_logps(num_arms)
-
-    def losses(logps: Tensor) -> Tensor:
-        return dpo_loss(logps[pairs], ref_logps[pairs], beta) + beta / alpha * kl(ref_logps, logps)
 
     return fit_policy(losses, vector(1 / len(pairs)), ref_logps).policy
 

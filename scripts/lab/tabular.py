@@ -2,8 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,22 @@ from torch import Tensor
 def vector(*values: float) -> Tensor:
     """A float64 tensor of the given values."""
     return torch.tensor(values, dtype=torch.float64)
+
+
+def matrix(rows: Sequence[Any]) -> Tensor:
+    """A float64 tensor of the given rows, which may be nested."""
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def grid(start: float, end: float, count: int) -> Tensor:
+    """Evenly spaced float64 numbers, both ends included: (count,)."""
+    return torch.linspace(start, end, count, dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    """Independent standard normal numbers of that shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def uniform_logps(num_completions: int) -> Tensor:
@@ -181,3 +197,12 @@ def newton_step(gradient: Tensor, hessian: Tensor) -> Tensor:
     inverse = torch.where(is_curved, 1 / curvature, 0)
     rotated_gradient = eigenvectors.T @ gradient
     return -eigenvectors @ (inverse * rotated_gradient)
+
+
+def descend(loss: Callable[[Tensor], Tensor], start: Tensor, rate: float, num_steps: int) -> Tensor:
+    """The path of gradient descent on a scalar function of a vector, from the start on: (num_steps + 1, size)."""
+    gradient_of = torch.func.grad(loss)
+    path = [start]
+    for _ in range(num_steps):
+        path.append(path[-1] - rate * gradient_of(path[-1]))
+    return torch.stack(path)

@@ -8,8 +8,9 @@ Details the equation leaves open:
    does not matter, and neither does a number added to both rewards. Ties are kept.
 3. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 4. The minimiser is π_ref exp(r/β)/Z. Theorem 1 asks for full support, but pairs that connect all completions suffice.
-5. Errors in the paper: With infinitely many completions, Theorem 1 needs a finite Z, and a finite r is not enough. For
-   IPO the paper takes r = 1{y = y_w}. That is no function of y if a completion wins one pair and loses another.
+5. With infinitely many completions, Theorem 1 is about a finite Z only: otherwise Eq 7 has no minimiser.
+6. Errors in the paper (docs/errata.md): For IPO it takes r = 1{y = y_w}. That is no function of y if a completion wins
+   one pair and loses another.
 
 Rows (docs/rows.md): pairs with scores of scripts/score.py.
 

@@ -13,7 +13,7 @@ Details the equation leaves open:
 5. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.
 6. Errors in the paper: Theorem 2 fails for a finite set of reward models (r = ±(1, -1, 0), β = 1, uniform π_ref). It
    holds for their convex hull, where A.4 may exchange max and min. The minimum per mini-batch (footnote 2), used here,
-   is not the minimum of Eq 11. Its mean over batches is at most that.
+   is not that of Eq 11. From π_ref it takes the model of least E (Δr)², so that the scales of the models decide.
 
 Rows (docs/rows.md): pairs with the scores of several reward models, of scripts/score.py.
 

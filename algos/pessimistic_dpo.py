@@ -13,7 +13,7 @@ Details the equation leaves open:
 3. γ changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α; section 4.1's α/β contradicts that.
 4. For one pair, with Ω on it and π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
    α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and infinite without Ω (Proposition
-   1). If π_θ(y_w) is free, the optimum is log(α + 1) for β = 1, a uniform π_ref and two completions.
+   1). If π_θ(y_w) is free too, p-DPO is DPO with label smoothing γ/β plus 2γ times the negative log π_θ(y_w).
 5. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 
     torchrun --nproc-per-node 8 algos/pessimistic_dpo.py --model sft/ --train-data pairs.jsonl --output-dir pessimistic/

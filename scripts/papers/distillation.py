@@ -21,7 +21,7 @@ from algos.ensemble_dpo import ensemble_losses
 from algos.ipo import ipo_loss
 from algos.pessimistic_dpo import pessimistic_loss
 from algos.rm import rm_loss
-from scripts.lab.claim_files import Args, run_paper
+from scripts.lab.claim_files import Args, paper_command
 from scripts.lab.claims import (
     Finding,
     Paper,
@@ -2185,7 +2185,7 @@ def figure_b1() -> "Figure":
 
 
 def main(args: Args) -> None:
-    run_paper(PAPER, args)
+    paper_command(PAPER, args)
 
 
 if __name__ == "__main__":

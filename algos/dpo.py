@@ -14,7 +14,7 @@ Details the equation leaves open:
 5. The paper trains with RMSprop and 150 steps of warm-up. Here, as in every file, the optimizer is AdamW.
 6. The batch's loss is the mean over the groups of the whole global batch.
 7. The optimum is unique only if the pairs connect all completions of a prompt, and finite only if each of them also
-   loses: on pairs that are always labelled the same, h grows at every β, and the number of steps sets the KL.
+   loses: on pairs that are always labelled the same, h grows at every β, and the KL depends on when training stops.
 8. Errors in the paper (docs/errata.md): Appendix A.4 has w and l swapped against Eq 7, in Eqs 21 and 22 and in the
    weight σ of the final gradient. Section 4 has them right. A.2 calls the probability σ(β h) the loss of Eq 7, which is
    -log σ(β h). Section 4 says that the gradient increases the likelihood of y_w. It increases h. Where completions

@@ -1224,9 +1224,10 @@ def divergences_of_descent(beta: float, has_noise: bool) -> Tensor:
 
 @EXPERIMENTS.claim("E5", "C.1, Eq 7 (ours)")
 def noise_free_labels_have_no_optimum() -> Iterator[Finding]:
-    """On pairs labelled without noise, as those of C.1, Eq 7 has no finite optimum: steps set the KL, and β does not.
+    """On pairs labelled without noise, as those of C.1, Eq 7 has no finite optimum: at every β the policy tends to the
+    best completion alone, and the KL depends on when training stops.
 
-    For every β the loss falls to 0 on the way to the best completion alone.
+    Until then β matters too: it sets how fast the policy gets there.
     """
     losses = []
     divergences = []

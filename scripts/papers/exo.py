@@ -1,107 +1,89 @@
-"""EXO, arXiv 2402.00856, on tabular policies: the gradients of Eqs 16 and 20 at finite K, and mode seeking (Fig. 1).
+"""EXO, arXiv 2402.00856: its objective, gradients, mode seeking, noisy labels and published numbers, without a model.
 
-EXO minimises a reverse KL divergence, DPO-rw the forward one. The figure is exo.png.
+Policies are tabular, Gaussians on a line, or bigram models whose sequences are all enumerated. The losses are those of
+algos/exo.py and algos/dpo.py, in float64.
 
-    python scripts/papers/exo.py --output-dir runs/bandits
+    python scripts/papers/exo.py
+    python scripts/papers/exo.py --claim C10
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from algos.dpo import dpo_loss
 from algos.exo import dpo_rw_loss, exo_loss
+from algos.rm import rm_loss
+from scripts.lab.claim_files import Args, run_paper
+from scripts.lab.claims import (
+    Finding,
+    Paper,
+    Verdict,
+    given,
+    instead,
+    judged,
+    reported,
+    same_digits,
+    same_value,
+    vanishes,
+)
 from scripts.lab.commands import checked_command
-from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, canvas, label_axes
-from scripts.lab.tabular import minimise, uniform_logps, vector
-from scripts.papers import Args, Finding, Section, judged, reported, run_experiments, same_value
+from scripts.lab.enumerated import (
+    Groups,
+    Loss,
+    Task,
+    World,
+    all_groups,
+    counted,
+    counted_loss,
+    descend,
+    drawn_groups,
+    expected_loss,
+    group_losses,
+    infinite_group,
+    matched_bigram,
+    random_world,
+    single_group,
+)
+from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
+from scripts.lab.tabular import (
+    entropy,
+    kl,
+    log_partition,
+    minimise,
+    objective,
+    random_policies,
+    tilted,
+    total_variation,
+    uniform_logps,
+    vector,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LOSSES = {"EXO": exo_loss, "DPO-rw": dpo_rw_loss}
+PAPER = Paper("exo", "Towards Efficient Exact Optimization of Language Model Alignment (EXO)", "2402.00856")
+NEEDS_MODELS = "needs trained language models"
 
-# ---------------------------------------------------------------- gradients of three completions
-
+# three completions, on which gradients and optima are exact
 SFT = vector(0.4, 0.4, 0.2)
 REWARDS = vector(0.1, 0.6, 1.0)
+ARMS = Task(SFT.log(), REWARDS)
 LOGITS = vector(0.5, -0.3, 0.2)  # where gradients are taken
-PROPORTIONAL = (0, 0, 1, 1, 2)  # a group with each completion as often as π_sft has it
-ONCE = (0, 1, 2)  # a group with each completion once
-GROUP_SIZES = (2, 3, 4, 8, 16, 32)  # completions per group, K
+SETTINGS = ((1.0, 1.0), (0.5, 0.1), (0.1, 0.5))  # β_π, β_r
 
 
-def divergence(method: str, logits: Tensor, beta: float, beta_r: float) -> Tensor:
-    """KL(π_θ^{β_π} || π*_{β_r}), the right side of Eq 16, or for DPO-rw its reverse, of Eq 20; Eqs 5 and 9."""
-    mixed_logits = beta * logits.log_softmax(0) + (1 - beta) * SFT.log()
-    log_policy = mixed_logits.log_softmax(0)
-    log_target = (SFT.log() + REWARDS / beta_r).log_softmax(0)
-    if method == "EXO":
-        return kl(log_policy, log_target)
-    return kl(log_target, log_policy)
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q)."""
-    return (log_p.exp() * (log_p - log_q)).sum()
-
-
-def expected_loss(method: str, logits: Tensor, groups: Tensor, weights: Tensor, beta: float, beta_r: float) -> Tensor:
-    """The weighted sum of the losses of groups (B, K) of completion indices; weights (B,)."""
-    logps = logits.log_softmax(0)[groups]
-    ref_logps = SFT.log()[groups]
-    target_logps = (REWARDS / beta_r)[groups].log_softmax(1)
-    losses = LOSSES[method](logps, ref_logps, target_logps, beta)
-    return (weights * losses).sum()
-
-
-def gradient_error(method: str, groups: Tensor, weights: Tensor, beta: float = 0.5, beta_r: float = 0.5) -> float:
-    """|∇(expected loss) - ∇KL| / |∇KL|, at LOGITS."""
-
-    def exact(logits: Tensor) -> Tensor:
-        return divergence(method, logits, beta, beta_r)
-
-    def ours(logits: Tensor) -> Tensor:
-        return expected_loss(method, logits, groups, weights, beta, beta_r)
-
-    exact_gradient = torch.func.grad(exact)(LOGITS)
-    our_gradient = torch.func.grad(ours)(LOGITS)
-    return float((our_gradient - exact_gradient).norm() / exact_gradient.norm())
-
-
-def single_group(completions: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """One group of completions with weight 1, for `gradient_error`."""
-    return torch.tensor([completions]), vector(1)
-
-
-def all_samples(k: int) -> tuple[Tensor, Tensor]:
-    """All multisets of K independent samples of π_sft (B, K), and their probabilities (B,)."""
-    multisets = itertools.combinations_with_replacement(range(len(SFT)), k)
-    groups = torch.tensor(list(multisets))
-    counts = torch.nn.functional.one_hot(groups, len(SFT)).sum(1).double()
-    log_orders = math.lgamma(k + 1) - torch.lgamma(counts + 1).sum(1)
-    log_probs = log_orders + counts @ SFT.log()
-    return groups, log_probs.exp()
-
-
-@functools.cache
-def bias(method: str, k: int) -> float:
-    """The relative bias of the gradient from groups of K samples, with β_π = β_r = 1/2."""
-    return gradient_error(method, *all_samples(k))
-
-
-# ---------------------------------------------------------------- mode seeking
-
-GRID = torch.linspace(-5, 5, 101, dtype=torch.float64)  # the completions; π_sft is uniform over them
+# a line of completions, π_sft uniform over them, and a target with two modes: the setting of Fig. 1
+GRID = torch.linspace(-5, 5, 101, dtype=torch.float64)
 MAIN_MODE = 2.0
 MINOR_MODE = -2.0
 MIXTURE = ((0.7, MAIN_MODE, 0.6), (0.3, MINOR_MODE, 0.6))  # weight, mean, standard deviation of the target
-STARTS = {"main mode": (MAIN_MODE, 1.0), "minor mode": (MINOR_MODE, 1.0), "wide": (0.0, 3.0)}  # mean, scale
 
 
 def gaussian(mean: Tensor | float, scale: Tensor | float) -> Tensor:
@@ -116,11 +98,695 @@ def target() -> Tensor:
     return torch.stack(components).logsumexp(0)
 
 
-def matching_losses(method: str, logps: Tensor) -> Tensor:
-    """The losses (B,) of policies (B, grid) with β_π = 1, the whole grid being one group."""
-    ref_logps = uniform_logps(len(GRID)).expand_as(logps)
-    target_logps = target().expand_as(logps)
-    return LOSSES[method](logps, ref_logps, target_logps, 1.0)
+GRID_TASK = Task(uniform_logps(len(GRID)), target())
+
+
+@functools.cache
+def main_world() -> World:
+    """All 27 sequences of three tokens. The policy is a bigram model, the reward is of the first and the last token."""
+    return random_world(1)
+
+
+def loss_of(method: str) -> Loss:
+    """The loss of algos/exo.py by its name."""
+    return {"EXO": exo_loss, "DPO-rw": dpo_rw_loss}[method]
+
+
+def largest(numbers: list[float]) -> float:
+    """The largest size in a list."""
+    return max(abs(number) for number in numbers)
+
+
+# ---------------------------------------------------------------- §2: the objective and its optimum
+
+OBJECTIVE = PAPER.section("The objective and its optimum")
+FIVE_SFT = vector(0.3, 0.3, 0.2, 0.15, 0.05).log()
+FIVE_REWARDS = vector(0.2, -0.4, 1.0, 0.5, 0.8)
+
+
+@OBJECTIVE.claim("A1", "Eqs 2, 5")
+def the_optimum_is_an_energy_based_model() -> Iterator[Finding]:
+    """The policy π_sft exp(r/β)/Z maximises J(π) = E_π[r] - β KL(π ‖ π_sft).
+
+    Newton's method on -J with five completions, β from 0.1 to 2.
+    """
+    distances = []
+    for beta in (0.1, 0.5, 1.0, 2.0):
+
+        def loss(logits: Tensor, beta: float = beta) -> Tensor:
+            return -objective(logits.log_softmax(0), FIVE_SFT, FIVE_REWARDS, beta)
+
+        optimum = minimise(loss, FIVE_SFT)
+        distances.append(total_variation(optimum.policy, tilted(FIVE_SFT, FIVE_REWARDS, beta).exp()))
+    yield vanishes("distance of Newton's optimum from it", max(distances), 1e-9)
+
+
+@OBJECTIVE.claim("A2", "Eq 3")
+def the_objective_is_a_reverse_divergence() -> Iterator[Finding]:
+    """Maximising J is minimising the reverse divergence KL(π ‖ π*_β)."""
+    policies = random_policies(1000, 5, seed=0)
+    beta = 0.5
+    divergences = kl(policies, tilted(FIVE_SFT, FIVE_REWARDS, beta))
+    values = objective(policies, FIVE_SFT, FIVE_REWARDS, beta)
+    remainder = values + beta * divergences - beta * log_partition(FIVE_SFT, FIVE_REWARDS, beta)
+    yield vanishes("1,000 random policies, J + β KL(π ‖ π*) - β log Z", remainder, 1e-12)
+
+
+@OBJECTIVE.claim("A3", "§2.1, L_r")
+def the_reward_loss_is_bradley_terry() -> Iterator[Finding]:
+    """The reward model's loss is -log of e^r_w / (e^r_w + e^r_l).
+
+    Of rewards log 3 and log 1 that is log(4/3). Trained on labels drawn so, it recovers the rewards up to a shift.
+    """
+    loss = rm_loss(vector(math.log(3), 0)[None])
+    yield same_value("loss at rewards log 3 and 0", math.log(4 / 3), float(loss), 1e-12)
+
+    probabilities = FIVE_REWARDS[:, None].sub(FIVE_REWARDS).sigmoid()  # of the first over the second
+
+    def expected(rewards: Tensor) -> Tensor:
+        pairs = torch.cartesian_prod(rewards, rewards)
+        return probabilities.flatten() @ rm_loss(pairs)
+
+    rewards = minimise(expected, torch.zeros(5, dtype=torch.float64)).parameters
+    differences = rewards - FIVE_REWARDS
+    yield vanishes("optimum less the true rewards, without their shift", differences - differences.mean(), 1e-8)
+
+
+@OBJECTIVE.claim("A4", "§2.1, below Eq 5", expected=Verdict.CORRECTED)
+def the_optimum_moves_from_sft_to_the_softmax_of_rewards() -> Iterator[Finding]:
+    """As β falls from ∞ to 0, π*_β goes from π_sft to softmax(r).
+
+    It starts at π_sft, but ends at π_sft on the best completions alone. softmax(r) need not lie on its way.
+    """
+    ref_logps = vector(0.6, 0.3, 0.1).log()
+    rewards = vector(0, 1, 0.5)
+    softmax = rewards.softmax(0)
+
+    start = tilted(ref_logps, rewards, 1e9).exp()
+    end = tilted(ref_logps, rewards, 1e-3).exp()
+    yield vanishes("β = 1e9, distance from π_sft", total_variation(start, ref_logps.exp()), 1e-8)
+    yield vanishes("β = 1e-3, distance from softmax(r)", total_variation(end, softmax), 1e-8)
+    yield instead(vanishes("β = 1e-3, distance from the best completion", total_variation(end, vector(0, 1, 0)), 1e-8))
+
+    tied_end = tilted(ref_logps, vector(0, 1, 1), 1e-3).exp()
+    yield instead(same_digits("r = (0, 1, 1), β = 1e-3", "0, .75, .25", *tied_end.tolist()))
+
+    betas = torch.logspace(-3, 3, 6001, dtype=torch.float64)
+    path = (ref_logps + rewards / betas[:, None]).softmax(1)
+    yield instead(same_digits("largest entry of the nearest point of the path less softmax(r)", ".203", nearest(path, softmax)))
+
+
+def nearest(path: Tensor, point: Tensor) -> float:
+    """The smallest over a path (N, S) of the largest difference of an entry from a point (S,)."""
+    return float((path - point).abs().amax(1).min())
+
+
+@OBJECTIVE.claim("A5", "§2.2")
+def policy_gradients_are_those_of_the_objective() -> Iterator[Finding]:
+    """A policy gradient with the reward r - β log(π_θ/π_sft) follows ∇J, although this reward depends on θ.
+
+    E_π[(r - β log(π/π_sft)) ∇log π] by enumeration, against autograd of J.
+    """
+    beta = 0.5
+    differences = []
+    for logps in random_policies(50, 5, seed=1):
+        gradient = torch.func.grad(lambda x: objective(x.log_softmax(0), FIVE_SFT, FIVE_REWARDS, beta))(logps)
+        rewards = FIVE_REWARDS - beta * (logps - FIVE_SFT)
+        scores = torch.eye(5) - logps.exp()  # ∇log π of each completion
+        differences.append(float((logps.exp() * rewards @ scores - gradient).abs().max()))
+    yield vanishes("50 random policies, REINFORCE less ∇J", max(differences), 1e-12)
+
+
+@OBJECTIVE.claim("A7", "Eq 6", expected=Verdict.CORRECTED)
+def the_reward_is_the_log_ratio_plus_z() -> Iterator[Finding]:
+    """r = β log(π*/π_sft) + Z.
+
+    The last term is β log Z. The last line of appendix B.2 has Z for log Z, too.
+    """
+    remainders = []
+    plain_remainders = []
+    for beta in (0.1, 0.5, 2.0):
+        log_z = log_partition(FIVE_SFT, FIVE_REWARDS, beta)
+        log_ratios = tilted(FIVE_SFT, FIVE_REWARDS, beta) - FIVE_SFT
+        plain_remainders.append(FIVE_REWARDS - beta * log_ratios - log_z.exp())
+        remainders.append(FIVE_REWARDS - beta * log_ratios - beta * log_z)
+    yield vanishes("r - β log(π*/π_sft) - Z", torch.stack(plain_remainders))
+    yield instead(vanishes("r - β log(π*/π_sft) - β log Z", torch.stack(remainders)))
+
+
+@OBJECTIVE.claim("A8", "Eq 7")
+def the_loss_of_dpo() -> Iterator[Finding]:
+    """DPO's loss is -log σ(β h), h = log-ratio of the chosen less that of the rejected completion.
+
+    With log-ratios log 2 and -log 2 and β = 1, σ = 4/5. The slope in h is -β (1 - σ).
+    """
+    logps = vector(math.log(2), -math.log(2))[None]
+    zeros = torch.zeros_like(logps)
+    yield same_value("loss", math.log(5 / 4), float(dpo_loss(logps, zeros, 1.0)), 1e-12)
+    gradient = torch.func.grad(lambda x: dpo_loss(x, zeros, 1.0)[0])(logps)[0]
+    yield vanishes("gradient less (-1/5, 1/5)", gradient - vector(-0.2, 0.2), 1e-12)
+
+
+# ---------------------------------------------------------------- §3.1: the generalised objective
+
+GENERALISED = PAPER.section("The generalised objective")
+
+
+def product_of_experts(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """log π_θ^{β_π}, which is π_θ^β_π π_sft^(1-β_π) normalised, Eq 9."""
+    return (beta * logps + (1 - beta) * ref_logps).log_softmax(-1)
+
+
+def generalised_objective(logps: Tensor, task: Task, beta: float, beta_r: float) -> Tensor:
+    """J^{β_r}(π_θ^{β_π}), Eq 8."""
+    mixed_logps = product_of_experts(logps, task.ref_logps, beta)
+    return objective(mixed_logps, task.ref_logps, task.rewards, beta_r)
+
+
+def divergence(method: str, logps: Tensor, task: Task, beta: float, beta_r: float) -> Tensor:
+    """KL(π_θ^{β_π} ‖ π*_{β_r}), the right side of Eq 16, or for DPO-rw its reverse, of Eq 20."""
+    log_policy = product_of_experts(logps, task.ref_logps, beta)
+    log_target = tilted(task.ref_logps, task.rewards, beta_r)
+    if method == "EXO":
+        return kl(log_policy, log_target)
+    return kl(log_target, log_policy)
+
+
+# a family with one parameter, log π_θ = θ (0, 1, 2) - log Z, which π* does not belong to
+SLOPES = vector(0, 1, 2)
+LINE = Task(vector(0.5, 0.2, 0.3).log(), vector(0, 1, 0.2))
+
+
+def line_logps(theta: Tensor) -> Tensor:
+    return (SLOPES * theta).log_softmax(0)
+
+
+@GENERALISED.claim("B1", "Theorem 3.1, Eq 10", expected=Verdict.CORRECTED)
+def the_generalised_objective_has_the_same_optimum() -> Iterator[Finding]:
+    """For β_π, β_r ≥ 0 the policy that maximises J^{β_r}(π_θ^{β_π}) is π*_β with β = β_π β_r.
+
+    It needs β_π > 0, for π^0 is π_sft whatever θ is, and a policy class that contains π*.
+    """
+    distances = []
+    for beta, beta_r in ((1.0, 1.0), (0.5, 0.1), (0.1, 0.5), (2.0, 0.3)):
+
+        def loss(logits: Tensor, beta: float = beta, beta_r: float = beta_r) -> Tensor:
+            return -generalised_objective(logits.log_softmax(0), ARMS, beta, beta_r)
+
+        optimum = minimise(loss, SFT.log())
+        distances.append(total_variation(optimum.policy, tilted(SFT.log(), REWARDS, beta * beta_r).exp()))
+    yield vanishes("four settings, distance of Newton's optimum from π*_β", max(distances), 1e-8)
+
+    policies = random_policies(1000, 3, seed=2)
+    values = generalised_objective(policies, ARMS, 0.0, 0.5)
+    spread = float(values.max() - values.min())
+    yield judged("β_π = 0, range of J over 1,000 policies", "> 0", spread, spread > 1e-10)
+    yield instead(vanishes("β_π = 0, J less E_π_sft[r]", values - SFT @ REWARDS, 1e-12))
+
+    optimum = minimise(lambda x: -generalised_objective(line_logps(x[0]), LINE, 1.0, 0.5), vector(0))
+    target = tilted(LINE.ref_logps, LINE.rewards, 0.5)
+    distance = total_variation(line_logps(optimum.parameters[0]).exp(), target.exp())
+    yield vanishes("a family with one parameter, distance of its optimum from π*_β", distance, 1e-8)
+
+
+@GENERALISED.claim("B2", "Eq 9")
+def the_product_of_experts_regularises() -> Iterator[Finding]:
+    """To sample from π_θ^{β_π} realises part of the KL regularisation: β_π < 1 brings it nearer to π_sft.
+
+    KL(π_θ^{β_π} ‖ π_sft) rises from 0 with β_π. Its slope is β_π times the variance of log(π_θ/π_sft).
+    """
+    logps = LOGITS.log_softmax(0)
+    log_ratios = logps - SFT.log()
+
+    def distance(beta: Tensor) -> Tensor:
+        return kl((beta * logps + (1 - beta) * SFT.log()).log_softmax(0), SFT.log())
+
+    betas = (0, 0.1, 0.25, 0.5, 0.75, 1)
+    mixtures = [product_of_experts(logps, SFT.log(), beta) for beta in betas]
+    distances = [float(kl(mixture, SFT.log())) for mixture in mixtures]
+    yield same_digits("β_π = 0, .1, .25, .5, .75, 1", "0, .0015, .0098, .0412, .0952, .1702", *distances)
+
+    differences = []
+    for beta, mixture in zip(betas, mixtures, strict=True):
+        probs = mixture.exp()
+        variance = probs @ log_ratios**2 - (probs @ log_ratios) ** 2
+        slope = torch.func.grad(distance)(vector(beta)[0])
+        differences.append(float(slope - beta * variance))
+    yield vanishes("slope less β_π times the variance", largest(differences), 1e-12)
+
+
+@GENERALISED.claim("B3", "Eq 11")
+def the_generalised_objective_is_a_divergence() -> Iterator[Finding]:
+    """J^{β_r}(π_θ^{β_π}) = -β_r KL(π_θ^{β_π} ‖ π*_{β_r}) + β_r log Z_{β_r}."""
+    policies = random_policies(1000, 3, seed=3)
+    remainders = []
+    for beta, beta_r in SETTINGS:
+        value = generalised_objective(policies, ARMS, beta, beta_r)
+        divergences = divergence("EXO", policies, ARMS, beta, beta_r)
+        log_z = log_partition(SFT.log(), REWARDS, beta_r)
+        remainders.append(value + beta_r * divergences - beta_r * log_z)
+    yield vanishes("three settings, 1,000 random policies, left less right", torch.stack(remainders), 1e-12)
+
+
+# ---------------------------------------------------------------- §3.2: the loss and its gradient
+
+GRADIENT = PAPER.section("EXO's loss and its gradient")
+PROPORTIONAL = single_group(0, 0, 1, 1, 2)  # each completion as often as π_sft has it
+ONCE = single_group(0, 1, 2)
+GROUP_SIZES = (2, 4, 8, 16, 32, 64)  # completions per group, K
+
+
+def gradient_of_groups(
+    method: str, groups: Groups, logits: Tensor, beta: float = 0.5, beta_r: float = 0.5
+) -> Tensor:
+    """The gradient of the groups' expected loss at a softmax policy on the three completions."""
+    loss = loss_of(method)
+    return torch.func.grad(lambda x: expected_loss(loss, ARMS, x.log_softmax(0), groups, beta, beta_r))(logits)
+
+
+def exact_gradient(method: str, logits: Tensor, beta: float = 0.5, beta_r: float = 0.5) -> Tensor:
+    """The right side of Eq 16, or of Eq 20."""
+    return torch.func.grad(lambda x: divergence(method, x.log_softmax(0), ARMS, beta, beta_r))(logits)
+
+
+def relative_error(gradient: Tensor, exact: Tensor) -> float:
+    return float((gradient - exact).norm() / exact.norm())
+
+
+def cosine(gradient: Tensor, exact: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(gradient, exact, 0))
+
+
+def gradient_error(method: str, groups: Groups, beta: float = 0.5, beta_r: float = 0.5) -> float:
+    """The relative error at LOGITS."""
+    gradient = gradient_of_groups(method, groups, LOGITS, beta, beta_r)
+    return relative_error(gradient, exact_gradient(method, LOGITS, beta, beta_r))
+
+
+@functools.cache
+def bias(method: str, k: int) -> float:
+    """The relative bias of the gradient from groups of K samples, all of them enumerated, with β_π = β_r = 1/2."""
+    return gradient_error(method, all_groups(SFT.log(), k))
+
+
+def gradients_become_exact(method: str) -> Iterator[Finding]:
+    """A group in proportion to π_sft has the exact gradient. With K samples the error is about c/K."""
+    errors = [gradient_error(method, PROPORTIONAL, beta, beta_r) for beta, beta_r in SETTINGS]
+    yield vanishes("group in proportion to π_sft, three settings, relative error", max(errors), 1e-12)
+    yield judged("K = 32 samples, relative bias", "< .05", bias(method, 32), bias(method, 32) < 0.05)
+    ratio = bias(method, 256) / bias(method, 128)
+    yield judged("bias at K = 256 over that at 128", ".49 to .51", ratio, 0.49 < ratio < 0.51)
+
+
+@GRADIENT.claim("C1", "§3.2, above Eq 12")
+def the_divergence_under_the_proposal() -> Iterator[Finding]:
+    """KL(π_θ^{β_π} ‖ π*_{β_r}) is an expectation under π_sft, of e^f (f - r/β_r + log Z)."""
+    policies = random_policies(1000, 3, seed=4)
+    differences = []
+    for beta, beta_r in SETTINGS:
+        log_weights = product_of_experts(policies, SFT.log(), beta) - SFT.log()  # f
+        terms = log_weights.exp() * (log_weights - REWARDS / beta_r + log_partition(SFT.log(), REWARDS, beta_r))
+        differences.append(terms @ SFT - divergence("EXO", policies, ARMS, beta, beta_r))
+    yield vanishes("three settings, 1,000 random policies, difference", torch.stack(differences), 1e-12)
+
+
+@GRADIENT.claim("C2", "Eqs 12, 13")
+def the_normaliser_cancels() -> Iterator[Finding]:
+    """Within a group, the weights e^f of Eq 12 are those of β_π times the log-ratio of π_θ: the normaliser cancels."""
+    differences = []
+    for logps in random_policies(50, 3, seed=5):
+        mixed_logps = product_of_experts(logps, SFT.log(), 0.3)
+        of_product = group_losses(exo_loss, ARMS, mixed_logps, ONCE.completions, 1.0, 0.5)
+        of_policy = group_losses(exo_loss, ARMS, logps, ONCE.completions, 0.3, 0.5)
+        differences.append(float(of_product - of_policy))
+    yield vanishes("50 policies, loss of π_θ^{β_π} at β_π = 1 less that of π_θ", largest(differences), 1e-12)
+
+
+@GRADIENT.claim("C3", "Eqs 13-15, 25")
+def the_loss_is_the_divergence_of_two_softmaxes() -> Iterator[Finding]:
+    """EXO's loss is KL(q ‖ p), q the softmax of β_π times the log-ratios, p that of r/β_r.
+
+    With q = (1, 2, 5)/8 and p = (3, 3, 2)/8 the value is Σ q log(q/p), the slope in logit i q_i (log q_i/p_i - KL).
+    """
+    q = vector(1, 2, 5) / 8
+    p = vector(3, 3, 2) / 8
+    beta = 0.5
+    logps = q.log()[None] / beta
+    zeros = torch.zeros_like(logps)
+
+    value = Fraction(1, 8) * math.log(1 / 3) + Fraction(2, 8) * math.log(2 / 3) + Fraction(5, 8) * math.log(5 / 2)
+    yield same_value("value", float(value), float(exo_loss(logps, zeros, p.log()[None], beta)), 1e-12)
+
+    gradient = torch.func.grad(lambda x: exo_loss(x, zeros, p.log()[None], beta)[0])(logps)[0]
+    by_hand = [beta * x * (math.log(x / y) - value) for x, y in zip(q.tolist(), p.tolist(), strict=True)]
+    yield vanishes("gradient less β_π q (log q/p - KL)", gradient - vector(*by_hand), 1e-12)
+
+
+@GRADIENT.claim("C4", "Theorem 3.2, Eq 16")
+def exo_follows_the_reverse_divergence() -> Iterator[Finding]:
+    """As K → ∞, the gradient of EXO's loss is that of KL(π_θ^{β_π} ‖ π*_{β_r}).
+
+    Three completions, π_sft = (.4, .4, .2), β_π = β_r = 1/2; all multisets of K samples are enumerated.
+    """
+    yield from gradients_become_exact("EXO")
+
+
+@GRADIENT.claim("C5", "Eq 17")
+def exo_follows_the_objective() -> Iterator[Finding]:
+    """As K → ∞, the gradient of EXO's loss is -1/β_r times that of the generalised objective J^{β_r}(π_θ^{β_π})."""
+    errors = []
+    for beta, beta_r in SETTINGS:
+        gradient = gradient_of_groups("EXO", PROPORTIONAL, LOGITS, beta, beta_r)
+        of_objective = torch.func.grad(lambda x, b=beta, b_r=beta_r: generalised_objective(x.log_softmax(0), ARMS, b, b_r))
+        errors.append(relative_error(gradient, -of_objective(LOGITS) / beta_r))
+    yield vanishes("three settings, relative error", max(errors), 1e-12)
+
+
+@GRADIENT.claim("C6", "Theorem 3.2")
+def exo_follows_it_in_any_family() -> Iterator[Finding]:
+    """The gradients of Eqs 16 and 20 hold for arbitrary θ and any parametrisation.
+
+    50 random θ each of a softmax, of a Gaussian on a line with a mean and a scale, and of a bigram model. The group
+    holds each completion in proportion to π_sft.
+    """
+    world = main_world()
+    generator = torch.Generator().manual_seed(6)
+    families: dict[str, tuple[Task, Callable[[Tensor], Tensor], int]] = {
+        "softmax": (ARMS, lambda x: x.log_softmax(0), 3),
+        "Gaussian": (GRID_TASK, lambda x: gaussian(x[0], x[1].exp()), 2),
+        "bigram": (world.task, world.logps, len(world.sft)),
+    }
+    for name, (task, logps_of, num_parameters) in families.items():
+        thetas = torch.randn(50, num_parameters, generator=generator, dtype=torch.float64)
+        errors = [limit_error(method, task, logps_of, theta) for method in ("EXO", "DPO-rw") for theta in thetas]
+        yield vanishes(f"{name}, both losses, largest relative error", max(errors), 1e-10)
+
+
+def limit_error(method: str, task: Task, logps_of: Callable[[Tensor], Tensor], theta: Tensor) -> float:
+    """The relative error of the gradient of an infinite group, with β_π = 0.5 and β_r = 0.3."""
+    loss = loss_of(method)
+    group = infinite_group(task.ref_logps)
+    gradient = torch.func.grad(lambda x: counted_loss(loss, task, logps_of(x), group, 0.5, 0.3))(theta)
+    exact = torch.func.grad(lambda x: divergence(method, logps_of(x), task, 0.5, 0.3))(theta)
+    return relative_error(gradient, exact)
+
+
+@GRADIENT.claim("C7", "Theorem 3.2, B.3")
+def finite_groups_are_biased() -> Iterator[Finding]:
+    """The gradients are exact only asymptotically: with K samples a group they are biased, and the bias vanishes.
+
+    Appendix B.3 calls a mean over samples unbiased as K → ∞; it is so at every K, but the loss is no such mean.
+    """
+    for method in ("EXO", "DPO-rw"):
+        smallest = min(bias(method, k) for k in GROUP_SIZES)
+        yield judged(f"{method}, K = 2 to 64, smallest relative bias", "> .001", smallest, smallest > 0.001)
+        ratios = [bias(method, 2 * k) / bias(method, k) for k in GROUP_SIZES]
+        worst = max(ratios)
+        yield judged(f"{method}, K doubled, largest ratio of the bias", "< 1/1.8", worst, worst < 1 / 1.8)
+
+
+@GRADIENT.claim("A6", "§§1, 2", expected=Verdict.CORRECTED)
+def exo_has_less_variance_than_policy_gradients() -> Iterator[Finding]:
+    """Policy gradients have a high variance, which EXO avoids.
+
+    At π_sft it has exactly the variance of a policy gradient with the leave-one-out baseline (RLOO), relative to the
+    squared mean. Only without a baseline is the policy gradient's larger. K = 4, all groups enumerated, β = 0.05.
+    """
+    exo = relative_variance("EXO", SFT.log())
+    reinforce = relative_variance("REINFORCE", SFT.log())
+    rloo = relative_variance("RLOO", SFT.log())
+    yield judged("at π_sft, EXO's over REINFORCE's without a baseline", "< 1", exo / reinforce, exo < reinforce)
+    yield judged("at π_sft, EXO's over RLOO's", "< 1", exo / rloo, exo < rloo - 1e-10)
+    yield instead(same_value("at π_sft, EXO's over RLOO's", 1.0, exo / rloo, 1e-10))
+
+    halfway = ((SFT.log() + tilted(SFT.log(), REWARDS, 0.05)) / 2).log_softmax(0)
+    later = relative_variance("EXO", halfway) / relative_variance("RLOO", halfway)
+    yield reported("halfway to π*, EXO's (samples of π_sft) over RLOO's (samples of π_θ)", later)
+
+
+def relative_variance(method: str, logps: Tensor, beta: float = 0.5, beta_r: float = 0.1) -> float:
+    """The variance of a gradient from K = 4 samples, over the squared length of its mean."""
+    if method == "EXO":
+        groups = all_groups(SFT.log(), 4)
+        gradients = torch.func.jacrev(
+            lambda x: group_losses(exo_loss, ARMS, x.log_softmax(0), groups.completions, beta, beta_r)
+        )(logps)
+    else:
+        groups = all_groups(logps, 4)
+        rewards = REWARDS - beta * beta_r * (logps - SFT.log())
+        gradients = policy_gradients(groups.completions, logps, rewards, method == "RLOO")
+    mean = groups.weights @ gradients
+    second_moment = groups.weights @ (gradients**2).sum(1)
+    return float(second_moment / mean.square().sum()) - 1
+
+
+def policy_gradients(completions: Tensor, logps: Tensor, rewards: Tensor, with_baseline: bool) -> Tensor:
+    """The mean of (r_i - b_i) ∇log π_i over each group (B, K), with the mean of the others' rewards as b_i, or 0."""
+    scores = torch.eye(len(logps), dtype=torch.float64) - logps.exp()
+    advantages = rewards[completions]
+    if with_baseline:
+        k = completions.shape[1]
+        others = (advantages.sum(1, keepdim=True) - advantages) / (k - 1)
+        advantages = advantages - others
+    return (advantages[..., None] * scores[completions]).mean(1)
+
+
+# ---------------------------------------------------------------- §3.2: learning from preferences
+
+PREFERENCES = PAPER.section("Learning from preferences")
+EPSILON = 1e-3
+
+
+def exo_pref(margins: Tensor, epsilon: float = EPSILON) -> Tensor:
+    """EXO-pref's loss of pairs with the margins u = β h, (B,), Eq 18."""
+    logps = torch.stack([margins, torch.zeros_like(margins)], -1)
+    target_logps = vector(1 - epsilon, epsilon).log().expand_as(logps)
+    return exo_loss(logps, torch.zeros_like(logps), target_logps, 1.0)
+
+
+def dpo_pref(margins: Tensor) -> Tensor:
+    """DPO's loss of pairs with the margins u = β h, (B,)."""
+    logps = torch.stack([margins, torch.zeros_like(margins)], -1)
+    return dpo_loss(logps, torch.zeros_like(logps), 1.0)
+
+
+def log_odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def noisy_margin(losses: Callable[[Tensor], Tensor], gap: float) -> float:
+    """The margin β h that minimises a pair's loss if Bradley-Terry labels have the reward gap Δr."""
+    probability = torch.sigmoid(vector(gap))
+
+    def loss(margin: Tensor) -> Tensor:
+        return (probability * losses(margin) + (1 - probability) * losses(-margin)).sum()
+
+    return float(minimise(loss, vector(0)).parameters)
+
+
+@PREFERENCES.claim("C8", "Eq 18")
+def the_pair_loss() -> Iterator[Finding]:
+    """EXO-pref is KL(q ‖ p) over a pair, with p = (1 - ε, ε). Its optimum is at β_π h = log((1-ε)/ε), 6.907 for ε = 1e-3."""
+    q = 4 / 5
+    value = q * math.log(q / 0.9) + (1 - q) * math.log((1 - q) / 0.1)
+    margin = vector(math.log(4))
+    yield same_value("ε = .1, q = (.8, .2), value", value, float(exo_pref(margin, 0.1)), 1e-12)
+    slope = torch.func.grad(lambda u: exo_pref(u, 0.1).sum())(margin)
+    yield same_value("its slope, q_w q_l (β h - log 9)", q * (1 - q) * math.log(4 / 9), float(slope), 1e-12)
+
+    optimum = minimise(lambda u: exo_pref(u).sum(), vector(0))
+    yield same_digits("optimum at ε = 1e-3", "6.907", float(optimum.parameters))
+    yield same_value("the same in closed form", log_odds(1 - EPSILON), float(optimum.parameters))
+
+
+@PREFERENCES.claim("C9", "§3.2, above Eq 18")
+def smoothing_avoids_infinity() -> Iterator[Finding]:
+    """The one-hot target has to be smoothed, ε > 0, to avoid an infinite divergence.
+
+    At π_sft the loss is -log(ε (1-ε))/2 - ln 2, which grows without bound as ε → 0. DPO's cross-entropy stays at ln 2.
+    """
+    differences = []
+    for epsilon in (1e-2, 1e-6, 1e-12):
+        expected = -math.log(epsilon * (1 - epsilon)) / 2 - math.log(2)
+        differences.append(float(exo_pref(vector(0), epsilon)) - expected)
+    yield vanishes("ε = 1e-2, 1e-6, 1e-12, loss less its closed form", largest(differences), 1e-12)
+
+    loss = float(exo_pref(vector(0), 0.0))
+    yield judged("ε = 0", "infinite", loss, math.isinf(loss))
+    zeros = torch.zeros(1, 2, dtype=torch.float64)
+    one_hot = vector(1, 0).log()[None]
+    yield same_value("ε = 0, DPO-rw", math.log(2), float(dpo_rw_loss(zeros, zeros, one_hot, 1.0)), 1e-12)
+
+
+@PREFERENCES.claim("C10", "§3.2", expected=Verdict.CORRECTED)
+def labels_stand_for_the_underlying_reward() -> Iterator[Finding]:
+    """The binary labels are effectively turned into the distribution that the underlying reward defines.
+
+    If they are drawn by Bradley-Terry, P = σ(Δr), EXO-pref's optimum is at β h = (2P - 1) log((1-ε)/ε) and not at Δr:
+    the reverse KL is not linear in the target. DPO's optimum is at Δr.
+    """
+    gaps = (0.1, 0.5, 1.0, 2.0, 4.0)
+    margins = [noisy_margin(exo_pref, gap) for gap in gaps]
+    yield vanishes("ε = 1e-3, Δr from .1 to 4, β h - Δr", largest([m - gap for m, gap in zip(margins, gaps, strict=True)]))
+
+    closed_forms = [math.tanh(gap / 2) * log_odds(1 - EPSILON) for gap in gaps]  # 2 σ(Δr) - 1
+    differences = [margin - closed for margin, closed in zip(margins, closed_forms, strict=True)]
+    yield instead(vanishes("β h - (2P - 1) log((1-ε)/ε)", largest(differences), 1e-8))
+    selected = [noisy_margin(lambda u: exo_pref(u, 0.2), gap) for gap in (0.1, 1.0, 4.0)]
+    yield instead(same_digits("ε = .2, Δr = .1, 1, 4", ".069, .641, 1.336", *selected))
+    yield given(same_digits("ε = 1e-3, Δr = .1, 1, 4", ".345, 3.19, 6.66", margins[0], margins[2], margins[4]))
+    yield given(vanishes("DPO, β h - Δr", largest([noisy_margin(dpo_pref, gap) - gap for gap in gaps]), 1e-8))
+
+
+PREFERENCES.elsewhere(
+    "C11",
+    "§3.2, below Eq 18",
+    "SFT on data of the same domain or on the chosen completions closes the gap to the pairs' distribution.",
+    NEEDS_MODELS,
+)
+
+
+@PREFERENCES.claim("X7", "Appendix C", expected=Verdict.CORRECTED)
+def equal_hyperparameters_are_fair() -> Iterator[Finding]:
+    """EXO and DPO get the same hyperparameters, for a fair comparison.
+
+    The same β_π is another strength of regularisation. At Δr = 1 the optima are at β h = 3.19 and 1. Small gaps are
+    treated alike only for ε = 1/(1 + e²) = .119, and there EXO-pref's margins stay below 2.
+    """
+    exo = noisy_margin(exo_pref, 1.0)
+    dpo = noisy_margin(dpo_pref, 1.0)
+    yield same_value("Δr = 1, β h of EXO-pref (ε = 1e-3), as DPO's", dpo, exo)
+    epsilon = 1 / (1 + math.exp(2))
+    yield instead(same_digits("ε for equal margins at small gaps", ".1192", epsilon))
+    small_gap = noisy_margin(lambda u: exo_pref(u, epsilon), 1e-3)
+    yield instead(same_value("ε = .119, Δr = .001, β h over Δr", 1.0, small_gap / 1e-3, 1e-6))
+    large_gap = noisy_margin(lambda u: exo_pref(u, epsilon), 10.0)
+    yield instead(same_value("ε = .119, Δr = 10, β h", 2 * math.tanh(5), large_gap))
+
+
+# ---------------------------------------------------------------- §3.3: comparison with DPO
+
+COMPARISON = PAPER.section("Comparison with DPO")
+
+
+@COMPARISON.claim("D1", "Eq 19")
+def dpo_rw_is_a_cross_entropy() -> Iterator[Finding]:
+    """DPO-rw's loss is -Σ p log q, with the q and p of EXO.
+
+    With q = (1, 2, 5)/8 and p = (3, 3, 2)/8. The slope in logit i is β_π (q_i - p_i).
+    """
+    q = vector(1, 2, 5) / 8
+    p = vector(3, 3, 2) / 8
+    beta = 0.5
+    logps = q.log()[None] / beta
+    zeros = torch.zeros_like(logps)
+    value = -(3 * math.log(1 / 8) + 3 * math.log(2 / 8) + 2 * math.log(5 / 8)) / 8
+    yield same_value("value", value, float(dpo_rw_loss(logps, zeros, p.log()[None], beta)), 1e-12)
+    gradient = torch.func.grad(lambda x: dpo_rw_loss(x, zeros, p.log()[None], beta)[0])(logps)[0]
+    yield vanishes("gradient less (-1, -.5, 1.5)/8", gradient - vector(-1, -0.5, 1.5) / 8, 1e-12)
+
+
+@COMPARISON.claim("D2", "§3.3, below Eq 19", expected=Verdict.CORRECTED)
+def dpo_rw_of_pairs_is_dpo() -> Iterator[Finding]:
+    """With K = 2 and the reward r_h of the labels, DPO-rw becomes DPO.
+
+    So it is with one-hot labels, and with rewards on the average of Bradley-Terry labels. With the smoothed p of Eq 18
+    it is DPO with label smoothing ε. EXO-pref and DPO are thus compared under different targets.
+    """
+    margins = torch.linspace(-8, 8, 17, dtype=torch.float64)
+    logps = torch.stack([margins, torch.zeros_like(margins)], 1)
+    zeros = torch.zeros_like(logps)
+
+    def dpo_rw(probability: float) -> Tensor:
+        target_logps = vector(probability, 1 - probability).log().expand_as(logps)
+        return dpo_rw_loss(logps, zeros, target_logps, 1.0)
+
+    dpo = dpo_loss(logps, zeros, 1.0)
+    yield vanishes("one-hot p, difference from DPO", dpo_rw(1.0) - dpo, 1e-12)
+    probability = 3 / 4  # of the label, where Δr = log 3
+    averaged = probability * dpo + (1 - probability) * dpo_loss(logps.flip(1), zeros, 1.0)
+    yield vanishes("p = σ(Δr), difference from DPO's average over labels", dpo_rw(probability) - averaged, 1e-12)
+    yield vanishes("p of Eq 18, ε = 1e-3, difference from DPO", dpo_rw(1 - EPSILON) - dpo)
+    smoothed = dpo_loss(logps, zeros, 1.0, label_smoothing=EPSILON)
+    yield instead(vanishes("the same from DPO with label smoothing ε", dpo_rw(1 - EPSILON) - smoothed, 1e-12))
+
+
+@COMPARISON.claim("D3", "Theorem 3.3, Eq 20")
+def dpo_rw_follows_the_forward_divergence() -> Iterator[Finding]:
+    """As K → ∞, the gradient of DPO-rw's loss is that of KL(π*_{β_r} ‖ π_θ^{β_π}).
+
+    The setting is that of Theorem 3.2.
+    """
+    yield from gradients_become_exact("DPO-rw")
+
+
+@COMPARISON.claim("D4", "§3.3")
+def both_divergences_have_the_same_optimum() -> Iterator[Finding]:
+    """With unlimited capacity both divergences are minimised by π*_β. This is so at every K ≥ 2: q = p in all groups.
+
+    From three starts, K = 2, 3, 4 and 8, all groups of samples.
+    """
+    optimum = tilted(SFT.log(), REWARDS, 0.25).exp()
+    for method in ("EXO", "DPO-rw"):
+        distances = []
+        for k in (2, 3, 4, 8):
+            groups = all_groups(SFT.log(), k)
+            for start in (SFT.log(), vector(1, 0, -1), vector(-1, 1, 0)):
+                policy = fit_arms(method, groups, start)
+                distances.append(total_variation(policy, optimum))
+        yield vanishes(f"{method}, distance of Newton's optimum from π*_β", max(distances), 1e-8)
+
+
+def fit_arms(method: str, groups: Groups, start: Tensor) -> Tensor:
+    """The softmax policy on the three completions that minimises the loss with β_π = β_r = 1/2."""
+    loss = loss_of(method)
+    return minimise(lambda x: expected_loss(loss, ARMS, x.log_softmax(0), groups, 0.5, 0.5), start).policy
+
+
+@COMPARISON.claim("D5", "§3.3")
+def a_limited_policy_cannot_be_the_optimum() -> Iterator[Finding]:
+    """An autoregressive policy of limited capacity cannot represent the energy-based π*, whichever divergence it has.
+
+    A bigram model of three tokens, where the reward depends on the first and the last. With logits for every context
+    the same π* is reached. The forward KL's optimum is known: the bigram frequencies of π*.
+    """
+    world = main_world()
+    task = world.task
+    log_target = tilted(task.ref_logps, task.rewards, 1.0)
+    reverse = float(kl(fit_bigram("EXO", 0), log_target))
+    forward = float(kl(log_target, fit_bigram("DPO-rw", 0)))
+    yield judged("bigram, smallest KL(π_θ ‖ π*), nats", "> .1", reverse, reverse > 0.1)
+    yield judged("bigram, smallest KL(π* ‖ π_θ), nats", "> .1", forward, forward > 0.1)
+    matched = float(kl(log_target, matched_bigram(log_target, world.sequences)))
+    yield given(same_value("the same at the bigram frequencies of π*", matched, forward))
+
+    group = infinite_group(task.ref_logps)
+    logits = descend(lambda x: counted_loss(exo_loss, task, x.log_softmax(0), group, 1.0, 1.0), task.ref_logps)
+    yield vanishes("a logit for every sequence, KL(π_θ ‖ π*)", kl(logits.log_softmax(0), log_target), 1e-8)
+
+
+@functools.cache
+def fit_bigram(method: str, k: int, beta: float = 1.0, beta_r: float = 1.0, seed: int = 1, num_groups: int = 10_000) -> Tensor:
+    """Log-probs of the bigram model at which descent from π_sft stops; k = 0 stands for K → ∞.
+
+    For K = 2 the expectation over groups is exact, for larger K it is over `num_groups` fixed draws.
+    """
+    world = random_world(seed)
+    task = world.task
+    loss = loss_of(method)
+    group = infinite_group(task.ref_logps)
+    if k == 2:
+        group = counted(all_groups(task.ref_logps, k), len(task.rewards))
+    elif k > 2:
+        group = counted(drawn_groups(task.ref_logps, k, num_groups, seed=7), len(task.rewards))
+    parameters = descend(lambda x: counted_loss(loss, task, world.logps(x), group, beta, beta_r), world.sft)
+    return world.logps(parameters)
+
+
+# ---------------------------------------------------------------- Fig. 1
+
+MODES = PAPER.section("Mode seeking (Fig. 1)")
+STARTS = {"main mode": (MAIN_MODE, 1.0), "minor mode": (MINOR_MODE, 1.0), "wide": (0.0, 3.0)}  # mean, scale
 
 
 class GaussianOptimum(NamedTuple):
@@ -136,23 +802,32 @@ class GaussianOptimum(NamedTuple):
 
 
 @functools.cache
-def descend(method: str, start: str) -> GaussianOptimum:
-    """Descend from the Gaussian STARTS[start]."""
+def fit_gaussian(method: str, k: int, start: str) -> GaussianOptimum:
+    """Descend from the Gaussian STARTS[start] with β_π = β_r = 1; k = 0 stands for K → ∞, the whole line as one group.
 
-    def loss(parameters: Tensor) -> Tensor:
+    For K = 2 the expectation over groups is exact, for larger K it is over 20,000 fixed draws, 5,000 for K > 16.
+    """
+    loss = loss_of(method)
+    groups = single_group(*range(len(GRID)))
+    if k == 2:
+        groups = all_groups(GRID_TASK.ref_logps, 2)
+    elif k > 2:
+        num_groups = 20_000 if k <= 16 else 5_000
+        groups = drawn_groups(GRID_TASK.ref_logps, k, num_groups, seed=0)
+
+    def mean_loss(parameters: Tensor) -> Tensor:
         mean, log_scale = parameters
-        logps = gaussian(mean, log_scale.exp())
-        return matching_losses(method, logps[None]).sum()
+        return expected_loss(loss, GRID_TASK, gaussian(mean, log_scale.exp()), groups, 1.0, 1.0)
 
     mean, scale = STARTS[start]
-    optimum = minimise(loss, vector(mean, math.log(scale)))
+    optimum = minimise(mean_loss, vector(mean, math.log(scale)))
     mean, log_scale = optimum.parameters.tolist()
     return GaussianOptimum(mean, math.exp(log_scale), optimum.loss)
 
 
-def best_optimum(method: str) -> GaussianOptimum:
-    """The optimum with the smallest loss over all starts."""
-    optima = [descend(method, start) for start in STARTS]
+def best_gaussian(method: str, k: int) -> GaussianOptimum:
+    """The optimum with the smallest loss of those from the main mode and from a wide Gaussian."""
+    optima = [fit_gaussian(method, k, start) for start in ("main mode", "wide")]
     return min(optima, key=lambda optimum: optimum.loss)
 
 
@@ -161,10 +836,10 @@ def landscape(method: str) -> tuple[Tensor, Tensor]:
     """Means on a grid, and for each the loss at the best scale on a grid: the global optimum without descent."""
     means = torch.linspace(-4, 4, 161, dtype=torch.float64)
     scales = torch.logspace(-1, 1, 81, dtype=torch.float64)
-    logps = gaussian(means[:, None, None], scales[:, None])  # (means, scales, grid)
-    losses = matching_losses(method, logps.flatten(0, 1))
-    best_losses = losses.view(len(means), len(scales)).amin(1)
-    return means, best_losses
+    logps = gaussian(means[:, None, None], scales[:, None]).flatten(0, 1)  # (means * scales, grid)
+    ref_logps = GRID_TASK.ref_logps.expand_as(logps)
+    losses = loss_of(method)(logps, ref_logps, GRID_TASK.rewards.expand_as(logps), 1.0)
+    return means, losses.view(len(means), len(scales)).amin(1)
 
 
 def mean_and_deviation(logps: Tensor) -> tuple[float, float]:
@@ -181,165 +856,123 @@ def mass(logps: Tensor, low: float, high: float) -> float:
     return float(logps.exp()[is_inside].sum())
 
 
-# ---------------------------------------------------------------- checks
+@MODES.claim("D6", "Fig. 1, §3.3")
+def the_divergences_seek_the_mode_and_the_mean() -> Iterator[Finding]:
+    """The reverse KL's optimum sits on the main mode; the forward KL's has the target's mean and puts mass between.
 
-
-def exo_follows_equation_16() -> Iterator[Finding]:
-    yield from gradients_are_exact("Eq 16", "EXO")
-    yield from bias_falls_with_k("Eq 16", "EXO")
-
-
-def dpo_rw_follows_equation_20() -> Iterator[Finding]:
-    yield from gradients_are_exact("Eq 20", "DPO-rw")
-    yield from bias_falls_with_k("Eq 20", "DPO-rw")
-
-
-def gradients_are_exact(equation: str, method: str) -> Iterator[Finding]:
-    for beta, beta_r in ((1.0, 1.0), (0.5, 0.1), (0.1, 0.5)):
-        setting = f"β_π = {beta:g}, β_r = {beta_r:g}"
-        statement = f"{equation}, {method}, {setting}, relative error of the gradient:"
-        proportional = gradient_error(method, *single_group(PROPORTIONAL), beta, beta_r)
-        yield judged(f"{statement} rows 2, 2, 1", "0", proportional, proportional < 1e-12)
-        once = gradient_error(method, *single_group(ONCE), beta, beta_r)
-        yield judged(f"{statement} rows 1, 1, 1", "> 0.1", once, once > 0.1)
-
-
-def bias_falls_with_k(equation: str, method: str) -> Iterator[Finding]:
-    for k in GROUP_SIZES:
-        error = bias(method, k)
-        yield judged(f"{equation}, {method}, bias of the gradient, K = {k} draws", "> 0", error, error > 0.001)
-
-    ratio = bias(method, 32) / bias(method, 16)
-    statement = f"{equation}, {method}, bias with K doubled: about half"
-    yield judged(statement, ".45 to .55", ratio, 0.45 < ratio < 0.55)
-
-
-def exo_prefers_the_main_mode() -> Iterator[Finding]:
+    The target is .7 N(2, .6) + .3 N(-2, .6) on 101 points, π_sft is uniform, the policy a Gaussian, K → ∞.
+    """
     means, losses = landscape("EXO")
     best = float(means[losses.argmin()])
-    holds = abs(best - MAIN_MODE) < 0.1
-    yield judged("Fig. 1, EXO: mean of the best of all (mean, scale)", f"{MAIN_MODE} ± .1", best, holds)
+    yield judged("EXO, mean of the best of all (mean, scale)", "2 ± .1", best, abs(best - MAIN_MODE) < 0.1)
+
+    exo = best_gaussian("EXO", 0).logps
+    dpo_rw = best_gaussian("DPO-rw", 0).logps
+    moments = zip(mean_and_deviation(dpo_rw), mean_and_deviation(target()), strict=True)
+    yield vanishes("DPO-rw, mean and deviation less the target's", largest([x - y for x, y in moments]), 1e-8)
+
+    means_of_starts = [fit_gaussian("DPO-rw", 0, start).mean for start in STARTS]
+    yield vanishes("DPO-rw, range of the mean over three starts", max(means_of_starts) - min(means_of_starts), 1e-8)
+    between = mass(dpo_rw, -1, 1)
+    yield judged("DPO-rw, mass between the modes (the target's is .06)", "> .3", between, between > 0.3)
+    elsewhere = mass(exo, -5, 1)
+    yield judged("EXO, mass below 1", "< .1", elsewhere, elsewhere < 0.1)
 
 
-def exo_stops_at_a_mode() -> Iterator[Finding]:
-    for start, mode in (("main mode", MAIN_MODE), ("minor mode", MINOR_MODE), ("wide", MAIN_MODE)):
-        mean = descend("EXO", start).mean
-        yield judged(f"Fig. 1, EXO from start '{start}': mean", f"{mode} ± .1", mean, abs(mean - mode) < 0.1)
+@MODES.claim("D7", "Fig. 1, captions", expected=Verdict.CORRECTED)
+def exo_and_dpo_seek_them_at_the_group_sizes_in_use() -> Iterator[Finding]:
+    """EXO seeks the mode and DPO the mean, also with the groups of the experiments: 2 completions for preferences, 4 or 8.
+
+    At K = 2 both optima are wide Gaussians between the modes, nearer to 0 than the target's mean of .8. EXO's global
+    optimum is on the mode from K = 6. K = 2 is exact, larger K are of 20,000 draws.
+    """
+    pair_mean, pair_scale = fit_gaussian("EXO", 2, "wide").mean, fit_gaussian("EXO", 2, "wide").scale
+    yield judged("EXO, K = 2, mean", "2 ± .25", pair_mean, abs(pair_mean - MAIN_MODE) < 0.25)
+    four = best_gaussian("EXO", 4).mean
+    yield judged("EXO, K = 4, mean", "2 ± .25", four, abs(four - MAIN_MODE) < 0.25)
+    dpo_mean, _ = mean_and_deviation(best_gaussian("DPO-rw", 2).logps)
+    target_mean, _ = mean_and_deviation(target())
+    yield judged("DPO-rw, K = 2, mean", "0.8 ± .25", dpo_mean, abs(dpo_mean - target_mean) < 0.25)
+
+    five = best_gaussian("EXO", 5).mean
+    yield instead(judged("EXO, K = 5, mean", "< 1", five, five < 1))
+    six = best_gaussian("EXO", 6).mean
+    yield instead(judged("EXO, K = 6, mean", "2 ± .25", six, abs(six - MAIN_MODE) < 0.25))
+    yield given(same_digits("EXO, K = 2, scale", "1.427", pair_scale))
 
 
-def dpo_rw_stops_at_the_same_mean() -> Iterator[Finding]:
-    from_wide = descend("DPO-rw", "wide").mean
-    for start in ("main mode", "minor mode"):
-        mean = descend("DPO-rw", start).mean
-        yield same_value(f"Fig. 1, DPO-rw from start '{start}': mean, as from 'wide'", from_wide, mean)
+@MODES.claim("D9", "§3.3", expected=Verdict.CORRECTED)
+def exo_captures_the_main_mode() -> Iterator[Finding]:
+    """Minimising the reverse KL will effectively capture the major mode.
+
+    Its global optimum does. A descent from the minor mode stays there, where the loss is larger.
+    """
+    for start in ("main mode", "wide"):
+        mean = fit_gaussian("EXO", 0, start).mean
+        yield judged(f"from start '{start}', mean", "2 ± .1", mean, abs(mean - MAIN_MODE) < 0.1)
+    stopped = fit_gaussian("EXO", 0, "minor mode")
+    yield judged("from start 'minor mode', mean", "2 ± .1", stopped.mean, abs(stopped.mean - MAIN_MODE) < 0.1)
+    yield instead(judged("the same", "-2 ± .1", stopped.mean, abs(stopped.mean - MINOR_MODE) < 0.1))
+    gap = stopped.loss - fit_gaussian("EXO", 0, "main mode").loss
+    yield instead(judged("its loss less that at the main mode", "> 0", gap, gap > 0))
 
 
-def dpo_rw_matches_the_moments() -> Iterator[Finding]:
-    target_mean, target_deviation = mean_and_deviation(target())
-    mean, deviation = mean_and_deviation(best_optimum("DPO-rw").logps)
-    yield same_value("Fig. 1, DPO-rw: mean of the policy is the target's", target_mean, mean)
-    yield same_value("Fig. 1, DPO-rw: deviation of the policy is the target's", target_deviation, deviation)
+@MODES.claim("D8", "§3.3", expected=Verdict.FALSE)
+def the_results_hold_for_general_settings() -> Iterator[Finding]:
+    """The results for β_π = 1 still hold for general settings: EXO optimises the objective of Eq 4.
+
+    It then minimises KL(π_θ^{β_π} ‖ π*_{β_r}), whose gradient and whose optimum in a restricted family are others. The
+    family π_θ ∝ exp(θ (0, 1, 2)), π_sft = (.5, .2, .3), r = (0, 1, .2), β_π = β_r = 1/2.
+    """
+    of_eq_4 = torch.func.grad(lambda x: -objective(x.log_softmax(0), SFT.log(), REWARDS, 0.25))(LOGITS)
+    alignment = cosine(exact_gradient("EXO", LOGITS), of_eq_4)
+    yield same_value("cosine of EXO's gradient and Eq 4's, three completions", 1.0, alignment)
+
+    values = {method: line_value(method) for method in ("EXO", "DPO-rw")}
+    thetas = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
+    logps = (SLOPES * thetas[:, None]).log_softmax(1)
+    best = float(objective(logps, LINE.ref_logps, LINE.rewards, 0.25).max())
+    yield same_value("J of Eq 4 at EXO's optimum, against its maximum", best, values["EXO"])
+    yield given(same_digits("maximum of J over 100,001 values of θ", ".3833", best))
+
+    divergences = divergence("EXO", logps, LINE, 0.5, 0.5)
+    at_the_least = objective(logps[divergences.argmin()], LINE.ref_logps, LINE.rewards, 0.25)
+    yield given(same_value("J at the smallest KL(π_θ^{β_π} ‖ π*_{β_r}) of these", float(at_the_least), values["EXO"], 1e-6))
 
 
-def minor_mode_costs_exo_more() -> Iterator[Finding]:
-    gap = descend("EXO", "minor mode").loss - descend("EXO", "main mode").loss
-    yield judged("Fig. 1, EXO: loss at the minor mode minus at the main mode", "> 0", gap, gap > 0)
+def line_value(method: str) -> float:
+    """J of Eq 4, β = 1/4, at the optimum of a loss in the family with one parameter, β_π = β_r = 1/2, K → ∞."""
+    loss = loss_of(method)
+    group = infinite_group(LINE.ref_logps)
+    optimum = minimise(lambda x: counted_loss(loss, LINE, line_logps(x[0]), group, 0.5, 0.5), vector(0))
+    logps = line_logps(optimum.parameters[0])
+    return float(objective(logps, LINE.ref_logps, LINE.rewards, 0.25))
 
 
-def dpo_rw_spreads_its_mass() -> Iterator[Finding]:
-    for low, high, region in ((-5, -1, "below -1, the minor mode"), (-1, 1, "between the modes")):
-        statement = f"Fig. 1, mass {region}:"
-        yield reported(f"{statement} the target's", mass(target(), low, high))
-        exo = mass(best_optimum("EXO").logps, low, high)
-        yield judged(f"{statement} EXO's", "< .1", exo, exo < 0.1)
-        dpo_rw = mass(best_optimum("DPO-rw").logps, low, high)
-        yield judged(f"{statement} DPO-rw's", "> .1", dpo_rw, dpo_rw > 0.1)
+@MODES.claim("D10", "§3.3")
+def the_reverse_divergence_holds_entropy() -> Iterator[Finding]:
+    """The reverse KL maximises the policy's entropy, which prevents a collapse to a single point.
+
+    KL(π ‖ π*) = -H(π) - E_π[log π*]. Without H the best Gaussian is a point; with it, it has entropy, less as β falls.
+    """
+    policies = random_policies(1000, len(GRID), seed=8)
+    energies = policies.exp() @ target()
+    remainders = kl(policies, target()) + entropy(policies) + energies
+    yield vanishes("1,000 random policies, KL + H + E[log π*]", remainders, 1e-10)
+
+    at_the_optimum = float(entropy(best_gaussian("EXO", 0).logps))
+    yield judged("entropy of EXO's Gaussian, nats", "> 1", at_the_optimum, at_the_optimum > 1)
+    scales = torch.logspace(-2, 1, 61, dtype=torch.float64)
+    gaussians = gaussian(MAIN_MODE, scales[:, None])
+    point = float(entropy(gaussians[(gaussians.exp() @ target()).argmax()]))
+    yield vanishes("entropy of the best Gaussian without H", point)
+    cold = float(entropy((target() / 0.01).log_softmax(0)))
+    yield reported("entropy of π*_β at β = .01, where it was 1", cold)
 
 
-REMARKS_ON_GRADIENTS = """\
-Against the gradients of the reverse (Eq 16) and the forward (Eq 20) KL, π_sft = (.4, .4, .2); the bias is that of
-the expectation over K independent draws, all of them enumerated, with β_π = β_r = 1/2."""
-
-REMARKS_ON_MODES = """\
-The target is .7 N(2, .6) + .3 N(-2, .6) on 101 points, π_sft uniform, the policy a Gaussian. Weights and starts
-are chosen: with equal modes EXO's optimum is a tie, and started over the minor mode it stays there."""
-
-SECTIONS = (
-    Section(
-        "EXO: gradients",
-        (exo_follows_equation_16, dpo_rw_follows_equation_20),
-        REMARKS_ON_GRADIENTS,
-    ),
-    Section(
-        "EXO: mode seeking",
-        (
-            exo_prefers_the_main_mode,
-            exo_stops_at_a_mode,
-            dpo_rw_stops_at_the_same_mean,
-            dpo_rw_matches_the_moments,
-            minor_mode_costs_exo_more,
-            dpo_rw_spreads_its_mass,
-        ),
-        REMARKS_ON_MODES,
-    ),
+COMPARISON.elsewhere(
+    "D11",
+    "Fig. 5",
+    "The relations of the objectives: generalised, derived from the optimum, same direction, softmax for sigmoid.",
+    "a diagram; its relations are claims B1, D2, C5 and D3",
 )
-
-
-# ---------------------------------------------------------------- figure
-
-
-def plot_policies(axes: "Axes") -> None:
-    """The target and the Gaussians that fit it."""
-    global_optimum = descend("EXO", "main mode")
-    minor_optimum = descend("EXO", "minor mode")
-    dpo_rw_optimum = descend("DPO-rw", "wide")
-
-    axes.fill_between(GRID, target().exp(), color=GREY, alpha=0.3, linewidth=0, label="target π*")
-    axes.plot(GRID, global_optimum.logps.exp(), "-", color=BLUE, label="EXO, global optimum")
-    axes.plot(GRID, minor_optimum.logps.exp(), "-.", color=GREEN, label="EXO, started at minor mode")
-    axes.plot(GRID, dpo_rw_optimum.logps.exp(), "--", color=ORANGE, label="DPO-rw, any start")
-
-    axes.set_ylim(0, 0.105)
-    label_axes(axes, "Fig. 1: a policy with one mode", "completion (position on a line, no unit)", "probability")
-
-
-def plot_landscapes(axes: "Axes") -> None:
-    """The loss against the mean of the policy."""
-    for method, color, style in (("EXO", BLUE, "-"), ("DPO-rw", ORANGE, "--")):
-        means, losses = landscape(method)
-        axes.plot(means, losses - losses.min(), style, color=color, label=method)
-    title = "Loss at the best scale for each mean"
-    label_axes(axes, title, "mean of the policy (no unit)", "loss minus its minimum (nats)")
-
-
-def plot_bias(axes: "Axes") -> None:
-    """The bias of the gradient against K."""
-    for method, color, style in (("EXO", BLUE, "-"), ("DPO-rw", ORANGE, "--")):
-        errors = [bias(method, k) for k in GROUP_SIZES]
-        axes.loglog(GROUP_SIZES, errors, style, color=color, marker="o", label=method)
-    axes.plot(GROUP_SIZES, [1 / k for k in GROUP_SIZES], ":", color=GREY, label="1/K")
-
-    axes.set_xticks(GROUP_SIZES, GROUP_SIZES)
-    axes.set_yticks([0.03, 0.05, 0.1, 0.2, 0.5], ["3%", "5%", "10%", "20%", "50%"])
-    axes.minorticks_off()
-    title = "Eqs 16 and 20 with K i.i.d. draws"
-    label_axes(axes, title, "completions per group K", "bias of the gradient (% of its norm)")
-
-
-def plot_exo() -> "Figure":
-    figure, panels = canvas(["abc"], (13, 4))
-    plot_policies(panels["a"])
-    plot_landscapes(panels["b"])
-    plot_bias(panels["c"])
-    return figure
-
-
-FIGURES = {"exo.png": plot_exo}
-
-
-def main(args: Args) -> None:
-    run_experiments(args, SECTIONS, FIGURES)
-
-
-if __name__ == "__main__":
-    checked_command(main, Args)

@@ -53,9 +53,7 @@ def drawn_groups(ref_logps: Tensor, k: int, num_groups: int, seed: int) -> Group
     return Groups(completions, weights)
 
 
-def group_losses(
-    loss: Loss, task: Task, logps: Tensor, completions: Tensor, beta: float, beta_r: float
-) -> Tensor:
+def group_losses(loss: Loss, task: Task, logps: Tensor, completions: Tensor, beta: float, beta_r: float) -> Tensor:
     """The losses (B,) of groups (B, K) at log π_θ (S,), as a training run computes them."""
     target_logps = (task.rewards[completions] / beta_r).log_softmax(1)
     return loss(logps[completions], task.ref_logps[completions], target_logps, beta)
@@ -155,14 +153,17 @@ def matched_bigram(logps: Tensor, sequences: Tensor) -> Tensor:
     return bigram_logps(frequencies.log().flatten(), sequences)
 
 
-def descend(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The parameters at which L-BFGS stops, from `start`. It is faster than Newton's method over many groups."""
+def descend(loss: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-9) -> Tensor:
+    """The parameters at which L-BFGS stops, where no entry of the gradient is above the tolerance.
+
+    It is faster than Newton's method over many groups.
+    """
     parameters = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [parameters],
         max_iter=500,
         history_size=20,
-        tolerance_grad=1e-9,
+        tolerance_grad=tolerance,
         tolerance_change=1e-15,
         line_search_fn="strong_wolfe",
     )

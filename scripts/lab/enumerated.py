@@ -53,13 +53,28 @@ def drawn_groups(ref_logps: Tensor, k: int, num_groups: int, seed: int) -> Group
     return Groups(completions, weights)
 
 
-def group_losses(loss: Loss, task: Task, logps: Tensor, completions: Tensor, beta: float, beta_r: float) -> Tensor:
+def group_losses(
+    loss: Loss,
+    task: Task,
+    logps: Tensor,
+    completions: Tensor,
+    beta: float,
+    beta_r: float,
+) -> Tensor:
     """The losses (B,) of groups (B, K) at log π_θ (S,), as a training run computes them."""
-    target_logps = (task.rewards[completions] / beta_r).log_softmax(1)
+    rewards = task.rewards[completions]
+    target_logps = (rewards / beta_r).log_softmax(1)
     return loss(logps[completions], task.ref_logps[completions], target_logps, beta)
 
 
-def expected_loss(loss: Loss, task: Task, logps: Tensor, groups: Groups, beta: float, beta_r: float) -> Tensor:
+def expected_loss(
+    loss: Loss,
+    task: Task,
+    logps: Tensor,
+    groups: Groups,
+    beta: float,
+    beta_r: float,
+) -> Tensor:
     """The weighted sum of the losses of the groups."""
     losses = group_losses(loss, task, logps, groups.completions, beta, beta_r)
     return groups.weights @ losses
@@ -79,7 +94,8 @@ def counted(groups: Groups, num_completions: int) -> Counts:
     """Groups by their counts. Equal groups become one, with the sum of their weights."""
     num_groups = len(groups.weights)
     counts = torch.zeros(num_groups, num_completions, dtype=torch.float64)
-    counts.scatter_add_(1, groups.completions, torch.ones_like(groups.completions, dtype=torch.float64))
+    ones = torch.ones_like(groups.completions, dtype=torch.float64)
+    counts.scatter_add_(1, groups.completions, ones)
     distinct, group_of = torch.unique(counts, dim=0, return_inverse=True)
     weights = torch.zeros(len(distinct), dtype=torch.float64)
     weights.index_add_(0, group_of, groups.weights)
@@ -91,7 +107,14 @@ def infinite_group(proposal_logps: Tensor) -> Counts:
     return Counts(proposal_logps.exp()[None], torch.ones(1, dtype=torch.float64))
 
 
-def counted_loss(loss: Loss, task: Task, logps: Tensor, groups: Counts, beta: float, beta_r: float) -> Tensor:
+def counted_loss(
+    loss: Loss,
+    task: Task,
+    logps: Tensor,
+    groups: Counts,
+    beta: float,
+    beta_r: float,
+) -> Tensor:
     """`expected_loss` of counted groups, up to a constant.
 
     A completion that occurs c times has c equal terms in each sum. They become one term with log c added to β ρ and to
@@ -99,7 +122,8 @@ def counted_loss(loss: Loss, task: Task, logps: Tensor, groups: Counts, beta: fl
     """
     log_counts = groups.counts.log().clamp(min=-1e4)  # of a completion that is not there: q and p underflow to 0
     target_logps = (task.rewards / beta_r + log_counts).log_softmax(1)
-    losses = loss(logps.expand_as(log_counts), task.ref_logps - log_counts / beta, target_logps, beta)
+    ref_logps = task.ref_logps - log_counts / beta
+    losses = loss(logps.expand_as(log_counts), ref_logps, target_logps, beta)
     return groups.weights @ losses
 
 
@@ -120,36 +144,44 @@ class World(NamedTuple):
 
 def all_sequences(vocabulary: int, length: int) -> Tensor:
     """Every sequence of tokens, (vocabulary ** length, length)."""
-    return torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
+    tokens = range(vocabulary)
+    sequences = itertools.product(tokens, repeat=length)
+    return torch.tensor(list(sequences))
 
 
 def bigram_logps(parameters: Tensor, sequences: Tensor) -> Tensor:
     """log π of each sequence. The parameters are the logits of the first token, then those after each token."""
     vocabulary = int(sequences.max()) + 1
     table = parameters.view(vocabulary + 1, vocabulary).log_softmax(1)
+    return table[contexts(sequences), sequences].sum(1)
+
+
+def contexts(sequences: Tensor) -> Tensor:
+    """The row of the bigram table for each token: 0 for the first one, else 1 plus the token before."""
     start = torch.zeros_like(sequences[:, :1])
-    contexts = torch.cat([start, sequences[:, :-1] + 1], 1)
-    return table[contexts, sequences].sum(1)
+    previous = sequences[:, :-1]
+    return torch.cat([start, previous + 1], 1)
 
 
 def random_world(seed: int, vocabulary: int = 3, length: int = 3) -> World:
     """Standard normal logits of π_sft, and a standard normal reward of each pair of first and last token."""
     generator = torch.Generator().manual_seed(seed)
     sequences = all_sequences(vocabulary, length)
-    sft = torch.randn((vocabulary + 1) * vocabulary, generator=generator, dtype=torch.float64)
+    num_parameters = (vocabulary + 1) * vocabulary
+    sft = torch.randn(num_parameters, generator=generator, dtype=torch.float64)
     table = torch.randn(vocabulary, vocabulary, generator=generator, dtype=torch.float64)
     rewards = table[sequences[:, 0], sequences[:, -1]]
-    return World(sequences, sft, Task(bigram_logps(sft, sequences), rewards))
+    ref_logps = bigram_logps(sft, sequences)
+    return World(sequences, sft, Task(ref_logps, rewards))
 
 
 def matched_bigram(logps: Tensor, sequences: Tensor) -> Tensor:
     """The bigram model's log-probs with the smallest KL(π ‖ ·): its frequencies are those of π."""
     vocabulary = int(sequences.max()) + 1
     frequencies = torch.zeros(vocabulary + 1, vocabulary, dtype=torch.float64)
-    start = torch.zeros_like(sequences[:, :1])
-    contexts = torch.cat([start, sequences[:, :-1] + 1], 1)
+    places = (contexts(sequences), sequences)
     weights = logps.exp()[:, None].expand_as(sequences)
-    frequencies.index_put_((contexts, sequences), weights, accumulate=True)
+    frequencies.index_put_(places, weights, accumulate=True)
     return bigram_logps(frequencies.log().flatten(), sequences)
 
 

@@ -130,12 +130,12 @@ MISTAKES = [  # the name, what is put in its place, the claims whose verdict tur
     # the generalised objective
     ("product_of_experts", experts_swapped, ["B1", "B2", "C2", "C4", "C5"]),
     # EXO's loss and its gradient
-    ("exo_loss", exo_loss_without_reference, ["C2", "C4", "C5", "C6", "D4"]),
-    ("exo_loss", dpo_rw_loss, ["C3", "C4", "C5", "C6", "C9", "D6"]),
+    ("exo_loss", exo_loss_without_reference, ["C2", "C4", "C5", "N1"]),
+    ("exo_loss", dpo_rw_loss, ["C3", "C4", "C5", "C6", "C9"]),
     ("policy_gradients", gradients_without_the_others, ["A6", "N2"]),
     # learning from preferences
     ("exo_loss", pairs_swapped, ["C8", "C10", "N3", "N4", "N5", "N8"]),
-    ("exo_loss", exo_loss_with_half_the_target, ["C3", "C8", "C10", "X7", "D4"]),
+    ("exo_loss", exo_loss_with_half_the_target, ["C3", "C8", "N4"]),
     # comparison with DPO
     ("dpo_rw_loss", exo_loss, ["D1", "D2", "D3", "D5", "D6"]),
     # mode seeking

@@ -28,7 +28,7 @@ def with_mark(claim: Claim) -> object:
 def test_claim(claim: Claim) -> None:
     outcome = run_claim(claim)
     assert outcome.verdict == claim.expected, outcome.findings
-    assert len(outcome.findings) <= 6
+    assert 1 <= len(outcome.findings) <= 5
 
 
 def test_each_statement_has_one_number() -> None:

@@ -130,7 +130,7 @@ def counted_loss(
 # ---------------------------------------------------------------- all sequences of a small vocabulary
 
 
-class World(NamedTuple):
+class BigramWorld(NamedTuple):
     """All sequences, a bigram model that is π_sft, and rewards that no bigram model can follow."""
 
     sequences: Tensor  # (S, length)
@@ -163,7 +163,7 @@ def contexts(sequences: Tensor) -> Tensor:
     return torch.cat([start, previous + 1], 1)
 
 
-def random_world(seed: int, vocabulary: int = 3, length: int = 3) -> World:
+def random_world(seed: int, vocabulary: int = 3, length: int = 3) -> BigramWorld:
     """Standard normal logits of π_sft, and a standard normal reward of each pair of first and last token."""
     generator = torch.Generator().manual_seed(seed)
     sequences = all_sequences(vocabulary, length)
@@ -172,7 +172,7 @@ def random_world(seed: int, vocabulary: int = 3, length: int = 3) -> World:
     table = torch.randn(vocabulary, vocabulary, generator=generator, dtype=torch.float64)
     rewards = table[sequences[:, 0], sequences[:, -1]]
     ref_logps = bigram_logps(sft, sequences)
-    return World(sequences, sft, Task(ref_logps, rewards))
+    return BigramWorld(sequences, sft, Task(ref_logps, rewards))
 
 
 def matched_bigram(logps: Tensor, sequences: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ SLOW = {"D7", "F2b", "F2d", "F2f"}  # fits over many drawn groups
 
 
 def with_mark(claim: Claim) -> object:
-    marks = [pytest.mark.slow] if claim.number in SLOW else []
+    marks = []
+    if claim.number in SLOW:
+        marks = [pytest.mark.slow]
     return pytest.param(claim, id=claim.number, marks=marks)
 
 
@@ -59,8 +61,8 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, object], N
     clear_caches()
 
 
-def objective_with_a_wrong_sign(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    return objective(logps, ref_logps, -rewards, beta)
+def objective_with_a_wrong_sign(*arguments: Tensor) -> Tensor:
+    return -objective(*arguments)
 
 
 def tilted_by_the_product(ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
@@ -84,11 +86,12 @@ def experts_swapped(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def exo_loss_with_half_the_target(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: float) -> Tensor:
-    return exo_loss(logps, ref_logps, (target_logps / 2).log_softmax(-1), beta)
+    half = (target_logps / 2).log_softmax(-1)
+    return exo_loss(logps, ref_logps, half, beta)
 
 
-def exo_loss_doubled(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: float) -> Tensor:
-    return 2 * exo_loss(logps, ref_logps, target_logps, beta)
+def exo_loss_doubled(*arguments: Tensor) -> Tensor:
+    return 2 * exo_loss(*arguments)
 
 
 def exo_loss_without_reference(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: float) -> Tensor:
@@ -100,7 +103,7 @@ def pairs_swapped(logps: Tensor, ref_logps: Tensor, target_logps: Tensor, beta: 
 
 
 def gradients_without_the_others(completions: Tensor, logps: Tensor, rewards: Tensor, with_baseline: bool) -> Tensor:
-    """The group's mean as the baseline, with a completion's own reward in it."""
+    """Half of the group's mean as the baseline, with a completion's own reward in it."""
     scores = torch.eye(len(logps), dtype=torch.float64) - logps.exp()
     advantages = rewards[completions]
     if with_baseline:
@@ -122,39 +125,39 @@ def columns_swapped() -> dict:
 
 MISTAKES = [  # the name, what is put in its place, the claims whose verdict turns
     # the objective and its optimum
-    ("objective", objective_with_a_wrong_sign, ["A1", "A2", "A5", "B3", "C5"]),
-    ("tilted", tilted_by_the_product, ["A1", "A2", "A4", "A7", "B1", "B3"]),
-    ("log_partition", partition_without_reference, ["A2", "A7", "B3", "C1"]),
-    ("rm_loss", reward_loss_swapped, ["A3"]),
-    ("dpo_loss", dpo_loss_swapped, ["A8", "C10", "D2", "N3", "N5"]),
+    ("objective", objective_with_a_wrong_sign, "A1 A2 A5 B3 C5"),
+    ("tilted", tilted_by_the_product, "A1 A2 A4 A7 B1 B3"),
+    ("log_partition", partition_without_reference, "A2 A7 B3 C1"),
+    ("rm_loss", reward_loss_swapped, "A3"),
+    ("dpo_loss", dpo_loss_swapped, "A8 C10 D2 N3 N5"),
     # the generalised objective
-    ("product_of_experts", experts_swapped, ["B1", "B2", "C2", "C4", "C5"]),
+    ("product_of_experts", experts_swapped, "B1 B2 C2 C4 C5"),
     # EXO's loss and its gradient
-    ("exo_loss", exo_loss_without_reference, ["C2", "C4", "C5", "N1"]),
-    ("exo_loss", dpo_rw_loss, ["C3", "C4", "C5", "C6", "C9"]),
-    ("policy_gradients", gradients_without_the_others, ["A6", "N2"]),
+    ("exo_loss", exo_loss_without_reference, "C2 C4 C5 N1"),
+    ("exo_loss", dpo_rw_loss, "C3 C4 C5 C6 C9"),
+    ("policy_gradients", gradients_without_the_others, "A6 N2"),
     # learning from preferences
-    ("exo_loss", pairs_swapped, ["C8", "C10", "N3", "N4", "N5", "N8"]),
-    ("exo_loss", exo_loss_with_half_the_target, ["C3", "C8", "N4"]),
+    ("exo_loss", pairs_swapped, "C8 C10 N3 N4 N5 N8"),
+    ("exo_loss", exo_loss_with_half_the_target, "C3 C8 N4"),
     # comparison with DPO
-    ("dpo_rw_loss", exo_loss, ["D1", "D2", "D3", "D5", "D6"]),
+    ("dpo_rw_loss", exo_loss, "D1 D2 D3 D5 D6"),
     # mode seeking
-    ("loss_of", losses_swapped, ["C4", "D3", "D5", "D6", "D8", "D9"]),
+    ("loss_of", losses_swapped, "C4 D3 D5 D6 D8 D9"),
     # what follows from the equations
-    ("exo_loss", exo_loss_doubled, ["V1", "N1", "N2", "N3", "N4"]),
+    ("exo_loss", exo_loss_doubled, "V1 N1 N2 N3 N4"),
     # the controlled task
-    ("loss_of", losses_swapped, ["F2e", "F3", "F9", "N6"]),
+    ("loss_of", losses_swapped, "F2e F3 F9 N6"),
     # published tables
-    ("TABLES", columns_swapped(), ["X1", "X2", "X4"]),
+    ("TABLES", columns_swapped(), "X1 X2 X4"),
 ]
 
 
 @pytest.mark.parametrize("name, mistake, numbers", MISTAKES)
 def test_a_planted_mistake_turns_the_verdict(
-    name: str, mistake: object, numbers: list[str], plant: Callable[[str, object], None]
+    name: str, mistake: object, numbers: str, plant: Callable[[str, object], None]
 ) -> None:
     plant(name, mistake)
-    for number in numbers:
+    for number in numbers.split():
         outcome = run_claim(CLAIMS[number])
         assert not outcome.is_expected, f"{number}: {outcome.findings}"
 
@@ -188,9 +191,11 @@ def test_counted_groups_have_the_same_gradient(loss: enumerated.Loss) -> None:
         return enumerated.counted_loss(loss, exo.ARMS, logits.log_softmax(0), counts, 0.5, 0.3)
 
     gradient = torch.func.grad(by_counts)(exo.LOGITS)
-    torch.testing.assert_close(gradient, torch.func.grad(explicit)(exo.LOGITS), rtol=1e-10, atol=1e-12)
+    expected = torch.func.grad(explicit)(exo.LOGITS)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     if loss is exo_loss:
-        torch.testing.assert_close(by_counts(exo.LOGITS), explicit(exo.LOGITS), rtol=1e-10, atol=0)
+        value = float(by_counts(exo.LOGITS))
+        assert value == pytest.approx(float(explicit(exo.LOGITS)), rel=1e-10)
 
 
 @pytest.mark.parametrize("method", exo.METHODS)
@@ -216,10 +221,12 @@ def test_rloo_leaves_the_completion_out() -> None:
     (gradient,) = exo.policy_gradients(group, logps, exo.REWARDS, with_baseline=True)
 
     expected = torch.zeros(3, dtype=torch.float64)
-    for completion, others in ((0, (2, 2)), (2, (0, 2)), (2, (0, 2))):
-        baseline = sum(float(exo.REWARDS[i]) for i in others) / 2
-        score = torch.eye(3, dtype=torch.float64)[completion] - logps.exp()
-        expected += (float(exo.REWARDS[completion]) - baseline) * score / 3
+    others_of = [(2, 2), (0, 2), (0, 2)]
+    for completion, others in zip((0, 2, 2), others_of, strict=True):
+        baseline = exo.REWARDS[list(others)].mean()
+        advantage = exo.REWARDS[completion] - baseline
+        score = torch.eye(3)[completion] - logps.exp()
+        expected += advantage * score / 3
     torch.testing.assert_close(gradient, expected)
 
 
@@ -255,7 +262,8 @@ def test_descent_reaches_newton_s_optimum() -> None:
         return -objective(world.logps(parameters), world.task.ref_logps, world.task.rewards, 0.5)
 
     descended = world.logps(enumerated.descend(loss, world.sft))
-    newton = world.logps(minimise(loss, world.sft).parameters)
+    optimum = minimise(loss, world.sft)
+    newton = world.logps(optimum.parameters)
     torch.testing.assert_close(descended.exp(), newton.exp(), rtol=0, atol=1e-7)
 
 
@@ -263,8 +271,6 @@ def test_no_random_policy_is_above_the_frontier() -> None:
     task = exo.ARMS
     optimum = tilted(task.ref_logps, task.rewards, 0.3)
     assert float(exo.excess_reward(optimum[None], task)) == pytest.approx(0, abs=1e-5)
-    shifted = enumerated.Task(task.ref_logps, task.rewards - 0.01)
-    assert float(optimum.exp() @ task.rewards) > float(optimum.exp() @ shifted.rewards)
     assert float(exo.excess_reward(vector(0.1, 0.2, 0.7).log()[None], task)) < 0
 
 
@@ -278,7 +284,9 @@ def test_masses_add_up() -> None:
 
 @pytest.mark.parametrize("start", exo.STARTS)
 def test_dpo_rw_has_one_optimum(start: str) -> None:
-    assert exo.fit_gaussian("DPO-rw", 0, start) == pytest.approx(exo.fit_gaussian("DPO-rw", 0, "wide"), abs=1e-8)
+    optimum = exo.fit_gaussian("DPO-rw", 0, start)
+    from_wide = exo.fit_gaussian("DPO-rw", 0, "wide")
+    assert optimum == pytest.approx(from_wide, abs=1e-8)
 
 
 def test_descent_agrees_with_the_landscape() -> None:

@@ -12,12 +12,15 @@ Details the equation leaves open:
 3. ε = 1e-3 as in the paper. The optimum of a pair is then at β_π h = log((1-ε)/ε) = 6.907. The published code fixes the
    target's logits to (0, -10) instead. Its optimum is at 10.
 4. KL(q || p) differs from the expectation under the policy at finite K. Eq 16 holds as K grows, with completions drawn
-   from π_ref, each as often as it was drawn. With `--beta-r`, equal texts are therefore kept.
+   from π_ref, each as often as it was drawn. With `--beta-r`, equal texts are therefore kept. At π_θ = π_ref the mean
+   gradient of EXO has the right direction at every K, and that of DPO-rw has not. EXO seeks modes at large K only.
 5. The paper divides all logits by a temperature of 0.8, in training too. Here π_θ is the model's own distribution.
-   Samples as in the paper (scripts/sample.py --temperature 0.8; instructions: 0.95, --top-p 0.9) are not from π_ref.
+   Samples as in the paper (scripts/sample.py --temperature 0.8; instructions: 0.95, --top-p 0.9) are not from π_ref,
+   unless the temperature is made part of the SFT model (scripts/prepare_model.py temperature).
 6. The paper's settings: β_π (`--beta`) 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 (IMDB: also 8).
-7. Errors in the paper: Eq 19 is DPO on pairs only at ε = 0. If labels are right with probability P, the optimum of Eq
-   18 is at β_π h = (2P - 1) log((1-ε)/ε), and not at their log-odds log(P/(1-P)) as DPO's is.
+7. Errors in the paper (docs/errata.md): Eq 19 is DPO on pairs only at ε = 0. If labels are right with probability P,
+   the optimum of Eq 18 is at β_π h = (2P - 1) log((1-ε)/ε), and not at their log-odds log(P/(1-P)) as DPO's is. With
+   several pairs it also depends on which of them are asked for.
 
 Rows (docs/rows.md): pairs, or K ranked completions; with `--beta-r`, their scores.
 

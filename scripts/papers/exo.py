@@ -20,7 +20,7 @@ from torch.func import grad, jacrev
 from algos.dpo import dpo_loss
 from algos.exo import dpo_rw_loss, exo_loss
 from algos.rm import rm_loss
-from scripts.lab.claim_files import Args, run_paper
+from scripts.lab.claim_files import Args, paper_command
 from scripts.lab.claims import (
     Finding,
     Paper,
@@ -1947,7 +1947,7 @@ def noisy_labels() -> "Figure":
 
 
 def main(args: Args) -> None:
-    run_paper(PAPER, args)
+    paper_command(PAPER, args)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ def minimise_each(loss: Callable[..., Tensor], starts: Tensor, *arguments: Tenso
     """
     values = torch.vmap(loss)
     gradients = torch.vmap(torch.func.grad(loss))
-    hessians = torch.vmap(torch.func.hessian(loss))
+    hessians = torch.vmap(torch.func.jacrev(torch.func.grad(loss)))
 
     x = starts.clone()
     for _ in range(max_steps):

@@ -1574,7 +1574,7 @@ def constraint_test() -> dict[str, list[float]]:
     return curves
 
 
-LARGEST_SQUARES = (0.36, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9)  # c of the hard constraint ‖π‖² ≤ c
+LARGEST_SQUARES = (0.36, 0.4, 0.45, 0.5, 0.51, 0.52, 0.55, 0.6, 0.7)  # c of the hard constraint ‖π‖² ≤ c
 
 
 def circle(largest: float) -> Tensor:
@@ -1609,7 +1609,8 @@ def the_penalty_separates_dpo_from_rlhf() -> Iterator[Finding]:
     """With a penalty α‖π‖² the distance of RLHF to DPO is 0 at α = 0, and grows considerably as α increases.
 
     It rises and falls: both go to the uniform policy. And it mixes in the unit of the loss: RLHF against 2 RLHF, the
-    same objective, separates as well. A hard constraint has no unit, and the policies still differ, by less, for c up to about .5.
+    same objective, separates as well. A hard constraint has no unit, and the policies still differ, by less, for c up
+    to about .5.
     """
     curves = constraint_test()
     yield vanishes("α = 0: distance", curves["DPO"][0], 1e-5)
@@ -1932,7 +1933,8 @@ def preservation() -> "Figure":
 
 @PAPER.figure(
     "Constraints (Fig. 3 right), λ = 0.1. Left: the distance of RLHF's optimum to DPO's with a penalty α‖π‖², and to "
-    "that of twice the RLHF loss, which is the same objective. Right: with the hard constraint ‖π‖² ≤ c. It has no unit, and the two differ up to c of about .5."
+    "that of twice the RLHF loss, which is the same objective. Right: with the hard constraint ‖π‖² ≤ c. It has no "
+    "unit, and the two differ for c up to about .5."
 )
 def constraints() -> "Figure":
     figure, panels = canvas([["penalty", "hard"]], (11, 3.8))

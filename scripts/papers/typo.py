@@ -636,7 +636,8 @@ def bt_optimality_is_an_order() -> Iterator[Finding]:
     data = uniform_pairs(GOOD.pi_star)
     policy = optima("DPO", GOOD.pi_ref, data, [1.0])[0]
     is_preferred = bradley_terry(GOOD.pi_star, data.pairs) > 0.5
-    is_more_likely = policy[data.pairs[:, 0]] > policy[data.pairs[:, 1]]
+    winners, losers = policy[data.pairs].T
+    is_more_likely = winners > losers
     has_the_order = bool((is_preferred == is_more_likely).all())
     distance = total_variation(policy, GOOD.pi_star)
     yield judged("distance of π* to a BT-optimal policy, DPO's", "0", distance, not has_the_order or distance < 1e-9)
@@ -700,7 +701,8 @@ def weak_interpolation(method: str) -> Iterator[Finding]:
     nearest = min(to_target)
     yield above("not the SIC: λ = 1e-4, distance to π*", 0.3, nearest)
 
-    tied = optima(method, BAD.pi_ref, drawn_pairs(*BAD), [1e-4])[0]
+    policies = optima(method, BAD.pi_ref, drawn_pairs(*BAD), [1e-4])
+    tied = policies[0]
     largest = float(tied.max())
     yield judged("x_b, two modes: largest probability at λ = 1e-4", "1", largest, largest > 0.999)
     yield instead(same_digits("x_b: π_ref restricted to the modes", ".7500, 0, .2500", *tied.tolist()))
@@ -929,7 +931,8 @@ def preferences_of_the_target() -> Iterator[Finding]:
     errors = []
     for reward in rewards:
         data = uniform_pairs(reward.softmax(0))
-        gaps = reward[data.pairs[:, 0]] - reward[data.pairs[:, 1]]
+        winners, losers = reward[data.pairs].T
+        gaps = winners - losers
         preferences = bradley_terry(reward.softmax(0), data.pairs)
         errors.append(preferences - gaps.sigmoid())
         errors.append(6 * data.weights - gaps.sigmoid())
@@ -980,10 +983,9 @@ def the_supervised_term_at_good_prompts() -> Iterator[Finding]:
     """Where π_ref = π*, ℓ_sup with the pairs of Eq 1 is least at π* = π_ref."""
     start = vector(0.2, 0.3, 0.5)
     differences = []
-    for logps in random_policies(10, 3, seed=19):
-        mixed = 0.9 * logps.exp() + 0.1 / 3
-        policies = optima("TYPO", start, drawn_pairs(mixed, mixed), [0.0])
-        differences.append(policies[0] - mixed)
+    for target in mixed_policies(10, 3, seed=19):
+        policies = optima("TYPO", start, drawn_pairs(target, target), [0.0])
+        differences.append(policies[0] - target)
     yield all_vanish("10 targets, from another start", differences, 1e-8)
 
 
@@ -996,7 +998,8 @@ def the_unsupervised_term_is_a_divergence() -> Iterator[Finding]:
     for logps in random_policies(100, 3, seed=20):
         both_terms = mean_loss("TYPO", logps, pi_ref, data, 1.0)
         unsupervised = both_terms - mean_loss("TYPO", logps, pi_ref, data, 0.0)
-        differences.append(unsupervised - kl(pi_ref.log(), logps) - entropy(pi_ref.log()))
+        divergence = kl(pi_ref.log(), logps)
+        differences.append(unsupervised - divergence - entropy(pi_ref.log()))
     yield all_vanish("100 policies", differences)
     remainder = optima("TYPO", pi_ref, data, [1e8])[0] - pi_ref
     yield vanishes("λ = 1e8: optimum less π_ref", remainder, 1e-7)
@@ -1043,8 +1046,7 @@ def typo_preserves() -> Iterator[Finding]:
     largest = float(errors_of("TYPO", GOOD).max())
     yield vanishes("x_g, 33 λ from 1e-5 to 1000: largest error", largest, 1e-8)
     differences = []
-    for logps in random_policies(5, 4, seed=22):
-        target = 0.9 * logps.exp() + 0.1 / 4
+    for target in mixed_policies(5, 4, seed=22):
         differences.append(optima("TYPO", target, drawn_pairs(target, target), STRENGTHS) - target)
     yield all_vanish("5 targets of 4 responses, pairs of Eq 1", differences, 1e-8)
 
@@ -1058,10 +1060,16 @@ class Problems(NamedTuple):
     optima: Tensor
 
 
+def mixed_policies(count: int, n: int, seed: int) -> Tensor:
+    """Random policies, (count, n), none of whose probabilities is below 0.1/n."""
+    policies = random_policies(count, n, seed).exp()
+    return 0.9 * policies + 0.1 / n
+
+
 def random_problems(n: int, count: int) -> Problems:
     """TYPO's optima with the pairs of Eq 1, for λ from 0.01 to 30. Every probability is at least 0.1/n."""
-    targets = 0.9 * random_policies(count, n, seed=30 + n).exp() + 0.1 / n
-    references = 0.9 * random_policies(count, n, seed=40 + n).exp() + 0.1 / n
+    targets = mixed_policies(count, n, seed=30 + n)
+    references = mixed_policies(count, n, seed=40 + n)
     generator = torch.Generator().manual_seed(n)
     exponents = torch.rand(count, 1, generator=generator, dtype=torch.float64)
     lams = 10 ** (3.5 * exponents - 2)
@@ -1327,7 +1335,8 @@ def learning() -> Learning:
     num_epochs = NUM_STEPS * 20 // NUM_SAMPLED
     epochs = [torch.randperm(NUM_SAMPLED, generator=generator) for _ in range(num_epochs)]
     kinds = sampled[torch.cat(epochs)].view(NUM_STEPS, 20)
-    shares = F.one_hot(kinds, len(data.pairs)).double().mean(1)  # (steps, pairs)
+    occurrences = F.one_hot(kinds, len(data.pairs)).double()
+    shares = occurrences.mean(1)  # (steps, pairs)
 
     def losses(logits: Tensor, step: int) -> Tensor:
         logps = logits.log_softmax(1)
@@ -1640,7 +1649,8 @@ def truncated_samples_are_another_reference() -> Iterator[Finding]:
     def loss(logits: Tensor, lam: float) -> Tensor:
         logps = logits.log_softmax(0)
         expected_logp = (truncated * logps).sum()
-        losses = typo_loss(logps[data.pairs], expected_logp.expand(len(data.pairs), 1), lam)
+        samples = expected_logp.expand(len(data.pairs), 1)
+        losses = typo_loss(logps[data.pairs], samples, lam)
         return (data.weights * losses).sum()
 
     policies = minimise_each(loss, pi_ref.log()[None], vector(1e4)).softmax(1)

@@ -135,6 +135,12 @@ def bandit_optima(method: str, setting: Setting, lams: Iterable[float]) -> Tenso
     return optima(method, setting.pi_ref, uniform_pairs(setting.pi_star), lams)
 
 
+def mixed_policies(count: int, n: int, seed: int) -> Tensor:
+    """Random policies, (count, n), none of whose probabilities is below 0.1/n."""
+    policies = random_policies(count, n, seed).exp()
+    return 0.9 * policies + 0.1 / n
+
+
 def two_logps(logit: Tensor) -> Tensor:
     """Log-probs of two responses, of which the first has this logit: (...) → (..., 2)."""
     return torch.stack([F.logsigmoid(logit), F.logsigmoid(-logit)], -1)
@@ -1058,12 +1064,6 @@ class Problems(NamedTuple):
     references: Tensor
     lams: Tensor
     optima: Tensor
-
-
-def mixed_policies(count: int, n: int, seed: int) -> Tensor:
-    """Random policies, (count, n), none of whose probabilities is below 0.1/n."""
-    policies = random_policies(count, n, seed).exp()
-    return 0.9 * policies + 0.1 / n
 
 
 def random_problems(n: int, count: int) -> Problems:

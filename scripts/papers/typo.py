@@ -20,7 +20,7 @@ from algos.dpo import dpo_loss
 from algos.ipo import ipo_loss
 from algos.rm import rm_loss
 from algos.typo import typo_loss
-from scripts.lab.claim_files import Args, run_paper
+from scripts.lab.claim_files import Args, paper_command
 from scripts.lab.claims import Finding, Paper, Verdict, given, instead, judged, same_digits, same_value, vanishes
 from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
@@ -1963,7 +1963,7 @@ def constraints() -> "Figure":
 
 
 def main(args: Args) -> None:
-    run_paper(PAPER, args)
+    paper_command(PAPER, args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ Details the equation leaves open:
 3. The implicit reward that is logged is τ ρ.
 4. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
 5. With τ = β/2, β² times this loss is the distillation loss of algos/distill_dpo.py for a reward gap of 1.
-6. An error in TYPO: the two sides of Eq 10 are not equal. They differ by a number that does not depend on θ.
+6. With pairs from π_ref the optimum is π_ref exp(r/τ)/Z, where r(y) is the probability that y wins against a completion
+   of π_ref.
+7. An error in TYPO (docs/errata.md): the two sides of Eq 10 are not equal. They differ by a number without θ.
 
 Rows (docs/rows.md): pairs.
 

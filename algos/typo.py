@@ -12,10 +12,13 @@ Details the equation leaves open:
 3. The expectation is the mean over the rows' `reference_samples`, drawn from π_ref beforehand (scripts/sample.py). A
    sample that was cut off (`reference_samples_finished`) has no EOS.
 4. The paper samples with top-k 60, top-p 0.8 and a repetition penalty of 1.1. That is another distribution than π_ref.
-   The equation asks for plain samples at temperature 1, the default of scripts/sample.py.
+   The equation asks for plain samples at temperature 1, the default of scripts/sample.py. With others, a large λ gives
+   the distribution that they come from.
 5. The reward that is logged is log π_θ(y|x) itself.
 6. The paper's settings: λ 0.05, learning rate 1e-6, batch 40, one sample per prompt.
-7. An error in the paper: Eq 17 takes an expectation over y of a KL divergence that already sums over y.
+7. With two completions the optimum is the mixture (p* + λ π_ref)/(1 + λ). With any number, it is never farther from π*
+   in total variation than π_ref is (`python scripts/papers/typo.py --claim C27`).
+8. An error in the paper (docs/errata.md): Eq 17 takes an expectation over y of a KL divergence that already sums over y.
 
 Rows (docs/rows.md): pairs with `reference_samples` of scripts/sample.py.
 

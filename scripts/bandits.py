@@ -6,6 +6,8 @@ python scripts/bandits.py
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from scripts.lab.claim_files import exit_if_any, run_paper
 from scripts.lab.commands import checked_command
 from scripts.papers import distillation, dpo, exo, r_to_q, typo
@@ -22,6 +24,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    torch.set_num_threads(1)  # as the papers' own commands do
     surprises = []
     for paper in PAPERS:
         surprises += run_paper(paper, args.output_dir)

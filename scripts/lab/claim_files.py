@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from scripts.lab.claims import Claim, Finding, Outcome, Paper, rows_of_findings, run_claim
 from scripts.lab.plots import require_matplotlib
 from scripts.lab.tables import aligned
@@ -24,6 +26,7 @@ class Args:
 
 def paper_command(paper: Paper, args: Args) -> None:
     """Check one claim of a paper, or all of them. Exits with code 1 if a verdict is not the expected one."""
+    torch.set_num_threads(1)  # with so few numbers, threads would only wait for each other
     if args.claim is None:
         surprises = run_paper(paper, args.output_dir)
     else:

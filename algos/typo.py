@@ -18,7 +18,7 @@ Details the equation leaves open:
 6. The paper's settings: λ 0.05, learning rate 1e-6, batch 40, one sample per prompt.
 7. With two completions the optimum is the mixture (p* + λ π_ref)/(1 + λ). With any number, it is never farther from π*
    in total variation than π_ref is (`python scripts/papers/typo.py --claim C27`).
-8. An error in the paper (docs/errata.md): Eq 17 takes an expectation over y of a KL divergence that already sums over y.
+8. Errors in the paper (docs/errata.md): Eq 17 takes an expectation over y of a KL divergence that already sums over y.
 
 Rows (docs/rows.md): pairs with `reference_samples` of scripts/sample.py.
 

@@ -1595,11 +1595,11 @@ OUTCOMES = vector(20, 0, 5)  # A's two outcomes, and B's only one
 OUTCOME_PROBS = vector(WIN_CHANCE, 1 - WIN_CHANCE)
 
 
-@BEYOND.claim("C64", "§4, §6", expected=Verdict.FALSE)
+@BEYOND.claim("C64", "§4, §6", expected=Verdict.CORRECTED)
 def the_theory_carries_over_to_agents() -> Iterator[Finding]:
     """The derivations indicate that DPO on whole trajectories could learn optimal behaviour of agents and in dialogues.
 
-    They need deterministic transitions. Arm A pays 20 with probability 0.3, else 0; B always pays 5, π_ref uniform,
+    So they could where the world answers deterministically, as §3.1 assumes. Else V*(s') does not cancel: arm A pays 20 with probability 0.3, else 0; B always pays 5, π_ref uniform,
     β = 1. The realised returns of A win with 0.305 only, and DPO takes B, where the optimum takes A.
     """
     wins = OUTCOME_PROBS * (OUTCOMES[:2] - OUTCOMES[2]).sigmoid()
@@ -1610,13 +1610,19 @@ def the_theory_carries_over_to_agents() -> Iterator[Finding]:
     def losses(logps: Tensor) -> Tensor:
         return dpo_loss(logps[pairs], EVEN[pairs], 1.0)
 
-    policy = fit_policy(losses, weights, EVEN).policy
-    log_odds = float(policy.log()[0] - policy.log()[1])
+    def log_odds_of(weights: Tensor) -> float:
+        policy = fit_policy(losses, weights, EVEN).policy
+        return float(policy.log()[0] - policy.log()[1])
+
+    log_odds = log_odds_of(weights)
     optimal = tilted(EVEN, vector(6, 5), 1.0)
     best_log_odds = float(optimal[0] - optimal[1])
     yield same_value("log-odds of A, those of the optimum", best_log_odds, log_odds)
     yield given(same_value("log(p/(1 - p)), p = .3 σ(15) + .7 σ(-5)", math.log(win_rate / (1 - win_rate)), log_odds))
     yield given(same_digits("DPO, the optimum (mean returns 6 and 5)", "-.825, 1", log_odds, best_log_odds))
+
+    deterministic = vector(1, -1).sigmoid()
+    yield instead(same_value("where A always pays 6", best_log_odds, log_odds_of(deterministic)))
 
 
 # ---------------------------------------------------------------- figures

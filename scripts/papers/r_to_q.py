@@ -1599,8 +1599,9 @@ OUTCOME_PROBS = vector(WIN_CHANCE, 1 - WIN_CHANCE)
 def the_theory_carries_over_to_agents() -> Iterator[Finding]:
     """The derivations indicate that DPO on whole trajectories could learn optimal behaviour of agents and in dialogues.
 
-    So they could where the world answers deterministically, as §3.1 assumes. Else V*(s') does not cancel: arm A pays 20 with probability 0.3, else 0; B always pays 5, π_ref uniform,
-    β = 1. The realised returns of A win with 0.305 only, and DPO takes B, where the optimum takes A.
+    So they could where the world answers deterministically, as §3.1 assumes. Else V*(s') does not cancel. Arm A pays 20
+    with probability 0.3, else 0; B always pays 5, π_ref uniform, β = 1. The realised returns of A win with 0.305 only,
+    and DPO takes B, where the optimum takes A.
     """
     wins = OUTCOME_PROBS * (OUTCOMES[:2] - OUTCOMES[2]).sigmoid()
     win_rate = wins.sum()

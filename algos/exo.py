@@ -18,9 +18,10 @@ Details the equation leaves open:
    Samples as in the paper (scripts/sample.py --temperature 0.8; instructions: 0.95, --top-p 0.9) are not from π_ref,
    unless the temperature is made part of the SFT model (scripts/prepare_model.py temperature).
 6. The paper's settings: β_π (`--beta`) 0.1 (IMDB) or 0.5, β_r 0.1, learning rate 1e-6, batch 64, K 4 (IMDB: also 8).
-7. Errors in the paper (docs/errata.md): Eq 19 is DPO on pairs only at ε = 0. If labels are right with probability P,
-   the optimum of Eq 18 is at β_π h = (2P - 1) log((1-ε)/ε), and not at their log-odds log(P/(1-P)) as DPO's is. With
-   several pairs it also depends on which of them are asked for.
+7. On pairs, Eq 19 is DPO at ε = 0 only.
+8. Errors in the paper (docs/errata.md): If labels are right with probability P, the optimum of Eq 18 is at β_π h =
+   (2P - 1) log((1-ε)/ε), and not at their log-odds log(P/(1-P)) as DPO's is. With several pairs it also depends on
+   which of them are asked for.
 
 Rows (docs/rows.md): pairs, or K ranked completions; with `--beta-r`, their scores.
 

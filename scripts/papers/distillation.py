@@ -463,8 +463,9 @@ def any_finite_reward_can_be_distilled() -> Iterator[Finding]:
 def unit_rewards_give_ipo() -> Iterator[Finding]:
     """With r = 1{y = y_w} distillation is IPO, and Theorem 1 generalises it.
 
-    The losses are the same times β². But that r is a function of the pair. Where a completion wins one pair and loses
-    another, no r(x, y) has all gaps 1, and Theorem 1 does not apply: on y_1 ≺ y_2 ≺ y_3, y_1 ≺ y_3 the loss keeps 1/9.
+    The losses are the same times β². But that r is a function of the pair: it is no r(x, y) where a completion wins one
+    pair and loses another. On y_1 ≺ y_2 ≺ y_3, y_1 ≺ y_3 no r(x, y) has all gaps 1, so that Theorem 1 does not apply,
+    and the loss keeps 1/9.
     """
     beta = 0.3
     logps = random_policies(1000, 2, seed=0)

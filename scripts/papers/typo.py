@@ -678,9 +678,12 @@ def the_mode_has_the_largest_reward() -> Iterator[Finding]:
         yield below(f"{name}: best random policy less the mode", 0, excess)
 
 
-@LIMITS.claim("C39", "Eqs 37, 40, 41")
+@LIMITS.claim("C39", "Eqs 37, 40, 41", expected=Verdict.CORRECTED)
 def limits_of_the_tilt() -> Iterator[Finding]:
-    """π_ref exp(r/λ)/Z goes to the mode of the reward as λ → 0, and to π_ref as λ → ∞."""
+    """π_ref exp(r/λ)/Z goes to the mode of the reward as λ → 0, and to π_ref as λ → ∞.
+
+    Several responses may share the largest reward. Then it goes to π_ref restricted to them.
+    """
     at_zero = []
     at_infinity = []
     all_rewards = random_policies(20, 4, seed=14).exp()
@@ -688,8 +691,12 @@ def limits_of_the_tilt() -> Iterator[Finding]:
     for rewards, ref_logps in zip(all_rewards, references, strict=True):
         at_zero.append(tilted(ref_logps, rewards, 1e-6).exp() - mode(rewards))
         at_infinity.append(tilted(ref_logps, rewards, 1e10).exp() - ref_logps.exp())
-    yield all_vanish("20 settings, λ = 1e-6, less the mode", at_zero, 1e-9)
-    yield all_vanish("λ = 1e10, less π_ref", at_infinity, 1e-9)
+    yield given(all_vanish("20 settings, λ = 1e-6, less the mode", at_zero, 1e-9))
+    yield given(all_vanish("λ = 1e10, less π_ref", at_infinity, 1e-9))
+
+    tied = tilted(vector(0.4, 0.4, 0.2).log(), vector(1, 1, 0), 1e-6).exp()
+    yield same_digits("r = (1, 1, 0), π_ref = (.4, .4, .2): one response", "1, 0, 0", *tied.tolist())
+    yield instead(same_digits("π_ref restricted to both", ".5, .5, 0", *tied.tolist()))
 
 
 def weak_interpolation(method: str) -> Iterator[Finding]:
@@ -744,8 +751,9 @@ def no_member_interpolates_strongly() -> Iterator[Finding]:
     """No QPO loss satisfies the SIC: none has π* as a limit of its minimisers whatever π_ref.
 
     Two responses, p* = .8. For each loss and λ we take the worse distance to π* of π_ref = .8 and π_ref = .5. The
-    proof has μ = log. For any increasing μ: what keeps π_ref = π* has u = 1, and then keeps every other π_ref too. For
-    a single π_ref it can be met: DPO with λ from 1 to ∞ and a uniform π_ref goes from π* to π_ref.
+    proof has μ = log. For a continuous, strictly increasing μ: two references near π* minimise the same function of
+    μ(u_w) - μ(u_l), in which π* has another value for each. For a single π_ref the SIC can be met: DPO with λ from 1 to
+    ∞ and a uniform π_ref goes from π* to π_ref.
     """
     pi_star = vector(0.8, 0.2)
     data = uniform_pairs(pi_star)
@@ -1231,10 +1239,11 @@ def penalised(method: str, setting: Setting, alpha: float) -> Tensor:
 
 @TYPO.claim("C31", "§4.2", expected=Verdict.CORRECTED)
 def constraints_pose_no_issue() -> Iterator[Finding]:
-    """Adding constraints poses no issue for TYPO.
+    """Constraints that might compromise an association with RLHF pose no issue for TYPO.
 
-    Its derivation needs no unconstrained optimum, and its optimum at x_g stays π* under any constraint that admits π*.
-    The penalty α‖π‖² of the paper's constraint test, however, moves it, unless π* is uniform.
+    So it is for the derivation. The optimum at x_g stays π* under a constraint on that prompt alone that admits π*. The
+    penalty α‖π‖² of the paper's constraint test moves it, unless π* is uniform, and so can a constraint that prompts
+    share.
     """
     percents = torch.arange(1, 99, dtype=torch.float64)
     grid = torch.cartesian_prod(percents, percents)

@@ -25,7 +25,8 @@ What the papers state, statement by statement. Each statement is a function in [
 a number: `python scripts/papers/dpo.py --claim T8` runs one and prints all that it compares. The verdict follows from
 these comparisons. `bash scripts/reproduce.sh --exact` runs all of them, and makes this page.
 
-"Holds with a correction" and "false" mean the statement as it is printed; [errata.md](errata.md) says what is right."""
+"Holds with a correction" and "false" are about the statement as it is printed. What is needed beyond it, or right
+instead, is among the comparisons, and [errata.md](errata.md) lists the errors."""
 
 
 @dataclass(kw_only=True)

@@ -212,14 +212,16 @@ def _uncut_tensors(module: nn.Module) -> tuple[list[_Place], list[Tensor]]:
     tensors: list[Tensor] = []
     indices: dict[int, int] = {}  # by identity
     for path, part in module.named_modules():
-        for kind, held in (("_parameters", part._parameters), ("_buffers", part._buffers), ("", vars(part))):
-            for name, tensor in held.items():
-                if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
-                    continue
-                if id(tensor) not in indices:
-                    indices[id(tensor)] = len(tensors)
-                    tensors.append(tensor)
-                places.append(_Place(path, kind, name, indices[id(tensor)]))
+        held = [("_parameters", *item) for item in part._parameters.items()]
+        held += [("_buffers", *item) for item in part._buffers.items()]
+        held += [("", *item) for item in vars(part).items()]
+        for kind, name, tensor in held:
+            if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
+                continue
+            if id(tensor) not in indices:
+                indices[id(tensor)] = len(tensors)
+                tensors.append(tensor)
+            places.append(_Place(path, kind, name, indices[id(tensor)]))
     return places, tensors
 
 

@@ -133,9 +133,9 @@ def _parts(lm: Any) -> list[list[str]]:
     tensors = lm.state_dict(keep_vars=True)
     names_of_layers: dict[str, list[str]] = {}
     for name in tensors:
-        layer = re.match(r"(.*?\.\d+\.)|", name)
-        assert layer is not None
-        names_of_layers.setdefault(layer[0], []).append(name)
+        match = re.match(r".*?\.\d+\.", name)
+        prefix = match[0] if match else ""
+        names_of_layers.setdefault(prefix, []).append(name)
 
     parts: list[list[str]] = [[]]
     size = 0

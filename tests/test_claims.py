@@ -1,6 +1,7 @@
 """Claims: verdicts, comparisons, and what a paper's command prints and writes."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,3 +207,18 @@ def test_the_result_files_have_the_statements_of_the_code(paper: Paper) -> None:
 def test_numbers_are_used_once(paper: Paper) -> None:
     numbers = [statement.number for statement in [*paper.claims, *paper.elsewhere]]
     assert sorted(set(numbers)) == sorted(numbers)
+
+
+def named_in_errata(paper: Paper) -> set[str]:
+    """The numbers of claims in the paper's part of docs/errata.md."""
+    page = (tiny.ROOT / "docs" / "errata.md").read_text(encoding="utf-8")
+    (part,) = [part for part in page.split("\n## ") if f"arXiv {paper.arxiv}" in part]
+    return set(re.findall(r"`(\w+)`", part))
+
+
+@pytest.mark.parametrize("paper", bandits.PAPERS, ids=lambda paper: paper.name)
+def test_errata_name_claims(paper: Paper) -> None:
+    """They exist, and those that are false are all named."""
+    named = named_in_errata(paper)
+    assert named <= {claim.number for claim in paper.claims}
+    assert named >= {claim.number for claim in paper.claims if claim.expected == Verdict.FALSE}

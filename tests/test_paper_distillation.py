@@ -10,7 +10,7 @@ from torch import Tensor
 
 from algos import distill_dpo, dpo, ensemble_dpo, ipo, pessimistic_dpo, rm
 from scripts.lab import pessimism, tabular
-from scripts.lab.claims import Claim, run_claim
+from scripts.lab.claims import run_claim
 from scripts.lab.pessimism import Ball, gap_matrix, least_divergent, pessimistic_score
 from scripts.lab.tabular import kl, matrix, normal, ordered_pairs, tilted, uniform_logps, vector
 from scripts.papers import distillation
@@ -19,22 +19,11 @@ from scripts.papers.distillation import PAPER
 CLAIMS = {claim.number: claim for claim in PAPER.claims}
 
 
-@pytest.mark.parametrize("claim", PAPER.claims, ids=lambda claim: claim.number)
-def test_claim(claim: Claim) -> None:
-    outcome = run_claim(claim)
-    assert outcome.is_expected, outcome.findings
-
-
 def test_every_statement_has_one_number() -> None:
     numbers = [claim.number for claim in PAPER.claims] + [statement.number for statement in PAPER.elsewhere]
     theory = [f"T{i}" for i in range(1, 53)]
     experiments = [f"X{i}" for i in range(1, 19)]
     assert sorted(numbers) == sorted([*theory, *experiments, "L1", "L2"])
-
-
-def test_there_are_figures() -> None:
-    names = [draw.__name__ for _, draw in PAPER.figures]
-    assert names == ["one_pair", "theorems", "figure_1", "growing_ball", "bag_of_words", "closure", "figure_b1"]
 
 
 # ---------------------------------------------------------------- planted mistakes
@@ -160,19 +149,8 @@ def module(monkeypatch: pytest.MonkeyPatch):
     clear_caches()
 
 
-def with_slow_ones() -> list:
-    """The first mistake of each section, and the others as slow ones."""
-    cases = []
-    sections: set[str] = set()
-    for mistake in MISTAKES:
-        section, name, _, numbers = mistake
-        marks = [pytest.mark.slow] if section in sections else []
-        cases.append(pytest.param(*mistake, id=f"{name}-{'-'.join(numbers)}", marks=marks))
-        sections.add(section)
-    return cases
-
-
-@pytest.mark.parametrize(("section", "name", "mistake", "numbers"), with_slow_ones())
+@pytest.mark.slow
+@pytest.mark.parametrize(("section", "name", "mistake", "numbers"), MISTAKES)
 def test_a_planted_mistake_turns_the_verdict(
     section: str, name: str, mistake: object, numbers: list[str], module: pytest.MonkeyPatch
 ) -> None:

@@ -11,26 +11,11 @@ from torch import Tensor
 from algos.dpo import dpo_loss
 from algos.exo import dpo_rw_loss, exo_loss
 from scripts.lab import enumerated
-from scripts.lab.claims import Claim, run_claim
+from scripts.lab.claims import run_claim
 from scripts.lab.tabular import kl, log_partition, minimise, objective, tilted, vector
 from scripts.papers import exo
 
 CLAIMS = {claim.number: claim for claim in exo.PAPER.claims}
-SLOW = {"D7", "F2b", "F2d", "F2f"}  # fits over many drawn groups
-
-
-def with_mark(claim: Claim) -> object:
-    marks = []
-    if claim.number in SLOW:
-        marks = [pytest.mark.slow]
-    return pytest.param(claim, id=claim.number, marks=marks)
-
-
-@pytest.mark.parametrize("claim", [with_mark(claim) for claim in exo.PAPER.claims])
-def test_claim(claim: Claim) -> None:
-    outcome = run_claim(claim)
-    assert outcome.verdict == claim.expected, outcome.findings
-    assert 1 <= len(outcome.findings) <= 5
 
 
 def test_each_statement_has_one_number() -> None:
@@ -152,6 +137,7 @@ MISTAKES = [  # the name, what is put in its place, the claims whose verdict tur
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, mistake, numbers", MISTAKES)
 def test_a_planted_mistake_turns_the_verdict(
     name: str, mistake: object, numbers: str, plant: Callable[[str, object], None]
@@ -342,10 +328,3 @@ def test_win_rate_counts_ties_half() -> None:
 
 def test_noisy_margin_is_the_log_odds_for_dpo() -> None:
     assert exo.noisy_margin(exo.dpo_pref, math.log(3)) == pytest.approx(math.log(3))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("draw", [draw for _, draw in exo.PAPER.figures])
-def test_figures(draw: Callable) -> None:
-    pytest.importorskip("matplotlib")
-    assert draw().axes

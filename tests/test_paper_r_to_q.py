@@ -12,30 +12,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from scripts.lab.claims import Claim, run_claim
+from scripts.lab.claims import run_claim
 from scripts.lab.grid_mdp import end_logps, gaussian_steps, solve_chain
 from scripts.lab.notices import make_notice, make_sft_row, oracle
 from scripts.lab.tree_mdp import Solution, TreeMDP
 from scripts.papers import r_to_q
 
 CLAIMS = {claim.number: claim for claim in r_to_q.PAPER.claims}
-SLOW = ("C9", "C22")
 CACHED = ("optimum", "sampled_distances", "is_unconnected", "notices_world", "language_model_logits")
-
-
-def parameters() -> Iterator[Any]:
-    """The claims; those that take over three seconds run with --all."""
-    for claim in r_to_q.PAPER.claims:
-        marks = []
-        if claim.number in SLOW:
-            marks.append(pytest.mark.slow)
-        yield pytest.param(claim, id=claim.number, marks=marks)
-
-
-@pytest.mark.parametrize("claim", parameters())
-def test_claim(claim: Claim) -> None:
-    outcome = run_claim(claim)
-    assert outcome.is_expected, outcome
 
 
 def test_every_statement_appears_once() -> None:
@@ -189,6 +173,7 @@ def clear_caches() -> None:
         getattr(r_to_q, name).cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_turns_the_verdict(name: str, monkeypatch: pytest.MonkeyPatch, fresh_caches: None) -> None:
     target, attribute, mistake, numbers = MISTAKES[name]

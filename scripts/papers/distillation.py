@@ -1428,8 +1428,8 @@ def d_dpo_has_a_finite_optimum() -> Iterator[Finding]:
 def regularisation_avoids_degenerate_optima() -> Iterator[Finding]:
     """Distillation and pessimism both avoid DPO's degenerate optima: their ratios h are finite.
 
-    Four disjoint pairs of eight arms, β = 1, uniform π_ref, α = 10, Δr = 1, IPO with 1/τ = 2. With Ω on the pairs p-DPO
-    has h = log(α + 1) on each.
+    On disjoint pairs distillation leaves the mass of each pair free. Four such pairs of eight arms, β = 1, uniform
+    π_ref, α = 10, Δr = 1, IPO with 1/τ = 2. With Ω on the pairs p-DPO has h = log(α + 1) on each.
     """
     pairs = DISJOINT
     reference = uniform_logps(8)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -224,6 +225,18 @@ def vanishes(statement: str, differences: float | Tensor, tolerance: float = 1e-
 def judged(statement: str, expected: str, measured: float, holds: bool) -> Finding:
     """A number that meets, or does not, a condition put in words."""
     return Finding(statement, expected, number_text(measured), bool(holds))
+
+
+def above(statement: str, bound: float, values: float | Tensor) -> Finding:
+    """State that a number, or each entry of a tensor, is larger than a bound. The least is reported."""
+    least = float(torch.as_tensor(values, dtype=torch.float64).min())
+    return judged(statement, f"> {bound:g}", least, least > bound)
+
+
+def below(statement: str, bound: float, values: float | Tensor) -> Finding:
+    """State that a number, or each entry of a tensor, is smaller than a bound. The largest is reported."""
+    largest = float(torch.as_tensor(values, dtype=torch.float64).max())
+    return judged(statement, f"< {bound:g}", largest, largest < bound)
 
 
 def reported(statement: str, measured: float) -> Finding:

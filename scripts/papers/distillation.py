@@ -26,6 +26,8 @@ from scripts.lab.claims import (
     Finding,
     Paper,
     Verdict,
+    above,
+    below,
     given,
     instead,
     judged,
@@ -72,18 +74,6 @@ if TYPE_CHECKING:
 
 PAPER = Paper("distillation", "Robust Preference Optimization through Reward Model Distillation", "2405.19316")
 LANGUAGE_MODELS = "needs trained language models"
-
-
-def above(statement: str, values: float | Tensor, bound: float = 0.0) -> Finding:
-    """State that all values exceed the bound. The least is reported."""
-    least = float(torch.as_tensor(values, dtype=torch.float64).min())
-    return judged(statement, f"> {bound:g}", least, least > bound)
-
-
-def below(statement: str, values: float | Tensor, bound: float = 0.0) -> Finding:
-    """State that no value reaches the bound. The largest is reported."""
-    largest = float(torch.as_tensor(values, dtype=torch.float64).max())
-    return judged(statement, f"< {bound:g}", largest, largest < bound)
 
 
 def gaps_of(values: Tensor, pairs: Tensor) -> Tensor:
@@ -232,7 +222,7 @@ def certain_preferences_remove_the_loser() -> Iterator[Finding]:
             errors.append(noisy_margin(doubt, beta) - math.log((1 - doubt) / doubt))
 
     flattest = max(slopes)
-    yield below("β from .01 to 100: largest dL/d(βh) of DPO, β h from 0 to 700", flattest)
+    yield below("β from .01 to 100: largest dL/d(βh) of DPO, β h from 0 to 700", 0, flattest)
     yield vanishes("β h of the optimum less log((1-ε)/ε), ε from .1 to 1e-6", vector(*errors), 1e-6)
 
 
@@ -287,7 +277,7 @@ def disjoint_pairs_have_infinite_ratios() -> Iterator[Finding]:
         dependences.append(path[:, 1:] - other_path[:, 1:])
 
     yield vanishes("β from .1 to 10: how far β h is below the bound, 15,000 policies", torch.cat(shortfalls), 1e-9)
-    yield above("smallest growth of a β h in 100 gradient steps", torch.cat(growths))
+    yield above("smallest growth of a β h in 100 gradient steps", 0, torch.cat(growths))
     yield vanishes("change of the others when one pair is changed", torch.cat(dependences))
 
 
@@ -396,8 +386,8 @@ def equal_gaps_are_equal_preferences() -> Iterator[Finding]:
 
     is_equal = gaps == margins
     yield vanishes("loss where the preferences are equal, gaps from -5 to 5", losses[is_equal])
-    yield above("smallest difference of the preferences where the gaps differ", differences[~is_equal])
-    yield below("largest (σ(Δr) - σ(βh))² - loss/16", differences**2 - losses / 16, 1e-15)
+    yield above("smallest difference of the preferences where the gaps differ", 0, differences[~is_equal])
+    yield below("largest (σ(Δr) - σ(βh))² - loss/16", 1e-15, differences**2 - losses / 16)
 
 
 @functools.cache
@@ -434,7 +424,7 @@ def distillation_reaches_the_aligned_policy() -> Iterator[Finding]:
     _, separate = theorem_1("two separate pairs")
     apart = min(distances_to_aligned("two separate pairs"))
     yield instead(vanishes("two separate pairs, loss", max(optimum.loss for optimum in separate), 1e-16))
-    yield instead(above("two separate pairs, distance", apart, 0.01))
+    yield instead(above("two separate pairs, distance", 0.01, apart))
 
 
 @DISTILLATION.claim("T12", "Theorem 1")
@@ -501,7 +491,7 @@ def distillation_avoids_the_degenerate_optimum() -> Iterator[Finding]:
         probabilities.append(float(optimum.policy.min()))
 
     yield vanishes("β from .1 to 10, β h of the optimum less Δr", torch.stack(errors), 1e-8)
-    yield above("smallest probability of an arm", vector(*probabilities))
+    yield above("smallest probability of an arm", 0, vector(*probabilities))
 
 
 # ---------------------------------------------------------------- Section 3.2: pessimism
@@ -557,14 +547,14 @@ def a_rich_set_forces_the_reference() -> Iterator[Finding]:
     """
     _, distances = ball_distances()
     steps = vector(*distances).diff()
-    yield below("largest change of the distance to π_ref as the ball grows", steps)
-    yield below("distance to π_ref at .99 of the limit", distances[-1], 0.01)
+    yield below("largest change of the distance to π_ref as the ball grows", 0, steps)
+    yield below("distance to π_ref at .99 of the limit", 0.01, distances[-1])
 
     limit = float(BALL_REWARDS @ BALL_MATRIX @ BALL_REWARDS)
     ball = Ball(BALL_REWARDS, BALL_MATRIX, limit)
     logps = random_policies(100_000, 3, seed=5)
     scores = ball.score(logps, BALL_REF, BETA)
-    yield below("at the limit, best of 100,000 policies on Eq 8 (π_ref has 0)", scores)
+    yield below("at the limit, best of 100,000 policies on Eq 8 (π_ref has 0)", 0, scores)
 
 
 class RewardSet(NamedTuple):
@@ -596,7 +586,7 @@ def pessimism_keeps_an_advantage() -> Iterator[Finding]:
     values = []
     for s in random_sets():
         values.append(advantages(s.logps, s.ref_logps, s.rewards))
-    yield above("smallest advantage, 5 random sets of 3 reward models", torch.stack(values), -1e-10)
+    yield above("smallest advantage, 5 random sets of 3 reward models", -1e-10, torch.stack(values))
 
     reference = uniform_logps(3)
     best = least_divergent(reference, CONFLICT, 1.0)
@@ -636,7 +626,7 @@ def theorem_2_as_printed() -> Iterator[Finding]:
     """
     _, scores = members("conflict")
     best = float(scores.max())
-    yield above("Eq 8 at the better member, π_ref having 0", best)
+    yield above("Eq 8 at the better member, π_ref having 0", 0, best)
 
     yield given(same_value("the same in closed form", conflict_score(), best))
     yield given(same_digits("both members", "-.841, -.841", *scores.tolist()))
@@ -894,11 +884,11 @@ def the_minimum_per_batch_is_another_objective() -> Iterator[Finding]:
     end = descend(per_prompt, START, 0.5, 40)[-1]
     nearest = on_all(end)
     yield vanishes("one prompt a batch: expected loss at the end", per_prompt(end), 1e-12)
-    yield above("there, loss of the nearest member of P_β(S)", nearest, 1)
+    yield above("there, loss of the nearest member of P_β(S)", 1, nearest)
 
     by_size = [expected_minimum(end, size) for size in (1, 2, 4)]
     growths = torch.stack([*by_size, nearest]).diff()
-    yield above("there, least growth of the expected loss over batches of 1, 2, 4 and all", growths)
+    yield above("there, least growth of the expected loss over batches of 1, 2, 4 and all", 0, growths)
 
     end_on_all = descend(on_all, START, 0.5, 40)[-1]
     yield vanishes("all prompts: loss of the nearest member at the end", on_all(end_on_all), 1e-12)
@@ -971,7 +961,7 @@ def pd_dpo_with_two_models_is_not() -> Iterator[Finding]:
         scores.append(ball.score(logps, reference, 1.0))
 
     worst = float(min(scores))
-    yield above("Eq 8 over S_γ at the minimiser, π_ref having 0", worst)
+    yield above("Eq 8 over S_γ at the minimiser, π_ref having 0", 0, worst)
     yield given(same_value("the same for γ → 0, in closed form", conflict_score(), worst, 1e-3))
 
 
@@ -1059,7 +1049,7 @@ def e_dpo_need_not_solve_eq_9() -> Iterator[Finding]:
     for start in tilted(reference, rewards, 1.0):
         minima.append(minimise_eq_11(reference, rewards, 1.0, 0.01, start).loss)
     difference = minima[0] - minima[1]
-    yield instead(above("Eq 11 with γ = .01: minimum at the first less that at the second", difference))
+    yield instead(above("Eq 11 with γ = .01: minimum at the first less that at the second", 0, difference))
 
 
 # ---------------------------------------------------------------- Section 3.3: pessimistic DPO
@@ -1125,7 +1115,7 @@ def p_dpo_is_pessimistic() -> Iterator[Finding]:
         excesses.append(float(others.max()) - score)
 
     yield vanishes("γ = .02, .1: Eq 8 at p-DPO's optimum less β KL(π_ref ‖ π)", vector(*errors), 1e-6)
-    yield below("best of 2,000 other policies less that, half of them near", vector(*excesses))
+    yield below("best of 2,000 other policies less that, half of them near", 0, vector(*excesses))
 
 
 def exact_pdpo_policy(pairs: Tensor, num_arms: int, beta: float, alpha: float) -> Tensor:
@@ -1337,10 +1327,10 @@ def the_loss_is_not_convex_in_psi() -> Iterator[Finding]:
         return loss(log_psi.exp())
 
     curvature = float(second_derivatives(loss, vector(3)))
-    yield above("second derivative in ψ_l at 3, β = 1, ψ_w = 1, α = 3", curvature)
+    yield above("second derivative in ψ_l at 3, β = 1, ψ_w = 1, α = 3", 0, curvature)
     yield given(same_value("the same by hand, 1/27 - 1/16", 1 / 27 - 1 / 16, curvature))
     curvatures = second_derivatives(loss_of_log, grid(-10, 10, 201))
-    yield instead(above("least second derivative in log ψ_l, from -10 to 10", curvatures))
+    yield instead(above("least second derivative in log ψ_l, from -10 to 10", 0, curvatures))
 
 
 @SINGLE_PAIR.claim("T34", "§5")
@@ -1367,7 +1357,7 @@ def a_fixed_winner_is_an_approximation() -> Iterator[Finding]:
     winner, loser = pdpo_policy(ONE_PAIR, 2, 1.0, 1.5)
     jointly = float((winner / loser).log())
     alone = pdpo_margin(1.0, 1.5)
-    yield above("α = 1.5: product of both optima's h", alone * jointly)
+    yield above("α = 1.5: product of both optima's h", 0, alone * jointly)
     yield given(same_digits("α = 1.5: h jointly, and with the winner fixed", ".916, -.693", jointly, alone))
 
     errors = []
@@ -1450,9 +1440,9 @@ def regularisation_avoids_degenerate_optima() -> Iterator[Finding]:
     yield vanishes("h of p-DPO less log 11", ratios(p_dpo) - math.log(11), 1e-8)
     yield vanishes("h of d-DPO less 1", ratios(d_dpo) - 1, 1e-8)
     yield vanishes("h of IPO less 2", ratios(ipo) - 2, 1e-8)
-    yield above("pd-DPO: smallest probability of an arm", pd_dpo, 0.01)
+    yield above("pd-DPO: smallest probability of an arm", 0.01, pd_dpo)
     slope = max(dpo_slope(beta_h, 1.0) for beta_h in range(101))
-    yield below("DPO: largest dL/dh for h from 0 to 100", slope)
+    yield below("DPO: largest dL/dh for h from 0 to 100", 0, slope)
 
 
 # ---------------------------------------------------------------- Section 5: a bag of words
@@ -1549,7 +1539,7 @@ def the_gradient_has_both_signs() -> Iterator[Finding]:
 
     gradient = torch.func.grad(loss)(theta)
     wrong = 1 - torch.exp(-value)
-    yield below("largest entry of the gradient, c(y_w) = (2, 1, 1, 0), c(y_l) = (1, 1, 1, 1)", gradient)
+    yield below("largest entry of the gradient, c(y_w) = (2, 1, 1, 0), c(y_l) = (1, 1, 1, 1)", 0, gradient)
     yield instead(vanishes("gradient plus p β Δ", gradient + wrong * 0.5 * difference))
 
 
@@ -1563,8 +1553,8 @@ def the_upper_bound_falls() -> Iterator[Finding]:
         bounds = upper_bounds(run.path, run.pair[0])
         rises.append(float(bounds.diff().max()))
         excesses.append(float((run.winner_logps() - bounds).max()))
-    yield below("largest step of log π̃(y_w), 8 random pairs, 100 steps", vector(*rises), 1e-12)
-    yield below("largest log π(y_w) - log π̃(y_w)", vector(*excesses), 1e-12)
+    yield below("largest step of log π̃(y_w), 8 random pairs, 100 steps", 1e-12, vector(*rises))
+    yield below("largest log π(y_w) - log π̃(y_w)", 1e-12, vector(*excesses))
 
 
 @BAG_OF_WORDS.claim("T40", "§5")
@@ -1575,7 +1565,7 @@ def dpo_can_drive_the_winner_to_zero() -> Iterator[Finding]:
     """
     times = vector(0, 1, 2, 5)
     late = float(ray_logps(vector(200))[0])
-    yield below("c(y_w) = (2, 1, 1, 0), c(y_l) = (1, 1, 1, 1): log π(y_w) at θ = 200 Δ", late, -300)
+    yield below("c(y_w) = (2, 1, 1, 0), c(y_l) = (1, 1, 1, 1): log π(y_w) at θ = 200 Δ", -300, late)
     expected = "-5.545, -4.506, -5.015, -10.054"
     yield given(same_digits("log π(y_w) at θ = τ Δ, τ = 0, 1, 2, 5", expected, *ray_logps(times)))
 
@@ -1621,8 +1611,8 @@ def mass_goes_to_the_best_tokens() -> Iterator[Finding]:
         masses.append(float(mass**4))
 
     yield vanishes("8 random pairs: log π(y_w) - log π(ŷ) - τ k", torch.stack(slopes))
-    yield above("smallest step of τ(t)", torch.cat(growths))
-    yield above("smallest step of π(ŷ) - π(y_w)", torch.cat(differences), -1e-12)
+    yield above("smallest step of τ(t)", 0, torch.cat(growths))
+    yield above("smallest step of π(ŷ) - π(y_w)", -1e-12, torch.cat(differences))
     yield same_value("mass of the sequences of such tokens at θ = 50 Δ", 1, min(masses))
 
 
@@ -1674,7 +1664,7 @@ def similar_pairs_degrade_more() -> Iterator[Finding]:
     for count in range(4):
         rates = pairs.k / squares
         means.append(rates[shared == count].mean())
-    yield instead(below("mean k/‖Δ‖² with 0, 1, 2, 3 shared tokens: largest change", torch.stack(means).diff()))
+    yield instead(below("mean k/‖Δ‖² with 0, 1, 2, 3 shared tokens: largest change", 0, torch.stack(means).diff()))
 
 
 @functools.cache
@@ -1705,14 +1695,14 @@ def early_stopping_is_a_trade_off() -> Iterator[Finding]:
     )
     yield judged("of the distinct pair", "later by 20 at least", second_peak, second_peak >= first_peak + 20)
     gain = float(distinct[second_peak] - distinct[first_peak])
-    yield above("log π(y_w) that the distinct pair gains in between", gain, 0.1)
+    yield above("log π(y_w) that the distinct pair gains in between", 0.1, gain)
     loss = float(similar[second_peak] - similar[first_peak])
-    yield below("and that the similar pair loses", loss, -0.1)
+    yield below("and that the similar pair loses", -0.1, loss)
 
     similar_growth = two_bags() @ (SIMILAR[0] - SIMILAR[1])
     distinct_growth = two_bags() @ (DISTINCT[0] - DISTINCT[1])
     leads = distinct_growth - similar_growth
-    yield instead(above("least lead of the distinct pair's growth of h after the first step", leads[1:]))
+    yield instead(above("least lead of the distinct pair's growth of h after the first step", 0, leads[1:]))
 
 
 # ---------------------------------------------------------------- Appendix B: transitive closure
@@ -1842,13 +1832,13 @@ def closure_moves_p_dpo_less_than_ipo() -> Iterator[Finding]:
     ipo = changes("ipo")
     on_pairs = changes("on_pairs")
     exact = changes("exact")
-    yield above("IPO: largest change", ipo.max(), 0.1)
+    yield above("IPO: largest change", 0.1, ipo.max())
     yield same_value("Ω on the pairs: settings of 24 with a smaller change than IPO's", 24, int((on_pairs < ipo).sum()))
     ranges = [ipo.min(), ipo.max(), on_pairs.min(), on_pairs.max()]
     statement = "smallest and largest change of IPO; of p-DPO, Ω on the pairs"
     yield given(same_digits(statement, ".005, .121, .001, .049", *ranges))
     yield instead(same_value("exact KL: settings of 24 with a smaller change than IPO's", 24, int((exact < ipo).sum())))
-    yield instead(below("exact KL: largest change of p-DPO", exact, 0.036))
+    yield instead(below("exact KL: largest change of p-DPO", 0.036, exact))
 
 
 @CLOSURE.claim("T47", "App. B")
@@ -1866,7 +1856,7 @@ def dpo_removes_the_arm_that_never_wins() -> Iterator[Finding]:
 
     logits = random_policies(1000, 3, seed=10)
     gradients = torch.func.vmap(torch.func.grad(loss))(logits)
-    yield above("smallest slope of y_1's logit", gradients[:, 0])
+    yield above("smallest slope of y_1's logit", 0, gradients[:, 0])
     yield vanishes("loss for logits (0, 50, 100)", float(loss(vector(0, 50, 100))))
 
 
@@ -1909,7 +1899,7 @@ def the_annealed_target_is_positive() -> Iterator[Finding]:
     """
     gammas = grid(GAMMA_START, GAMMA_END, 10_001)
     betas = vector(0.1, 1, 3, 10, 30, 100)
-    yield above("least α = β/γ for β from .1 to 100", betas[:, None] / gammas, 2)
+    yield above("least α = β/γ for β from .1 to 100", 2, betas[:, None] / gammas)
 
     alphas = 0.01 / gammas
     yield instead(same_value("β = .01: α at the last step", 1, float(alphas[-1]), 1e-12))

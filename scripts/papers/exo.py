@@ -25,6 +25,8 @@ from scripts.lab.claims import (
     Finding,
     Paper,
     Verdict,
+    above,
+    below,
     given,
     instead,
     judged,
@@ -128,14 +130,6 @@ def evenly(low: float, high: float, count: int) -> Tensor:
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers in float64."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def above(statement: str, bound: float, measured: float) -> Finding:
-    return judged(statement, f"> {bound:g}", measured, measured > bound)
-
-
-def below(statement: str, bound: float, measured: float) -> Finding:
-    return judged(statement, f"< {bound:g}", measured, measured < bound)
 
 
 def around(statement: str, center: float, measured: float, allowed: float) -> Finding:

@@ -26,6 +26,8 @@ from scripts.lab.claims import (
     Finding,
     Paper,
     Verdict,
+    above,
+    below,
     given,
     instead,
     judged,
@@ -134,18 +136,6 @@ def train(weights: Tensor) -> Tensor:
 
     trained = minimise(loss, REF_LOGPS.flatten()).parameters
     return trained.view(TREE.shape).log_softmax(-1)
-
-
-def above(statement: str, limit: float, values: Tensor) -> Finding:
-    """State that all values are above a limit. The least is reported."""
-    least = float(values.min())
-    return judged(statement, f"> {limit:g}", least, least > limit)
-
-
-def below(statement: str, limit: float, values: Tensor) -> Finding:
-    """State that all values are below a limit. The largest is reported."""
-    largest = float(values.max())
-    return judged(statement, f"< {limit:g}", largest, largest < limit)
 
 
 # ---------------------------------------------------------------- preliminaries

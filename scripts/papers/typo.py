@@ -21,7 +21,19 @@ from algos.ipo import ipo_loss
 from algos.rm import rm_loss
 from algos.typo import typo_loss
 from scripts.lab.claim_files import Args, paper_command
-from scripts.lab.claims import Finding, Paper, Verdict, given, instead, judged, same_digits, same_value, vanishes
+from scripts.lab.claims import (
+    Finding,
+    Paper,
+    Verdict,
+    above,
+    below,
+    given,
+    instead,
+    judged,
+    same_digits,
+    same_value,
+    vanishes,
+)
 from scripts.lab.commands import checked_command
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
 from scripts.lab.qpo import (
@@ -154,16 +166,6 @@ def gradient_of(loss: Loss, x: Tensor) -> Tensor:
 def distances(policies: Iterable[Tensor], target: Tensor) -> Tensor:
     """The total variation of each policy to the target."""
     return vector(*[total_variation(policy, target) for policy in policies])
-
-
-def above(statement: str, bound: float, measured: float) -> Finding:
-    """State that a number is larger than a bound."""
-    return judged(statement, f"> {bound:g}", measured, measured > bound)
-
-
-def below(statement: str, bound: float, measured: float) -> Finding:
-    """State that a number is smaller than a bound."""
-    return judged(statement, f"< {bound:g}", measured, measured < bound)
 
 
 def all_vanish(statement: str, differences: Sequence[Tensor], tolerance: float = 1e-10) -> Finding:

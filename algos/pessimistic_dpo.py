@@ -2,19 +2,15 @@
 
     L(θ) = L_base(θ) + γ Ω(θ),    Ω = -E [log π_θ(y_w|x) + log π_θ(y_l|x)]                              (Eqs 11, 13)
 
-`--base dpo` is p-DPO, `--base distill` is pd-DPO on the mean of the reward models. Ω stands for KL(π_ref || π_θ).
-Rows (docs/rows.md): pairs; `--base distill` needs scores of scripts/score.py.
-
-Details the equation leaves open:
-1. log π(y|x) is the sum over the completion's tokens, including its EOS.
-2. Ω is taken on the pair, as in the paper (section 5), or on `reference_samples` if the rows have them: -mean_m
-   log π_θ(ŷ_m|x). For completions drawn from π_ref, the pair's Ω is twice the cross-entropy in expectation, so the same
-   γ regularises half as strongly on samples. Section 5 sums Ω over the data, but beside a mean loss it must be a mean.
+`--base distill` is pd-DPO on the mean of the reward models, with scores of scripts/score.py. Ω is for KL(π_ref || π_θ).
+Rows (docs/rows.md): pairs. Details the equation leaves open:
+1. log π(y|x) sums over tokens, with the EOS. π_ref is the start or `--reference`, whose log-probs are computed once.
+2. Ω is on the pair (section 5 sums it, but beside a mean loss it must be a mean) or on `reference_samples`: the mean of
+   -log π_θ(ŷ|x), half as strong, as the pair's Ω is twice the cross-entropy in expectation if y are drawn from π_ref.
 3. γ changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α; section 4.1's α/β contradicts that.
-4. For one pair, with Ω on it and π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
-   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and infinite without Ω (Proposition
-   1). If π_θ(y_w) is free, the optimum is log(α + 1) for β = 1, a uniform π_ref and two completions.
-5. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
+4. On one pair with π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for α = β/γ > 1, as far
+   as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and infinite without Ω (Proposition 1). With π_θ(y_w)
+   free it is log(α + 1) for β = 1, a uniform π_ref and two completions.
 
     torchrun --nproc-per-node 8 algos/pessimistic_dpo.py --model sft/ --train-data pairs.jsonl --output-dir pessimistic/
 """
@@ -91,6 +87,10 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    lora_rank: PositiveInt | None = None
+    """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
+    lora_alpha: PositiveInt | None = None
+    """strength of the adapter, which is scaled by α / rank; default: twice the rank, or that of `--model`"""
 
     output_dir: str
     """directory for the log, the checkpoints and the trained model"""

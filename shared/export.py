@@ -1,6 +1,6 @@
 """Write the trained model as a Hugging Face directory.
 
-weights            in float32, with the configuration
+weights            in float32, with the configuration; or the adapter that was trained, in the form of peft
 tokenizer          the files of the starting model, byte for byte where the tokenizer is still the one that they give
 generation config  that of the starting model, with the ids that ended the completions of training
 model card         README.md; that of a reward model has code that computes its rewards with transformers alone
@@ -20,6 +20,7 @@ from torch import Tensor
 from shared.distributed import Ranks, unsharded
 from shared.encode import Encoder, end_ids
 from shared.files import storage_errors, write_json
+from shared.lora import ADAPTER_CONFIG, base_of, write_adapter
 from shared.model import PackedModel, RewardModel
 
 if TYPE_CHECKING:
@@ -61,16 +62,19 @@ def export(
         model_card += reward_recipe(tokenizer)
     try:
         with storage_errors(directory):
-            _write_weights(model, temporary, ranks)
+            if model.adapter_config is None:
+                _write_weights(model, temporary, ranks)
+            else:
+                _write_adapter(model, temporary, ranks)
             if not ranks.is_main:
                 return
             write_tokenizer(tokenizer, source, temporary)
             copy_files(source, PROCESSOR_FILES, temporary)
-            if model.lm.can_generate():
+            if model.lm.can_generate() and model.adapter_config is None:
                 generation = model.lm.generation_config
                 write_generation_config(model.lm.config, generation, end_ids(tokenizer), source, temporary)
             (temporary / "README.md").write_text(model_card, encoding="utf-8")
-            files = sorted(temporary.iterdir(), key=lambda file: file.name == LAST_FILE)
+            files = sorted(temporary.iterdir(), key=lambda file: file.name in (LAST_FILE, ADAPTER_CONFIG))
             for file in files:
                 _move(file, directory / file.name)
     finally:
@@ -126,6 +130,14 @@ def _write_weights(model: PackedModel, directory: Path, ranks: Ranks) -> None:
         write_json(
             directory / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         )
+
+
+def _write_adapter(model: PackedModel, directory: Path, ranks: Ranks) -> None:
+    """Write the tensors that were trained, as an adapter."""
+    names = [name for name, tensor in model.lm.state_dict(keep_vars=True).items() if tensor.requires_grad]
+    tensors = _gather(model, names, ranks)
+    if ranks.is_main:
+        write_adapter(model.adapter_config, tensors, model.lm.config, directory)
 
 
 def _parts(lm: Any) -> list[list[str]]:
@@ -315,8 +327,12 @@ def read_json(file: Path) -> dict | None:
 def model_card(algorithm: str, args: dict[str, Any], remark: str = "") -> str:
     """The README.md of a trained model: what it is, and how to train it again."""
     base = args["model"]
-    front_matter = f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [{algorithm}]\n---\n"
-    title = f"\n# {base}, trained by {algorithm} with cleanpo\n\n"
+    library = "transformers"
+    if args.get("lora_rank") is not None:
+        library = "peft"
+        base = base_of(base)
+    front_matter = f"---\nlibrary_name: {library}\nbase_model: {base}\ntags: [{algorithm}]\n---\n"
+    title = f"\n# {args['model']}, trained by {algorithm} with cleanpo\n\n"
     settings = [f"- {name}: {value}\n" for name, value in args.items()]
     return front_matter + title + remark + "".join(settings)
 

@@ -137,7 +137,6 @@ def _unloadable(path: str, error: Exception, adapter: Adapter | None = None) -> 
 def load_policy(args: Any, ranks: Ranks) -> Policy:
     """The policy to train, from `args.model`, in full or by an adapter. Raises UserError as `load_policy_from` does."""
     source = _Source(_policy_class(args.model), args.model, lora=lora_of(args))
-    torch.manual_seed(args.seed)  # for a new adapter
     policy = _load(Policy, source, ranks, args.activation_checkpointing)
     _say_what_is_left_out(policy, args.model, ranks)
     return policy

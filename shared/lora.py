@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -70,6 +71,7 @@ class Lora:
 
     rank: int
     alpha: int | None
+    seed: int  # of a new adapter
     base: str
     start: Adapter | None = None  # an adapter to go on with
 
@@ -115,14 +117,14 @@ def lora_of(args: Any) -> Lora | None:
 
     adapter = find_adapter(args.model)
     if adapter is None:
-        return Lora(rank, args.lora_alpha, args.model)
+        return Lora(rank, args.lora_alpha, args.seed, args.model)
     _check_can_go_on(adapter)
     for flag, wanted, name in (("--lora-rank", rank, "r"), ("--lora-alpha", args.lora_alpha, "lora_alpha")):
         actual = adapter.settings.get(name)
         if wanted is not None and wanted != actual:
             remedy = "to train a new adapter on it, merge it first by scripts/prepare_model.py merge"
             raise UserError(f"{flag} {wanted}: the adapter {args.model} has {actual}; {remedy}")
-    return Lora(rank, args.lora_alpha, adapter.base, adapter)
+    return Lora(rank, args.lora_alpha, args.seed, adapter.base, adapter)
 
 
 def _check_can_go_on(adapter: Adapter) -> None:
@@ -159,7 +161,7 @@ def _peft() -> Any:
 def add_adapter(lm: Any, layers: list[nn.Module], head: nn.Module | None, lora: Lora) -> Any:
     """Freeze a model and adapt the linear layers of its layers, in place. Returns the configuration, to be saved.
 
-    head: of a reward model, trained beside the adapter. A new adapter starts with the product 0. Draws random numbers.
+    head: of a reward model, trained beside the adapter. A new adapter begins with B = 0 and a random A.
     """
     peft = _peft()
     if lora.start is None:
@@ -175,6 +177,7 @@ def add_adapter(lm: Any, layers: list[nn.Module], head: nn.Module | None, lora: 
         config = peft.LoraConfig(**settings)
     config.base_model_name_or_path = lora.base
     config.task_type = "CAUSAL_LM"
+    torch.manual_seed(lora.seed)
     peft.inject_adapter_in_model(config, lm)
     if head is not None:
         config.task_type = REWARD_TASK

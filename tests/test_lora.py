@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -16,13 +18,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from settings import BATCH, BETA, OPTIONS, STEPS
 from test_exactness_family import GAMMAS, ROWS, with_samples, with_score_lists, with_scores
+from test_family_table import REFUSED
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from scripts import evaluate, export, prepare_model, sample, score
-from shared import UserError
+from scripts import evaluate, export, heatmap, prepare_model, sample, score
+from shared import UserError, packing
+from shared.batches import Batches
 from shared.distributed import single_process
-from shared.loading import load_policy_from, load_tokenizer
+from shared.loading import load_policy, load_policy_from, load_tokenizer
+from shared.rows import Counts
 
 peft = pytest.importorskip("peft")
 
@@ -39,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows with all that a form may carry, a language model of each architecture, and a reward model."""
     path = tmp_path_factory.mktemp("lora")
     pairs = with_scores(tiny.make_rows(ROWS, seed=12, k=2), 1)
+    tiny.write_jsonl(path / "plain.jsonl", pairs)
     tiny.write_jsonl(path / "pairs.jsonl", with_samples(pairs, 2))
     tiny.write_jsonl(path / "ensemble.jsonl", with_score_lists(pairs, 30, models=3))
     tiny.make_rows(ROWS, seed=11, k=1, path=path / "texts.jsonl")
@@ -216,7 +222,7 @@ def test_rm(processes: int, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     base = folder / "classifier"
     rm = reference.rm()
-    trained = check_run(out, "rm", base, folder / "pairs.jsonl", rm, new_reward_adapter, processes)
+    trained = check_run(out, "rm", base, folder / "plain.jsonl", rm, new_reward_adapter, processes)
     wanted = logits_of(trained)
 
     prepare_model.main(prepare_model.Merge(model=str(out), output_dir=tmp_path / "merged"))
@@ -275,8 +281,7 @@ def test_resume(processes: int, options: dict, folder: Path, tmp_path: Path) -> 
     harness.run(through, processes=processes, **options)
     out = tmp_path / "out"
     shutil.copytree(through, out)
-    for path in (out / "checkpoints" / "step-000003", out / ADAPTER):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(out / "checkpoints" / "step-000003")
     (out / ADAPTER).unlink()
     harness.run(out, processes=processes, resume=True, **options)
     assert "resumed from" in (tmp_path / "out.log").read_text()
@@ -310,7 +315,6 @@ def test_the_cache_of_the_reference_knows_the_adapter(folder: Path, adapter: Pat
 def test_sft_then_dpo_then_every_command(folder: Path, tmp_path: Path) -> None:
     """Two adapters in a row, a reward model's, and all that reads them."""
     data = folder / "pairs.jsonl"
-    rows = str(data)
     base = folder / "llama"
     harness.run(tmp_path / "sft", script="algos/sft.py", model=base, train_data=folder / "texts.jsonl", **LORA)
     harness.run(tmp_path / "dpo", model=tmp_path / "sft", train_data=data, **LORA)
@@ -319,35 +323,180 @@ def test_sft_then_dpo_then_every_command(folder: Path, tmp_path: Path) -> None:
         settings = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == str(base)
 
+    adapters = {name: tmp_path / name for name in ("sft", "dpo", "rm")}
     merged = {}
-    for name in ("sft", "dpo", "rm"):
+    for name, path in adapters.items():
         merged[name] = tmp_path / f"merged-{name}"
-        prepare_model.main(prepare_model.Merge(model=str(tmp_path / name), output_dir=merged[name]))
-    results = []
-    for kind, directories in (("adapter", {name: tmp_path / name for name in merged}), ("merged", merged)):
-        work = tmp_path / kind
-        work.mkdir()
-        sampling: dict[str, Any] = {"max_new_tokens": 8, "seed": 1}
-        samples = work / "samples.jsonl"
-        policy = str(directories["dpo"])
-        sample.main(sample.Args(model=policy, rows=rows, output=samples, num_completions=2, max_rows=4, **sampling))
-        scored = work / "scored.jsonl"
-        score.main(score.Args(rows=str(samples), output=scored, reward_models=(str(directories["rm"]),)))
-        policies = tuple(f"{name}={directories[name]}" for name in ("sft", "dpo"))
-        reward = str(directories["rm"])
-        report = work / "results.json"
-        evaluate.main(
-            evaluate.Args(policies=policies, rows=data, output=report, reward=reward, num_prompts=4, **sampling)
-        )
-        results.append((tiny.read_jsonl(scored), json.loads(report.read_text())["policies"]))
-    (rows_of_adapters, policies_of_adapters), (rows_of_merged, policies_of_merged) = results
-    assert rows_of_adapters == rows_of_merged
-    assert policies_of_adapters == policies_of_merged
+        prepare_model.main(prepare_model.Merge(model=str(path), output_dir=merged[name]))
+    assert results_of(adapters, data, tmp_path / "a") == results_of(merged, data, tmp_path / "b")
+
+
+def results_of(models: dict[str, Path], data: Path, out: Path) -> list:
+    """Samples of a policy with scores of a reward model, the comparison of two policies, and token rewards."""
+    out.mkdir()
+    sft, dpo, rm = (str(models[name]) for name in ("sft", "dpo", "rm"))
+    sampling: dict[str, Any] = {"max_new_tokens": 8, "seed": 1}
+    samples = out / "samples.jsonl"
+    sample.main(sample.Args(model=dpo, rows=str(data), output=samples, num_completions=2, max_rows=4, **sampling))
+    scored = out / "scored.jsonl"
+    score.main(score.Args(rows=str(samples), output=scored, reward_models=(rm,)))
+
+    results = out / "results.json"
+    policies = (f"sft={sft}", f"dpo={dpo}")
+    evaluate.main(evaluate.Args(policies=policies, rows=data, output=results, reward=rm, num_prompts=4, **sampling))
+    compared = json.loads(results.read_text())["policies"]
+    for policy in compared.values():
+        del policy["path"]
+
+    page = out / "heatmap.html"
+    args = heatmap.Args(policy=dpo, reference=sft, beta=BETA, rows=str(data), output=page, max_rows=1)
+    rows, _ = heatmap.encode(args, Counts())
+    return [tiny.read_jsonl(scored), compared, heatmap.rewards_of_tokens(args, rows)]
 
 
 def test_export_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     harness.run(out, model=folder / "llama", train_data=folder / "pairs.jsonl", save_every=3, **LORA)
-    export.main(export.Args(run=out, step=3, output_dir=tmp_path / "model"))
+    with single_process("float32") as ranks:
+        export.write_models(export.Args(run=out, step=3, output_dir=tmp_path / "model"), ranks)
     for name in (ADAPTER, "adapter_config.json"):
         assert (tmp_path / "model" / name).read_bytes() == (out / name).read_bytes()
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def changed(adapter: Path, path: Path, **settings: Any) -> Path:
+    """A copy of an adapter with other settings."""
+    shutil.copytree(adapter, path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    return path
+
+
+def test_flags_that_do_not_fit(folder: Path, adapter: Path, tmp_path: Path) -> None:
+    data = folder / "pairs.jsonl"
+    merge_first = "merge it first by scripts/prepare_model.py merge"
+    options = {"train_data": data, "model": adapter}
+    harness.refused(tmp_path / "a", "--lora-rank 3: the adapter", "has 4", merge_first, lora_rank=3, **options)
+    harness.refused(tmp_path / "b", "--lora-alpha 8: the adapter", "has 6", lora_rank=4, lora_alpha=8, **options)
+    harness.refused(tmp_path / "c", "--lora-alpha: give --lora-rank too", lora_alpha=8, **options)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"use_dora": True}, "is no plain LoRA adapter (use_dora); without --lora-rank it is merged"),
+        ({"init_lora_weights": "pissa"}, "has changed the weights of its base model"),
+        ({"modules_to_save": ["lm_head"]}, "trains whole modules too (lm_head)"),
+        ({"peft_type": "LOHA"}, "is no LoRA adapter but LOHA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head, outside the layers"),
+    ],
+)
+def test_adapters_that_cannot_be_trained_on(settings: dict, words: str, adapter: Path, tmp_path: Path) -> None:
+    path = changed(adapter, tmp_path / "adapter", **settings)
+    with single_process("float32") as ranks, pytest.raises(UserError) as refused:
+        load_policy(arguments(path), ranks)
+    assert words in str(refused.value)
+
+
+def arguments(model: Path) -> SimpleNamespace:
+    """What loading a policy to train reads."""
+    return SimpleNamespace(model=str(model), lora_rank=RANK, lora_alpha=None, seed=0, activation_checkpointing=False)
+
+
+def test_adapters_that_cannot_be_read(adapter: Path, tmp_path: Path) -> None:
+    """Without a base model, with one that is gone, that is an adapter or of another size, and with other tensors."""
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    base = Path(settings["base_model_name_or_path"])
+    bases = {
+        "does not name its base model": None,
+        f"is an adapter of {tmp_path}/gone: no such file": f"{tmp_path}/gone",
+        f"is an adapter of {adapter}: is an adapter too": str(adapter),
+        "model org/gone, the base model of": "org/gone",
+    }
+    for i, (words, name) in enumerate(bases.items()):
+        path = changed(adapter, tmp_path / f"base-{i}", base_model_name_or_path=name)
+        with pytest.raises(UserError) as refused:
+            load_tokenizer(str(path))
+        assert words in str(refused.value)
+
+    tensors = load_file(adapter / ADAPTER)
+    first = min(tensors)
+    damages: dict[str, dict] = {
+        "do not fit its base model": {name: tensor for name, tensor in tensors.items() if name != first},
+        "of another size|cannot be merged": {**tensors, first: tensors[first][:, :5].contiguous()},
+        "not finite": {**tensors, first: tensors[first] / 0},
+    }
+    assert base.is_dir()
+    for i, (words, damaged) in enumerate(damages.items()):
+        path = changed(adapter, tmp_path / f"damaged-{i}")
+        save_file(damaged, path / ADAPTER)
+        with single_process("float32") as ranks:
+            for load in (lambda: load_policy(arguments(path), ranks), lambda: load_policy_from(str(path), ranks)):  # noqa: B023
+                with pytest.raises(UserError, match=words):
+                    load()
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("LoraConfig", {"use_dora": True, "r": RANK}),
+        ("LoHaConfig", {"r": RANK, "target_modules": ["q_proj", "down_proj"]}),
+        ("IA3Config", {"target_modules": ["q_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+        ("LoraConfig", {"r": RANK, "target_modules": ["q_proj", "lm_head"]}),
+    ],
+)
+def test_other_adapters_are_merged(kind: str, settings: dict, folder: Path, tmp_path: Path) -> None:
+    save_with_peft(folder / "llama", tmp_path / "adapter", getattr(peft, kind)(**settings))
+    plain = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    before = logits_of(plain)
+    wanted = logits_of(peft.PeftModel.from_pretrained(plain, tmp_path / "adapter"))
+    assert (wanted - before).abs().max() > 0.05
+    prepare_model.main(prepare_model.Merge(model=str(tmp_path / "adapter"), output_dir=tmp_path / "merged"))
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    torch.testing.assert_close(merged, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_adapters_that_cannot_be_merged(folder: Path, tmp_path: Path) -> None:
+    """Virtual tokens are no weights, and a tied weight has two meanings."""
+    save_with_peft(folder / "llama", tmp_path / "prompt", peft.PromptTuningConfig(num_virtual_tokens=3))
+    tied = peft.LoraConfig(r=RANK, target_modules=["q_proj", "embed_tokens"])
+    save_with_peft(folder / "qwen2", tmp_path / "tied", tied)
+    for name, words in (("prompt", r"its adapter \(PROMPT_TUNING\) cannot be merged"), ("tied", "is tied to another")):
+        with single_process("float32") as ranks, pytest.raises(UserError, match=words):
+            load_policy_from(str(tmp_path / name), ranks)
+
+
+def test_other_commands_that_prepare_models(adapter: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an adapter of .*llama; merge it first by: python"):
+        prepare_model.main(prepare_model.PadToken(model=str(adapter), output_dir=tmp_path / "out"))
+    with pytest.raises(UserError, match="is no adapter"):
+        prepare_model.main(prepare_model.Merge(model=str(folder / "llama"), output_dir=tmp_path / "out"))
+
+
+def test_without_peft(folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with single_process("float32") as ranks:
+        for model in (folder / "llama", adapter):
+            with pytest.raises(UserError, match="need peft: pip install"):
+                load_policy(arguments(model), ranks)
+
+
+# ---------------------------------------------------------------- families
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in families.FAMILIES if name not in REFUSED] + ["gemma3", "llava"])
+def test_every_adapter_is_trained(family: str, tmp_path: Path) -> None:
+    """No tensor of an adapter is left without a gradient, and packed rows are checked with the adapter in place."""
+    model = families.save_model(family, tmp_path)
+    with single_process("float32") as ranks:
+        policy = load_policy(arguments(model), ranks)
+        groups = packing._arbitrary_groups(policy.lm.config.get_text_config())
+        (batch,) = Batches(groups, len(groups), len(groups.tokens), None, ranks).of_step(1)
+        policy.logps(batch).sum().backward()
+        names = dict(policy.named_parameters())
+        assert all(".lora_" in name for name in names)
+        missing = [name for name, parameter in names.items() if parameter.grad is None]
+        assert not missing

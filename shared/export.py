@@ -59,7 +59,7 @@ def export(
     temporary = directory / ".export"
     source = source_directory(tokenizer)
     if isinstance(model, RewardModel):
-        model_card += reward_recipe(tokenizer)
+        model_card += reward_recipe(tokenizer, model.adapter_config)
     try:
         with storage_errors(directory):
             if model.adapter_config is None:
@@ -373,6 +373,13 @@ def reward_of_text(prompt, completion):
     ids = encode(prompt, prompt + completion, add_special_tokens=True)
     return reward([*ids, tokenizer.eos_token_id])
 """
+LOADING = """model = AutoModelForSequenceClassification.from_pretrained(FOLDER).eval()
+"""
+LOADING_OF_ADAPTER = """model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
+model = PeftModel.from_pretrained(model, FOLDER).eval()
+with open(f"{FOLDER}/reward_config.json") as file:
+    model.config.update(json.load(file))
+"""
 CHAT_RECIPE = """
 
 def reward_of_chat(messages):  # the last message is the assistant's
@@ -383,9 +390,15 @@ def reward_of_chat(messages):  # the last message is the assistant's
 """
 
 
-def reward_recipe(tokenizer: "PreTrainedTokenizerBase") -> str:
+def reward_recipe(tokenizer: "PreTrainedTokenizerBase", adapter_config: Any = None) -> str:
     """The part of a reward model's card that says how to compute its rewards without this project."""
     recipe = RECIPE
+    if adapter_config is not None:
+        loading = LOADING_OF_ADAPTER.replace("BASE", repr(adapter_config.base_model_name_or_path))
+        recipe = recipe.replace(LOADING, loading)
+        recipe = recipe.replace("transformers alone", "transformers and peft")
+        recipe = recipe.replace("from os", "import json\nfrom os")
+        recipe = recipe.replace("import torch\n", "import torch\nfrom peft import PeftModel\n")
     if tokenizer.chat_template:
         turn_end = Encoder(tokenizer).template.turn_ends.last
         recipe += CHAT_RECIPE.replace("TURN_END", repr(turn_end or tokenizer.eos_token))

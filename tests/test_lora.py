@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -232,8 +233,20 @@ def test_rm(processes: int, folder: Path, tmp_path: Path) -> None:
     for model in (by_peft, by_merging):
         torch.testing.assert_close(logits_of(model), wanted, rtol=1e-3, atol=1e-3)
     entries = json.loads((out / "reward_config.json").read_text())
+    check_card(out, tmp_path / "merged")
     assert by_merging.config.reward_mean == entries["reward_mean"]
     assert by_merging.config.pad_token_id == AutoTokenizer.from_pretrained(out).pad_token_id
+
+
+def check_card(out: Path, merged: Path) -> None:
+    """The code of the adapter's card gives the rewards of the merged model's."""
+    rewards = []
+    for path in (out, merged):
+        (code,) = re.findall(r"```python\n(.*?)```", (path / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        defined: dict[str, Any] = {}
+        exec(code.replace('FOLDER = "."', f"FOLDER = {str(path)!r}"), defined)
+        rewards.append(defined["reward_of_text"]("Q: ", "ok fitodi"))
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
 
 
 # ---------------------------------------------------------------- to go on with an adapter

@@ -114,17 +114,6 @@ def test_a_window_that_attention_is_not_told_is_refused(tmp_path: Path, monkeypa
 # ---------------------------------------------------------------- what is not a language model by itself
 
 
-@pytest.mark.parametrize("base, name", [("org/base", "org/base"), (None, "another model")])
-def test_an_adapter_is_refused(base: str | None, name: str, tmp_path: Path) -> None:
-    tiny.make_tokenizer().save_pretrained(tmp_path)
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": base}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(str(tmp_path))
-    remedy = "merge it into its base model first"
-    assert str(refused.value) == f"model {tmp_path}: is a LoRA adapter of {name}; {remedy}"
-
-
 @pytest.mark.parametrize(
     "quantization",
     [

@@ -170,7 +170,7 @@ def shard(
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded, ignored_params=whole)
     if not is_sharded:
         for parameter in _frozen_parameters(read):
-            parameter.data = parameter.data.to(ranks.device)
+            parameter.data = parameter.data.to(ranks.device, copy=True)
     root: Any = model
     if is_sharded:
         return root.set_requires_all_reduce

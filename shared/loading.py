@@ -464,7 +464,13 @@ def _freeze_other_parts(model: Policy | RewardModel, path: str) -> None:
     for file in _weight_files(path):
         with safe_open(file, "pt") as stored:
             for name in tensors_of_files.keys() & stored.keys():
-                tensors_of_files[name].data = stored.get_tensor(name).clone()
+                _take_dtype(tensors_of_files[name], stored.get_tensor(name))
+
+
+def _take_dtype(tensor: torch.Tensor, stored: torch.Tensor) -> None:
+    """Let a tensor be as its file has it, unless an adapter was merged into it."""
+    if torch.equal(tensor.float(), stored.float()):
+        tensor.data = stored.clone()
 
 
 def _weight_files(path: str) -> list[Path]:

@@ -4,6 +4,7 @@ An adapter directory has adapter_config.json, which names its base model, and ad
 base_model.model.X.lora_A.weight there is X.lora_A.default.weight in a model that peft has adapted.
 """
 
+import functools
 import json
 import re
 import warnings
@@ -78,15 +79,16 @@ class Lora:
 
 def find_adapter(path: str) -> Adapter | None:
     """The adapter in a directory or behind a hub id. Raises UserError if its base model is not there."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    try:
-        file = find_adapter_config_file(path)
-        if file is None:
-            return None
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except Exception:  # what is wrong with the path is said when its configuration is loaded
+    if Path(path).is_dir():
+        file = Path(path) / ADAPTER_CONFIG
+    else:
+        file = Path(_file_of_hub(path))
+    if not file.is_file():
         return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model {path}: its {ADAPTER_CONFIG} cannot be read ({first_line(error)})") from None
 
     base = settings.get("base_model_name_or_path")
     if not base:
@@ -97,6 +99,17 @@ def find_adapter(path: str) -> Adapter | None:
     if problem:
         raise UserError(f"model {path}: is an adapter of {base}: {problem}")
     return Adapter(path, base, settings)
+
+
+@functools.cache
+def _file_of_hub(name: str) -> str:
+    """The adapter_config.json of a hub id, downloaded if need be; "" if it has none."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(name) or ""
+    except Exception:  # what is wrong with the name is said when its configuration is loaded
+        return ""
 
 
 def base_of(path: str) -> str:

@@ -316,7 +316,7 @@ def test_the_cache_of_the_reference_knows_the_adapter(folder: Path, adapter: Pat
     tensors = {name: 2 * tensor for name, tensor in load_file(adapter / ADAPTER).items()}
     save_file(tensors, other / ADAPTER)
     options = {**LORA, "train_data": folder / "pairs.jsonl", "max_steps": 1, "beside": tmp_path / "shared"}
-    for name, model in (("adapter", adapter), ("other", other)):
+    for name, model in (("first", adapter), ("second", other)):
         harness.run(tmp_path / name, model=model, **options)
         assert harness.values_of(tmp_path / name, "rewards/margins") == [0]
     assert len(list(tmp_path.glob("shared.cache/cleanpo/reference-*"))) == 2

@@ -4,16 +4,12 @@
 
 Details the equation leaves open:
 1. The minimum over reward models is taken of the mean loss of the whole global batch (all micro-batches and processes),
-   not per example. It must be known before the first backward pass. That takes one more forward pass per step, without
-   gradients, and adds about a third to the step's time.
+   not per example. One more forward pass, without gradients, finds it, and adds about a third to the step's time.
 2. r_i comes with the rows, as lists of scores, one per reward model (scripts/score.py).
-3. log π(y|x) is the sum over the completion's tokens, including its EOS.
-4. Ω = -[log π_θ(y_w|x) + log π_θ(y_l|x)], or on `reference_samples` where the rows have them. Ω and the course of γ are
-   as in algos/pessimistic_dpo.py.
-5. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.
-6. Errors in the paper: Theorem 2 fails for a finite set of reward models (r = ±(1, -1, 0), β = 1, uniform π_ref). It
-   holds for their convex hull, where A.4 may exchange max and min. The minimum per mini-batch (footnote 2), used here,
-   is not that of Eq 11. From π_ref it takes the model of least E (Δr)², so that the scales of the models decide.
+3. log π(y|x) is the sum over the completion's tokens, including its EOS. Ω and γ are as in algos/pessimistic_dpo.py.
+4. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.
+5. From π_ref, the minimum takes the model of least E (Δr)², so that the scales of the models decide. Theorem 2 needs
+   the convex hull of the reward models (docs/errata.md).
 
 Rows (docs/rows.md): pairs with the scores of several reward models, of scripts/score.py.
 
@@ -91,6 +87,10 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    lora_rank: PositiveInt | None = None
+    """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
+    lora_alpha: PositiveInt | None = None
+    """strength of the adapter, which is scaled by α / rank; default: twice the rank, or that of `--model`"""
 
     output_dir: str
     """directory for the log, the checkpoints and the trained model"""

@@ -99,6 +99,10 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    lora_rank: PositiveInt | None = None
+    """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
+    lora_alpha: PositiveInt | None = None
+    """strength of the adapter, which is scaled by α / rank; default: twice the rank, or that of `--model`"""
 
     output_dir: str
     """directory for the log, the checkpoints and the trained model"""

@@ -6,15 +6,11 @@
 Rows (docs/rows.md): pairs; `--base distill` needs scores of scripts/score.py.
 
 Details the equation leaves open:
-1. log π(y|x) is the sum over the completion's tokens, including its EOS.
-2. Ω is taken on the pair, as in the paper (section 5), or on `reference_samples` if the rows have them: -mean_m
-   log π_θ(ŷ_m|x). For completions drawn from π_ref, the pair's Ω is twice the cross-entropy in expectation, so the same
-   γ regularises half as strongly on samples. Section 5 sums Ω over the data, but beside a mean loss it must be a mean.
-3. γ changes linearly from `--gamma-start` to `--gamma-end`. It is Eq 11's β/α; section 4.1's α/β contradicts that.
-4. For one pair, with Ω on it and π_θ(y_w) fixed, p-DPO's optimum is finite (Proposition 3): β h = log(α - 1) for
-   α = β/γ > 1, as far as π_θ(y_l) ≤ 1 - π_θ(y_w) allows. It is negative for α < 2, and infinite without Ω (Proposition
-   1). If π_θ(y_w) is free too, p-DPO is DPO with label smoothing γ/β plus 2γ times the negative log π_θ(y_w).
-5. π_ref is the starting model, or `--reference`. Its log-probs are computed once, before the first step.
+1. log π(y|x) is the sum over the completion's tokens, including its EOS. π_ref is the starting model, or `--reference`.
+2. Ω is taken on the pair, as in section 5, or on `reference_samples` if the rows have them: -mean_m log π_θ(ŷ_m|x).
+   That is half as strong: for pairs drawn from π_ref, the pair's Ω is twice the cross-entropy in expectation.
+3. γ changes linearly from `--gamma-start` to `--gamma-end`. Ω is a mean over the batch (docs/errata.md), like the loss.
+4. On the pair, p-DPO is DPO with label smoothing γ/β plus 2γ times -log π_θ(y_w): h is finite (Propositions 1 and 3).
 
     torchrun --nproc-per-node 8 algos/pessimistic_dpo.py --model sft/ --train-data pairs.jsonl --output-dir pessimistic/
 """
@@ -91,6 +87,10 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    lora_rank: PositiveInt | None = None
+    """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
+    lora_alpha: PositiveInt | None = None
+    """strength of the adapter, which is scaled by α / rank; default: twice the rank, or that of `--model`"""
 
     output_dir: str
     """directory for the log, the checkpoints and the trained model"""

@@ -9,15 +9,11 @@ Details the equations leave open:
 1. A state is the prompt with the completion so far. An action is its next token, and the last action is the EOS. Summed
    over a completion, r is β ρ of algos/dpo.py. The loss and its gradient are DPO's: of a return, not of a dense reward.
 2. π_ref is the starting model, or `--reference`. Its token log-probs are computed once, before the first step.
-3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, into beams.jsonl.
-4. Scores are not divided by the length, as in Eq 13. All tokens take part (appendix E states top-k 50).
-5. The paper does not say how a beam search ends. Here, a step's continuations that end and are among its `width` best
-   are finished, and the `width` best others go on. The search stops when none can overtake the `width` best finished
-   ones (as in transformers' `generate`). Ties go to the better beam, then to the lower id.
-6. Errors in the paper: π* for π_θ in Eq 9; the sign of V*(s_0) in Eq 13; exp(r) for exp(r/β) and -Z(x) for +β log Z(x)
-   in section 3.3; π(s|a) for π(a|s) in section 5.1. By Eq 5, Eq 15 lacks π_ref, and has the β of the proxy's training.
+3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, without a length penalty.
+4. The paper leaves the end of the search open. Here, continuations that end and are among a step's `width` best are
+   finished, and the others go on until none can overtake the `width` best finished ones (as in transformers' generate).
 
-Rows (docs/rows.md): pairs.
+Rows (docs/rows.md): pairs. Errors in the paper: docs/errata.md.
 
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
@@ -100,6 +96,10 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    lora_rank: PositiveInt | None = None
+    """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
+    lora_alpha: PositiveInt | None = None
+    """strength of the adapter, which is scaled by α / rank; default: twice the rank, or that of `--model`"""
 
     beam_widths: str = "1,2,5,10,20"
     """numbers of beams to decode held-out prompts with after training"""

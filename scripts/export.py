@@ -33,14 +33,14 @@ import torch
 import tyro
 
 from scripts.lab.commands import checked_command
-from scripts.lab.model_files import CONFIG, new_directory, refuse_existing
+from scripts.lab.model_files import is_written, new_directory, refuse_existing
 from shared import UserError, checkpoint, first_line
 from shared.batches import Batches, load_batches
 from shared.command import PositiveInt
 from shared.distributed import Ranks, all_sum, from_main, join_processes
 from shared.export import export, model_card, read_json
 from shared.groups import Requires
-from shared.loading import REWARD_HEAD, load_policy_from, load_reward_model, load_tokenizer
+from shared.loading import REWARD_HEAD, load_policy, load_reward_model, load_tokenizer
 from shared.model import Policy, RewardModel, mean_reward
 
 POLL_SECONDS = 1.0  # between looks at a run that goes on
@@ -215,8 +215,7 @@ def due_checkpoints(run: Path, every: int, directory: Path) -> list[Path]:
     """The checkpoints at a multiple of so many steps that have no model yet, oldest first."""
     due = []
     for path in checkpoint.published(run / "checkpoints"):
-        is_written = (directory / path.name / CONFIG).exists()
-        if checkpoint.step_of(path) % every == 0 and not is_written:
+        if checkpoint.step_of(path) % every == 0 and not is_written(directory / path.name):
             due.append(path)
     return due
 
@@ -243,7 +242,7 @@ def report_missing(run: Path, every: int, directory: Path) -> None:
     last = max((line["step"] for line in log_lines(run)), default=0)
     missing = []
     for step in range(every, last + 1, every):
-        if not (directory / f"step-{step:06d}" / CONFIG).exists():
+        if not is_written(directory / f"step-{step:06d}"):
             missing.append(step)
     if missing:
         say(f"{run}: there was no checkpoint of the steps {listed(missing)}; see --save-every and --keep")
@@ -268,7 +267,7 @@ class Exporter:
         self.ranks = ranks
         self.train: Batches | None = None  # of a reward model
         state = read_state(path)
-        settings = SimpleNamespace(**state["args"])
+        settings = SimpleNamespace(**{"lora_rank": None, "lora_alpha": None, **state["args"]})  # older runs have none
         settings.output_dir = str(args.run)
         settings.resume = True  # so that a chat template writes the date of the run
         for name in ("model", "train_data", "eval_data"):
@@ -286,7 +285,8 @@ class Exporter:
                 raise UserError(f"{settings.train_data}: has changed since the run {self.run}")
             self.model = load_reward_model(settings, ranks, self.tokenizer, self.train, held_out)
         else:
-            self.model = load_policy_from(settings.model, ranks)
+            settings.activation_checkpointing = False
+            self.model = load_policy(settings, ranks)
         if self.model.fingerprints["model"] != state["weights"]["model"]:
             raise UserError(f"model {settings.model}: has changed since the run {self.run} started from it")
 

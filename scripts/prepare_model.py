@@ -5,6 +5,7 @@
     add-tokens    adds tokens to its vocabulary
     temperature   divides its logits by τ: the copy at temperature 1 is the model at temperature τ
     convert       writes its weights in float32 or bfloat16, in one file or in several
+    merge         adds an adapter to the weights of its base model
 
 Files in which nothing changes are copied byte for byte. A new token gets a row of the embedding and of the head if
 there is none yet: the mean of all other rows (transformers draws it from a normal distribution around that mean). Old
@@ -35,6 +36,7 @@ from scripts.lab.model_files import (
     copy_others,
     directory_of,
     files_of_tensors,
+    is_reward_model,
     names_in_files,
     new_directory,
     refuse_existing,
@@ -42,9 +44,20 @@ from scripts.lab.model_files import (
 )
 from shared import UserError
 from shared.command import Above, PositiveFloat
+from shared.distributed import single_process
 from shared.encode import Encoder
+from shared.export import export
 from shared.files import write_json, write_tensors
-from shared.loading import load_generator, load_tokenizer, pad_tokens, refuse_quantised, unfit_for_padding
+from shared.loading import (
+    load_generator,
+    load_policy_from,
+    load_scorer,
+    load_tokenizer,
+    pad_tokens,
+    refuse_quantised,
+    unfit_for_padding,
+)
+from shared.lora import Adapter, find_adapter
 from shared.rows import Dropped
 
 if TYPE_CHECKING:
@@ -114,10 +127,22 @@ class Convert(Copy):
     """largest size of a file in GB; default: one file"""
 
 
-def main(args: Template | PadToken | AddTokens | Temperature | Convert) -> None:
+@dataclass(kw_only=True)
+class Merge(Copy):
+    """Write an adapter and its base model as one model, in float32."""
+
+
+def main(args: Template | PadToken | AddTokens | Temperature | Convert | Merge) -> None:
     """Run a sub-command."""
     refuse_existing(args.output_dir)
     tokenizer, config = load_tokenizer(args.model)
+    adapter = find_adapter(args.model)
+    if isinstance(args, Merge):
+        write_merged(args, adapter, tokenizer, config)
+        return
+    if adapter is not None:
+        command = f"python scripts/prepare_model.py merge --model {args.model} --output-dir DIR"
+        raise UserError(f"model {args.model}: is an adapter of {adapter.base}; merge it first by: {command}")
     refuse_quantised(config, args.model)
     if isinstance(args, Template):
         changes = give_template(args, tokenizer)
@@ -132,6 +157,25 @@ def main(args: Template | PadToken | AddTokens | Temperature | Convert) -> None:
         return
     write_copy(directory_of(args.model), changes, args.output_dir)
     print(f"{args.output_dir}: {changes.remark}")
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def write_merged(
+    args: Merge, adapter: Adapter | None, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
+) -> None:
+    """Write the model that an adapter and its base model are."""
+    if adapter is None:
+        raise UserError(f"model {args.model}: is no adapter, it has no adapter_config.json")
+    remark = f"The adapter {args.model} is merged into {adapter.base}."
+    card = f"---\nbase_model: {adapter.base}\n---\n\n## Prepared with cleanpo\n\n{remark}\n"
+    with single_process("float32") as ranks, new_directory(args.output_dir) as directory:
+        load = load_policy_from
+        if is_reward_model(config):
+            load = load_scorer
+        export(load(args.model, ranks), tokenizer, directory, card, ranks)
+    print(f"{args.output_dir}: {remark}")
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -466,4 +510,4 @@ def write_in_files(file_of: dict[str, Path], args: Convert, directory: Path) -> 
 
 
 if __name__ == "__main__":
-    checked_command(main, Template | PadToken | AddTokens | Temperature | Convert)
+    checked_command(main, Template | PadToken | AddTokens | Temperature | Convert | Merge)

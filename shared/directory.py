@@ -9,7 +9,7 @@ from typing import TextIO
 from shared import StorageError
 from shared.files import write_text
 
-RESULTS = ("metrics.jsonl", "model.safetensors")  # what shows that a directory holds a run
+RESULTS = ("metrics.jsonl", "model.safetensors", "adapter_model.safetensors")  # what shows that a directory holds a run
 STATES = {0: "done", 2: "refused", 3: "not finite", 4: "storage", 75: "preempted", 130: "interrupted"}  # by exit code
 
 

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,11 +131,16 @@ def _exit_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks) -> Callable[[bool], None]:
+def shard(
+    model: nn.Module, blocks: list[nn.Module], ranks: Ranks, read: Set[nn.Module] = frozenset()
+) -> Callable[[bool], None]:
     """Apply FSDP2 in place: float32 weights and gradient sums, a forward pass in `ranks.dtype`.
 
     The weights are the first process's. Of the others, `model` may lie on the meta device. Each block is copied to all
     processes and cut before the next one, so that none but the first holds more of the model than its shard.
+
+    Frozen weights of the modules that a forward pass reads are sharded too. FSDP2 does not see the others, which no
+    process gathers, nor frozen weights without shards, of which it would keep a copy.
 
     Returns `sync(last)`. Call it before each training forward pass; `last` says whether its micro-batch is the last of
     the step. Until then, replicas do not exchange their gradients, and unsharded weights only accumulate them.
@@ -155,12 +160,18 @@ def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks) -> Callable[[
 
     is_sharded = ranks.shard_size > 1  # only sharded weights are gathered for a forward pass and freed after it
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
-        _copy_from_main(block, ranks)
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded)
-    _copy_from_main(model, ranks)
-    frozen = _frozen_parameters(model)
-    root = fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded, ignored_params=frozen)
+
+    for module in (*blocks, model):
+        _copy_from_main(module, ranks)
+        modules = set(module.modules())
+        whole = _frozen_parameters(modules - read)
+        if not is_sharded:
+            whole |= _frozen_parameters(modules & read)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=is_sharded, ignored_params=whole)
+    if not is_sharded:
+        for parameter in _frozen_parameters(read):
+            parameter.data = parameter.data.to(ranks.device, copy=True)
+    root: Any = model
     if is_sharded:
         return root.set_requires_all_reduce
     return root.set_requires_gradient_sync
@@ -225,10 +236,10 @@ def _uncut_tensors(module: nn.Module) -> tuple[list[_Place], list[Tensor]]:
     return places, tensors
 
 
-def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters without gradients. A forward pass over tokens does not need them, so no process gathers them."""
+def _frozen_parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """The parameters without gradients of some modules, but not of their parts."""
     frozen = set()
-    for module in model.modules():
+    for module in modules:
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 frozen.add(parameter)
@@ -237,7 +248,7 @@ def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 def _move(model: nn.Module, device: torch.device) -> None:
     """Copy the model to the device. Weights that were read from a file map it, and would change when the file does."""
-    for parameter in model.parameters():
+    for _, parameter in nn.Module.named_parameters(model):  # frozen ones too
         parameter.data = parameter.data.to(device, copy=True)
     model.to(device)
 

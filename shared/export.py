@@ -1,6 +1,6 @@
 """Write the trained model as a Hugging Face directory.
 
-weights            in float32, with the configuration
+weights            in float32, with the configuration; or the adapter that was trained, in the form of peft
 tokenizer          the files of the starting model, byte for byte where the tokenizer is still the one that they give
 generation config  that of the starting model, with the ids that ended the completions of training
 model card         README.md; that of a reward model has code that computes its rewards with transformers alone
@@ -20,6 +20,7 @@ from torch import Tensor
 from shared.distributed import Ranks, unsharded
 from shared.encode import Encoder, end_ids
 from shared.files import storage_errors, write_json
+from shared.lora import ADAPTER_CONFIG, base_of, write_adapter
 from shared.model import PackedModel, RewardModel
 
 if TYPE_CHECKING:
@@ -58,19 +59,22 @@ def export(
     temporary = directory / ".export"
     source = source_directory(tokenizer)
     if isinstance(model, RewardModel):
-        model_card += reward_recipe(tokenizer)
+        model_card += reward_recipe(tokenizer, model.adapter_config)
     try:
         with storage_errors(directory):
-            _write_weights(model, temporary, ranks)
+            if model.adapter_config is None:
+                _write_weights(model, temporary, ranks)
+            else:
+                _write_adapter(model, temporary, ranks)
             if not ranks.is_main:
                 return
             write_tokenizer(tokenizer, source, temporary)
             copy_files(source, PROCESSOR_FILES, temporary)
-            if model.lm.can_generate():
+            if model.lm.can_generate() and model.adapter_config is None:
                 generation = model.lm.generation_config
                 write_generation_config(model.lm.config, generation, end_ids(tokenizer), source, temporary)
             (temporary / "README.md").write_text(model_card, encoding="utf-8")
-            files = sorted(temporary.iterdir(), key=lambda file: file.name == LAST_FILE)
+            files = sorted(temporary.iterdir(), key=lambda file: file.name in (LAST_FILE, ADAPTER_CONFIG))
             for file in files:
                 _move(file, directory / file.name)
     finally:
@@ -126,6 +130,14 @@ def _write_weights(model: PackedModel, directory: Path, ranks: Ranks) -> None:
         write_json(
             directory / f"{WEIGHTS}.index.json", {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         )
+
+
+def _write_adapter(model: PackedModel, directory: Path, ranks: Ranks) -> None:
+    """Write the tensors that were trained, as an adapter."""
+    names = [name for name, tensor in model.lm.state_dict(keep_vars=True).items() if tensor.requires_grad]
+    tensors = _gather(model, names, ranks)
+    if ranks.is_main:
+        write_adapter(model.adapter_config, tensors, model.lm.config, directory)
 
 
 def _parts(lm: Any) -> list[list[str]]:
@@ -315,8 +327,12 @@ def read_json(file: Path) -> dict | None:
 def model_card(algorithm: str, args: dict[str, Any], remark: str = "") -> str:
     """The README.md of a trained model: what it is, and how to train it again."""
     base = args["model"]
-    front_matter = f"---\nlibrary_name: transformers\nbase_model: {base}\ntags: [{algorithm}]\n---\n"
-    title = f"\n# {base}, trained by {algorithm} with cleanpo\n\n"
+    library = "transformers"
+    if args.get("lora_rank") is not None:
+        library = "peft"
+        base = base_of(base)
+    front_matter = f"---\nlibrary_name: {library}\nbase_model: {base}\ntags: [{algorithm}]\n---\n"
+    title = f"\n# {args['model']}, trained by {algorithm} with cleanpo\n\n"
     settings = [f"- {name}: {value}\n" for name, value in args.items()]
     return front_matter + title + remark + "".join(settings)
 
@@ -357,6 +373,13 @@ def reward_of_text(prompt, completion):
     ids = encode(prompt, prompt + completion, add_special_tokens=True)
     return reward([*ids, tokenizer.eos_token_id])
 """
+LOADING = """model = AutoModelForSequenceClassification.from_pretrained(FOLDER).eval()
+"""
+LOADING_OF_ADAPTER = """model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1)
+model = PeftModel.from_pretrained(model, FOLDER).eval()
+with open(f"{FOLDER}/reward_config.json") as file:
+    model.config.update(json.load(file))
+"""
 CHAT_RECIPE = """
 
 def reward_of_chat(messages):  # the last message is the assistant's
@@ -367,9 +390,15 @@ def reward_of_chat(messages):  # the last message is the assistant's
 """
 
 
-def reward_recipe(tokenizer: "PreTrainedTokenizerBase") -> str:
+def reward_recipe(tokenizer: "PreTrainedTokenizerBase", adapter_config: Any = None) -> str:
     """The part of a reward model's card that says how to compute its rewards without this project."""
     recipe = RECIPE
+    if adapter_config is not None:
+        loading = LOADING_OF_ADAPTER.replace("BASE", repr(adapter_config.base_model_name_or_path))
+        recipe = recipe.replace(LOADING, loading)
+        recipe = recipe.replace("transformers alone", "transformers and peft")
+        recipe = recipe.replace("from os", "import json\nfrom os")
+        recipe = recipe.replace("import torch\n", "import torch\nfrom peft import PeftModel\n")
     if tokenizer.chat_template:
         turn_end = Encoder(tokenizer).template.turn_ends.last
         recipe += CHAT_RECIPE.replace("TURN_END", repr(turn_end or tokenizer.eos_token))

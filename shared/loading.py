@@ -19,6 +19,18 @@ from shared.distributed import Ranks, from_main, shard
 from shared.encode import end_ids
 from shared.files import bytes_of, is_complete, missing_path
 from shared.last_layer import skip_unread
+from shared.lora import (
+    ADAPTER_CONFIG,
+    Adapter,
+    Lora,
+    add_adapter,
+    base_of,
+    find_adapter,
+    load_tensors,
+    lora_of,
+    merge,
+    set_reward_entries,
+)
 from shared.model import Policy, RewardModel
 from shared.packing import check_packing, reason_of_refusal
 
@@ -60,38 +72,33 @@ def _load_tokenizer_and_config(path: str) -> "tuple[PreTrainedTokenizerBase, Pre
     problem = missing_path(path)
     if problem:
         raise UserError(f"model {path}: {problem}")
-    _refuse_adapter(path)
     _refuse_run(path)
+    adapter = find_adapter(path)
+    source = path
+    if adapter is not None and Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+        source = adapter.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for the same mistakes
         raise _unloadable(path, error) from None
     return tokenizer, _load_config(path)
 
 
 def _load_config(path: str, **options: Any) -> "PretrainedConfig":
+    """The configuration of a model; of an adapter, that of its base as the adapter changes it."""
     from transformers import AutoConfig
 
+    adapter = find_adapter(path)
+    if adapter is not None:
+        path = adapter.base
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
         config.get_text_config()  # raises an error if there are several
     except Exception as error:
-        raise _unloadable(path, error) from None
+        raise _unloadable(path, error, adapter) from None
+    if adapter is not None:
+        set_reward_entries(config, adapter)
     return config
-
-
-def _refuse_adapter(path: str) -> None:
-    """Raises UserError for a directory or hub id that holds an adapter, which is not a model by itself."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    try:
-        file = find_adapter_config_file(path)
-    except Exception:  # what is wrong with the path is said when its configuration is loaded
-        return
-    if file is not None:
-        adapter = json.loads(Path(file).read_text(encoding="utf-8"))
-        base = adapter.get("base_model_name_or_path") or "another model"
-        raise UserError(f"model {path}: is a LoRA adapter of {base}; merge it into its base model first")
 
 
 def _refuse_run(path: str) -> None:
@@ -100,7 +107,7 @@ def _refuse_run(path: str) -> None:
     if (directory / "state.json").is_file() and (directory / "manifest.json").is_file():
         checkpoints = [checkpoint for checkpoint in published(directory.parent) if checkpoint == directory]
         reason = "is a checkpoint, not a model"
-    elif (directory / "run.json").is_file() and not (directory / "config.json").is_file():
+    elif (directory / "run.json").is_file() and not _is_model(directory):
         checkpoints = published(directory / "checkpoints")
         reason = "is a run that has not exported its model"
     else:
@@ -113,22 +120,33 @@ def _refuse_run(path: str) -> None:
     raise UserError(f"model {path}: {reason}{remedy}")
 
 
-def _unloadable(path: str, error: Exception) -> UserError:
-    return UserError(f"model {path}: cannot be loaded ({first_line(error)})")
+def _is_model(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+
+
+def _unloadable(path: str, error: Exception, adapter: Adapter | None = None) -> UserError:
+    whose = ""
+    if adapter is not None:
+        whose = f", the base model of {adapter.path},"
+    return UserError(f"model {path}{whose}: cannot be loaded ({first_line(error)})")
 
 
 # ---------------------------------------------------------------- models
 
 
 def load_policy(args: Any, ranks: Ranks) -> Policy:
-    """The policy to train, from `args.model`. Raises UserError as `load_policy_from` does."""
-    policy = load_policy_from(args.model, ranks, args.activation_checkpointing)
+    """The policy to train, from `args.model`, in full or by an adapter. Raises UserError as `load_policy_from` does."""
+    source = _Source(_policy_class(args.model), args.model, lora=lora_of(args))
+    policy = _load(Policy, source, ranks, args.activation_checkpointing)
     _say_what_is_left_out(policy, args.model, ranks)
     return policy
 
 
 def load_policy_from(path: str, ranks: Ranks, activation_checkpointing: bool = False) -> Policy:
-    """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails."""
+    """Load a causal language model in float32, check it, and shard it. Raises UserError if one of these fails.
+
+    An adapter is merged into its base model.
+    """
     source = _Source(_policy_class(path), path)
     return _load(Policy, source, ranks, activation_checkpointing)
 
@@ -144,7 +162,7 @@ def load_reward_model(
     """
     _set_pad_token(tokenizer, args.model, sets, ranks)
     torch.manual_seed(args.seed)
-    source = _Source(REWARD_MODEL_CLASS, args.model, {"num_labels": 1}, new_tensor=REWARD_HEAD)
+    source = _Source(REWARD_MODEL_CLASS, args.model, {"num_labels": 1}, REWARD_HEAD, lora_of(args))
     model = _load(RewardModel, source, ranks, args.activation_checkpointing)
     for config in (model.lm.config, model.lm.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
@@ -159,8 +177,12 @@ def load_scorer(path: str, ranks: Ranks) -> RewardModel:
 
 def load_generator(path: str, dtype: torch.dtype, device: torch.device | str) -> Any:
     """A causal language model as transformers has it, to generate with. Raises UserError if it cannot be loaded."""
-    lm = _from_pretrained(_policy_class(path), path, dtype=dtype)
-    return lm.to(device).eval()
+    adapter = find_adapter(path)
+    if adapter is None:
+        lm = _from_pretrained(_policy_class(path), path, dtype=dtype)
+    else:
+        lm = merge(_from_pretrained(_policy_class(path), adapter.base, dtype=torch.float32), adapter)
+    return lm.to(device, dtype).eval()
 
 
 def _policy_class(path: str) -> str:
@@ -176,7 +198,7 @@ def _policy_class(path: str) -> str:
 
 
 def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) -> None:
-    """Print that a mixture of experts is trained without its load-balancing loss, and which parts are frozen."""
+    """Print that a mixture of experts is trained without its load-balancing loss, and what is not trained."""
     if not ranks.is_main:
         return
     coefficient = getattr(model.lm.config.get_text_config(), "router_aux_loss_coef", None)
@@ -184,6 +206,12 @@ def _say_what_is_left_out(model: Policy | RewardModel, path: str, ranks: Ranks) 
         left_out = f"its load-balancing loss (router_aux_loss_coef {coefficient}) is left out"
         tqdm.write(f"model {path}: a mixture of experts; {left_out}")
 
+    if model.adapter_config is not None:
+        trained = sum(parameter.numel() for parameter in model.parameters())
+        whole = sum(parameter.numel() for parameter in model.lm.parameters())
+        rank = model.adapter_config.r
+        tqdm.write(f"model {path}: a LoRA adapter of rank {rank} is trained, {trained:,} of {whole:,} parameters")
+        return
     frozen = set()
     for name, parameter in model.lm.named_parameters():
         if not parameter.requires_grad:
@@ -247,6 +275,7 @@ class _Source(NamedTuple):
     path: str
     options: dict[str, Any] = {}
     new_tensor: str = ""  # the only one that may be missing from the weights
+    lora: Lora | None = None  # what is trained instead of the weights
 
 
 def _load(kind: type[AnyModel], source: _Source, ranks: Ranks, activation_checkpointing: bool = False) -> AnyModel:
@@ -262,6 +291,7 @@ def _load(kind: type[AnyModel], source: _Source, ranks: Ranks, activation_checkp
         try:
             model = _read_and_check(kind, source, activation_checkpointing)
             fingerprint = _weights_hash(model.lm)
+            _cast_frozen(model, ranks.dtype)
         except UserError as error:
             problem = str(error)
     problem, fingerprint = from_main((problem, fingerprint))
@@ -270,34 +300,54 @@ def _load(kind: type[AnyModel], source: _Source, ranks: Ranks, activation_checkp
 
     if model is None:
         model = kind(_without_weights(source))
-        _prepare(model, activation_checkpointing)
+        _prepare(model, source, activation_checkpointing)
     model.fingerprints["model"] = fingerprint
-    model.sync = shard(model, _layers(model), ranks)
+    model.sync = shard(model, _layers(model), ranks, model.read_modules)
     return model
 
 
 def _read_and_check(kind: type[AnyModel], source: _Source, activation_checkpointing: bool) -> AnyModel:
     model = kind(_load_lm(source))
     try:
-        _prepare(model, activation_checkpointing)
+        _prepare(model, source, activation_checkpointing)
+        if source.lora is not None and source.lora.start is not None:
+            load_tensors(model.lm, source.lora.start)
         check_packing(model)
+    except UserError:
+        raise
     except Exception as error:  # an architecture that does not fit fails in many ways
         raise _unsupported(source.path, reason_of_refusal(model, error)) from None
     if model.lm.config.get_text_config() is not model.lm.config:
-        _freeze_other_parts(model, source.path)
+        _freeze_other_parts(model, base_of(source.path))
     return model
 
 
-def _prepare(model: Policy | RewardModel, activation_checkpointing: bool) -> None:
+def _prepare(model: Policy | RewardModel, source: _Source, activation_checkpointing: bool) -> None:
     """Set what a forward pass over packed rows does, which the weights do not say."""
     lm = model.lm
+    layers = _layers(model)
+    if source.lora is not None:
+        head = None
+        if isinstance(model, RewardModel):
+            head = model.head
+        model.adapter_config = add_adapter(lm, layers, head, source.lora)
     _remove_randomness(lm)
     lm.train()  # activation checkpointing works in training mode only
     if activation_checkpointing:
         # newer transformers have it under the first name, and warn of the second
         enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    skip_unread(_layers(model)[-1])
+    skip_unread(layers[-1])
+
+
+def _cast_frozen(model: Policy | RewardModel, dtype: torch.dtype) -> None:
+    """Keep the frozen weights that a forward pass reads in its dtype, beside an adapter in float32."""
+    if model.adapter_config is None:
+        return
+    for module in model.read_modules:
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _load_lm(source: _Source) -> Any:
@@ -308,7 +358,15 @@ def _load_lm(source: _Source) -> Any:
     _register_attention()
     refuse_quantised(_load_config(source.path), source.path)
     options = {**source.options, "dtype": torch.float32, "attn_implementation": ATTENTION_NAME}
-    lm = _from_pretrained(source.auto_class, source.path, source.new_tensor, **options)
+    adapter = find_adapter(source.path)
+    new_tensor = source.new_tensor
+    if adapter is not None and adapter.is_reward_model:
+        new_tensor = REWARD_HEAD  # its base model has none
+    lm = _from_pretrained(source.auto_class, base_of(source.path), new_tensor, **options)
+    if adapter is not None:
+        set_reward_entries(lm.config, adapter)
+        if source.lora is None:
+            lm = merge(lm, adapter)
     for name, parameter in lm.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"model {source.path}: {name} holds values that are not finite")
@@ -406,7 +464,13 @@ def _freeze_other_parts(model: Policy | RewardModel, path: str) -> None:
     for file in _weight_files(path):
         with safe_open(file, "pt") as stored:
             for name in tensors_of_files.keys() & stored.keys():
-                tensors_of_files[name].data = stored.get_tensor(name).clone()
+                _take_dtype(tensors_of_files[name], stored.get_tensor(name))
+
+
+def _take_dtype(tensor: torch.Tensor, stored: torch.Tensor) -> None:
+    """Let a tensor be as its file has it, unless an adapter was merged into it."""
+    if torch.equal(tensor.float(), stored.float()):
+        tensor.data = stored.clone()
 
 
 def _weight_files(path: str) -> list[Path]:

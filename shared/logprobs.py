@@ -69,9 +69,12 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
         hidden_grad = torch.zeros_like(hidden, dtype=torch.float32)
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32)
+        weight_grad = None
+        if ctx.needs_input_grad[1]:  # the head is not frozen
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         bias_grad = None
-        if bias is not None:
+        if ctx.needs_input_grad[2]:
+            assert bias is not None
             bias_grad = torch.zeros_like(bias, dtype=torch.float32)
 
         for tokens, vocabulary in _tiles(hidden, weight):
@@ -99,10 +102,12 @@ class _TokenLogps(torch.autograd.Function):
             tile_weight = weight[vocabulary]
             tile_hidden = hidden[tokens]
             _add_product(hidden_grad[tokens], logits_grad, tile_weight)
-            _add_product(weight_grad[vocabulary], logits_grad.mT, tile_hidden)
+            if weight_grad is not None:
+                _add_product(weight_grad[vocabulary], logits_grad.mT, tile_hidden)
 
         hidden_grad = hidden_grad.to(hidden.dtype)
-        weight_grad = weight_grad.to(weight.dtype)
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(weight.dtype)
         if bias_grad is not None:
             bias_grad = bias_grad.to(bias.dtype)
         return hidden_grad, weight_grad, bias_grad, None, None

@@ -32,6 +32,8 @@ class PackedModel(nn.Module):
         self.sync: Callable[[bool], None] = _no_sync
         # SHA-256 of the weights under "model", and of the reference's under "reference" once it is known
         self.fingerprints: dict[str, str] = {}
+        # of peft, if an adapter is trained instead of the weights
+        self.adapter_config: Any = None
 
     @property
     def text_model(self) -> Any:
@@ -39,6 +41,16 @@ class PackedModel(nn.Module):
         if self.lm.config.get_text_config() is self.lm.config:
             return self.lm.base_model
         return self.lm.get_decoder()
+
+    @property
+    def read_modules(self) -> set[nn.Module]:
+        """What a forward pass over tokens uses."""
+        return {*self.text_model.modules(), *self.head.modules()}
+
+    @property
+    def head(self) -> Any:
+        """The map from a hidden state to what is computed of it."""
+        raise NotImplementedError
 
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are trained, which are all that an optimizer and a checkpoint see."""

@@ -164,6 +164,8 @@ def _embeddings(model: Policy | RewardModel) -> Iterator[list[Tensor]]:
     outputs: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not output.requires_grad:  # the embedding is frozen
+            output.requires_grad_()
         outputs.append(output)
 
     hook = model.lm.get_input_embeddings().register_forward_hook(keep)

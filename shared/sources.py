@@ -130,7 +130,7 @@ def _split_in_name(name: str) -> str | None:
 
 
 def _files_in(directory: Path) -> list[Path]:
-    if (directory / "config.json").exists():
+    if (directory / "config.json").exists() or (directory / "adapter_config.json").exists():
         raise UserError(f"{directory}: is a model, not rows")
     files = sorted(path for path in directory.iterdir() if _ending(path))
     if not files:

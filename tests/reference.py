@@ -66,6 +66,7 @@ Metrics = dict[str, float]
 LossAndMetrics = tuple[Tensor, Metrics]
 Encode = Callable[[PreTrainedTokenizerBase, dict], Group]
 Loss = Callable[[Batch, int], LossAndMetrics]
+Adapt = Callable[[nn.Module], nn.Module]
 LossOfGroup = Callable[[ScoredGroup], Tensor]
 Rewards = Callable[[ScoredGroup], Tensor]
 
@@ -470,6 +471,11 @@ def rm_of_group(group: ScoredGroup) -> Tensor:
 # ---------------------------------------------------------------- training
 
 
+def as_it_is(model: nn.Module) -> nn.Module:
+    """No adapter."""
+    return model
+
+
 def learning_rate(step: int, steps: int, peak: float, schedule: str = "constant", warmup: int = 0) -> float:
     """The rate of step 1 … `steps`: linear warm-up to `peak`, then constant or decaying to 0 after it."""
     if step <= warmup:
@@ -518,16 +524,20 @@ def train(
     reference_dir: Path | None = None,
     rewards: bool = False,
     encode_row: Encode = encode,
+    adapt: Adapt = as_it_is,
 ) -> tuple[list[dict], nn.Module]:
-    """Train on rows in file order; the metrics of every step, and the model at the end. `rewards`: a reward model."""
+    """Train on rows in file order; the metrics of every step, and the model at the end.
+
+    rewards: a reward model. adapt: what makes the model that is trained of the one that is loaded; π_ref is the same.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     groups = [encode_row(tokenizer, row) for row in rows[: steps * batch_size]]
     if rewards:
-        model = load_reward_model(model_dir)
+        model = adapt(load_reward_model(model_dir))
         ref_token_logps: list[list[Tensor]] = [[] for _ in groups]
     else:
-        model = load_model(model_dir)
-        ref_token_logps = _reference_logps(reference_dir or model_dir, groups)
+        model = adapt(load_model(model_dir))
+        ref_token_logps = _reference_logps(reference_dir or model_dir, groups, adapt)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(trained, weight_decay)
@@ -566,8 +576,8 @@ def evaluate(
 
 
 @torch.no_grad()
-def _reference_logps(reference_dir: Path, groups: Sequence[Group]) -> list[list[Tensor]]:
-    reference = load_model(reference_dir)
+def _reference_logps(reference_dir: Path, groups: Sequence[Group], adapt: Adapt = as_it_is) -> list[list[Tensor]]:
+    reference = adapt(load_model(reference_dir))
     return [completion_logps(reference, group) for group in groups]
 
 

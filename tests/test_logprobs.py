@@ -160,6 +160,25 @@ def test_no_logits_are_kept_when_the_hidden_states_need_no_gradient() -> None:
     assert not logps.grad_fn.kept_logits
 
 
+def test_a_frozen_head_gets_no_gradient() -> None:
+    """That of the hidden states is the same, and no sum over the vocabulary is made for the head."""
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True)
+    targets = torch.randint(50, (5,))
+    expected, *_ = torch.autograd.grad(token_logps(hidden, weight, bias, targets).sum(), (hidden, weight, bias))
+    token_logps(hidden, weight.detach(), bias.detach(), targets).sum().backward()
+    assert torch.equal(hidden.grad, expected)
+
+    shapes = []
+    add = logprobs._add_product
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs, "_add_product", lambda total, a, b: shapes.append(total.shape) or add(total, a, b))
+        token_logps(hidden, weight.detach(), None, targets).sum().backward()
+    assert shapes == [hidden.shape]
+
+
 def test_a_device_without_a_tile_of_its_own_gets_that_of_a_cpu() -> None:
     hidden = torch.empty(600, 2, device="meta")
     weight = torch.empty(9, 2, device="meta")

@@ -34,7 +34,9 @@ def load(directory: Path) -> nn.Module:
 
 
 def load_for_rewards(directory: Path) -> nn.Module:
-    args = SimpleNamespace(model=str(directory), activation_checkpointing=False, seed=0)
+    args = SimpleNamespace(
+        model=str(directory), activation_checkpointing=False, seed=0, lora_rank=None, lora_alpha=None
+    )
     with single_process("float32") as ranks:
         return load_reward_model(args, ranks, tiny.make_tokenizer())
 
@@ -112,17 +114,6 @@ def test_a_window_that_attention_is_not_told_is_refused(tmp_path: Path, monkeypa
 
 
 # ---------------------------------------------------------------- what is not a language model by itself
-
-
-@pytest.mark.parametrize("base, name", [("org/base", "org/base"), (None, "another model")])
-def test_an_adapter_is_refused(base: str | None, name: str, tmp_path: Path) -> None:
-    tiny.make_tokenizer().save_pretrained(tmp_path)
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": base}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(UserError) as refused:
-        load_tokenizer(str(tmp_path))
-    remedy = "merge it into its base model first"
-    assert str(refused.value) == f"model {tmp_path}: is a LoRA adapter of {name}; {remedy}"
 
 
 @pytest.mark.parametrize(
@@ -243,7 +234,7 @@ def test_the_load_balancing_loss_is_said_to_be_left_out(
 ) -> None:
     """Once for a policy that is trained, and once for a reward model."""
     model = save_model("mixtral", tmp_path / "model", router_aux_loss_coef=coefficient)
-    args = SimpleNamespace(model=str(model), activation_checkpointing=False, seed=0)
+    args = SimpleNamespace(model=str(model), activation_checkpointing=False, seed=0, lora_rank=None, lora_alpha=None)
     with single_process("float32") as ranks:
         load_policy(args, ranks)
         load_reward_model(args, ranks, tiny.make_tokenizer())

@@ -25,6 +25,7 @@ from shared.export import (
     write_tokenizer,
 )
 from shared.files import is_complete, read_tensors, storage_errors, write_json, write_tensors
+from shared.lora import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -91,6 +92,11 @@ def directory_of(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # the hub's errors have many classes
         raise UserError(f"model {model}: cannot be loaded ({first_line(error)})") from None
+
+
+def is_written(directory: Path) -> bool:
+    """Whether a directory holds a model or an adapter."""
+    return (directory / CONFIG).exists() or (directory / ADAPTER_CONFIG).exists()
 
 
 def is_reward_model(config: "PretrainedConfig") -> bool:

@@ -28,6 +28,7 @@ from shared import UserError
 from shared.encode import EncodedCompletion, EncodedExample, Encoder
 from shared.files import replacing
 from shared.groups import describe, report_of
+from shared.lora import base_of
 from shared.rows import PROMPT_FORMS, Counts, Example, parse_rows
 from shared.sources import source_hash
 
@@ -156,7 +157,9 @@ def settings_of(args: Any, *models: str) -> dict:
     settings["date"] = _date_of_run(paths)
     settings[MODEL_FILES] = []
     for model in models:
-        for path in sorted(Path(model).glob("*.safetensors")):
+        base = base_of(model)
+        files = {*Path(model).glob("*.safetensors"), *Path(base).glob("*.safetensors")}
+        for path in sorted(files):
             status = path.stat()
             settings[MODEL_FILES].append((str(path), status.st_size, status.st_mtime_ns))
     return json.loads(json.dumps(settings))

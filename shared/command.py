@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -71,15 +71,19 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
         if code == EXIT_CODES[KeyboardInterrupt]:
             reason = "interrupted"
 
-        # On an ordinary error all processes end for the same reason. A disk may fail for one of them alone.
-        is_main = int(os.environ.get("RANK", 0)) == 0
-        if is_main or code == EXIT_CODES[StorageError]:
+        # An ordinary error ends all processes of a machine for the same reason. A disk may fail for one of them alone.
+        if _is_first_of_machine() or code == EXIT_CODES[StorageError]:
             print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     except Exception as error:
         code = UNEXPECTED
         reason = f"{type(error).__name__}: {error}"
         traceback.print_exc()
 
+    end(code, reason)
+
+
+def end(code: int, reason: str) -> NoReturn:
+    """Run the exit hooks, and end the process."""
     for hook in exit_hooks:
         hook(code, reason)
     sys.stdout.flush()
@@ -87,6 +91,12 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
     if code == 0 and dist.is_initialized():
         dist.barrier()
     os._exit(code)  # gloo's threads can abort an ordinary interpreter exit
+
+
+def _is_first_of_machine() -> bool:
+    """Whether this process speaks for those of its machine."""
+    rank = os.environ.get("RANK", "0")
+    return int(os.environ.get("LOCAL_RANK", rank)) == 0
 
 
 def _run_main(main: Callable[[Any], None], arguments: Any) -> None:

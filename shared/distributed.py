@@ -24,7 +24,7 @@ REPORT_TIME = 10  # seconds that every process has to report that it waited in v
 # After the time-out of its collectives NCCL ends a process without a word. It has so many seconds more, which suffice
 # to find the silent ranks and to write them down.
 NCCL_MARGIN = 60
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older one
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name
 ALLOCATOR_SETTING = "expandable_segments:True"
 FLOAT32_COSTS = (
     "float32 on a GPU: products do without its fastest units, and attention is one call per completion; "
@@ -143,12 +143,9 @@ def _choose_device() -> tuple[torch.device, str]:
 
 def _avoid_fragmentation() -> None:
     """Let the GPU's allocator extend its segments, unless the user has set it: no two rows have the same length."""
-    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
-        return
-    for name in ALLOCATOR_VARIABLES:
-        os.environ[name] = ALLOCATOR_SETTING
-    # a PyTorch that has read the variables already learns it this way
-    torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTING)
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # PyTorch may have read the variables when it was imported
+        torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTING)
 
 
 def _compute_deterministically() -> None:

@@ -17,7 +17,7 @@ from shared import UserError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-SHAPE = "cpu-8k"
+SHAPE = "cpu-1k"
 
 
 def slow_on_a_cpu(test: Callable) -> Callable:
@@ -149,7 +149,7 @@ def test_without_expected_numbers_train_says_what_to_do(tmp_path: Path, monkeypa
         "": "must be one of prepare, probe",
         "rose": "must be one of prepare, probe",
         "train:0.5b": "takes no options",
-        "prepare:0.5c": "'0.5c' must be one of cpu-8k",
+        "prepare:0.5c": "'0.5c' must be one of cpu-1k",
         "bench:0.5b:hh": "must be bench:SHAPE:PROFILE:BATCH:BUDGET:STEPS:NAMES",
         "bench:0.5b:hh:64:16384:5:ours,torch": "'torch' must be one of ours, trl-4",
         "bench:0.5b:hg:64:16384:5:ours": "'hg' must be one of hh",

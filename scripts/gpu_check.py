@@ -15,7 +15,6 @@ without an installation needs this repository and tyro in PYTHONPATH. Everything
 the shape cpu-1k.
 
     python scripts/gpu_check.py prepare
-    export PYTORCH_ALLOC_CONF=expandable_segments:True
     python scripts/gpu_check.py probe train resume bench:0.5b:hh:64:16384:5:ours profile:0.5b
 """
 

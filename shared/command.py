@@ -20,6 +20,8 @@ from shared import NonFinite, Preempted, StorageError, UserError
 
 EXIT_CODES = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75, KeyboardInterrupt: 130}
 UNEXPECTED = 1
+# in the errors of collectives, by gloo and by NCCL
+SIGNS_OF_DEATH = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 ALIASES = {"lr": "learning-rate"}
 # Flags of TRL's scripts, and what stands here for them.
@@ -76,7 +78,7 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
             print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     except Exception as error:
         code = UNEXPECTED
-        reason = f"{type(error).__name__}: {error}"
+        reason = _reason_of(error)
         traceback.print_exc()
 
     end(code, reason)
@@ -106,6 +108,14 @@ def _run_main(main: Callable[[Any], None], arguments: Any) -> None:
         main(parse_arguments(arguments, documentation))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _reason_of(error: Exception) -> str:
+    """What status.json says of an unexpected error, and before it, in plain words, that another process has died."""
+    reason = f"{type(error).__name__}: {error}"
+    if any(sign in reason for sign in SIGNS_OF_DEATH):
+        reason = f"another process or its machine has died, see its log; {reason}"
+    return reason
 
 
 def _exit_code(error: BaseException) -> int:

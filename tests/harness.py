@@ -159,13 +159,19 @@ def start(
     return started[-1]
 
 
-def start_nodes(out: Path, nodes: int, processes: int, **options: Any) -> list[Started]:
-    """Start a run on several machines, which all are this one: a torchrun each, with so many processes each."""
-    port = str(_free_port())
+def start_nodes(out: Path, nodes: int, processes: int, rendezvous: str, **options: Any) -> list[Started]:
+    """Start a run on several machines, which all are this one: a torchrun each, with so many processes each.
+
+    rendezvous: how they meet, "static" or "c10d".
+    """
+    port = _free_port()
     machines = []
     for node in range(nodes):
-        place = ["--nnodes", str(nodes), "--node-rank", str(node), "--nproc-per-node", str(processes)]
-        place += ["--master-addr", "127.0.0.1", "--master-port", port]
+        place = ["--nnodes", str(nodes), "--nproc-per-node", str(processes)]
+        if rendezvous == "static":
+            place += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        else:
+            place += ["--rdzv-backend", rendezvous, "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run"]
         machines.append(start(out, place=place, beside=Path(f"{out}.node-{node}"), **options))
     return machines
 

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from scripts import gpu_check
 from scripts.lab import gpu_parts, gpu_probes
 from scripts.lab.commands import ROOT
+from scripts.lab.contenders import OPTIONS
+from scripts.lab.workload import PROFILES, SHAPES, Workload, prepare
 from shared import UserError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -131,6 +134,25 @@ def test_a_step_is_profiled(check: Check, folder: Path) -> None:
     table = (folder / "results" / f"profile-{SHAPE}.txt").read_text()
     assert "aten::mm" in table
     assert (folder / "results" / f"trace-{SHAPE}.json.gz").stat().st_size > 0
+
+
+ALGORITHMS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_begins_as_on_a_cpu(algorithm: str, tmp_path: Path) -> None:
+    """In bfloat16, against float32."""
+    rows = Workload(shape=SHAPES[SHAPE], profile=PROFILES["tldr"], max_rows=16, algorithm="typo")
+    made = prepare(rows, tmp_path)
+    options = {"model": made.model, "train_data": made.rows, "batch_size": 8, "log_every": 1, "save_every": 0}
+    options |= OPTIONS.get(algorithm, {})
+    script = f"algos/{algorithm}.py"
+    ours = tiny.run(script, tmp_path / "gpu", gpu=True, dtype="bfloat16", **options)
+    expected = tiny.run(script, tmp_path / "cpu", **options)
+    assert ours[0]["loss"] == pytest.approx(expected[0]["loss"], rel=2e-2)
+    assert ours[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=5e-2)
+    assert len(ours) == 2
 
 
 def test_without_expected_numbers_train_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

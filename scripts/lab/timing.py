@@ -98,7 +98,7 @@ class MemoryLog:
             self._ended.set()
             return resume(run, *args)
 
-        Run.resume = end_and_resume  # type: ignore[method-assign]
+        Run.resume = end_and_resume  # type: ignore[method-assign, assignment]
 
     def _watch(self) -> None:
         while not self._ended.wait(0.1):

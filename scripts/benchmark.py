@@ -16,10 +16,10 @@ differ, a disagreement is reported.
                a live reference is a fourth
     ÷ ours     seconds or memory over ours of the same round: median [least, most]
 
-TRL and the plain loop pad. Each number of `--against-batch` is tried on two steps, and the fastest one is measured; one
-that fails, for instance for lack of memory, counts as infinitely slow. The plain loop's lines add up: each has all
-tricks of the lines above it. The one trick left after the last, prefix sharing, makes ours. Random weights and rows of
-random words serve as well as real ones: nothing depends on what they are.
+TRL and the plain loop pad. Each number of `--against-batch` is tried on two steps, and the fastest one is measured. One
+that fails, for instance for lack of memory, counts as infinitely slow, also if it fails on later rows. The plain loop's
+lines add up: each has all tricks of the lines above it. The one trick left after the last, prefix sharing, makes ours.
+Random weights and rows of random words serve as well as real ones: nothing depends on what they are.
 
     python scripts/benchmark.py --profile hh --against trl
     python scripts/benchmark.py --profile hh --against naive
@@ -84,7 +84,7 @@ class Args:
     """file, directory or hub id (`path:split`) of real pairs of plain text, instead of a profile"""
     tokenizer: str | None = None
     """directory or hub id of the tokenizer of --rows; default: byte-level BPE of 8192 tokens trained on them"""
-    shape: Literal["cpu-8k", "cpu-152k", "0.5b", "1.5b"] = "cpu-8k"
+    shape: Literal["cpu-1k", "cpu-8k", "cpu-152k", "0.5b", "1.5b"] = "cpu-8k"
     """shape of the model, whose weights are random"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the forward and backward pass; weights and optimizer state stay float32"""
@@ -157,19 +157,19 @@ def label(name: str, pairs_per_pass: int | None) -> str:
     return f"{name}, {pairs_per_pass} pairs a pass"
 
 
-def tune(contenders: dict[str, Spec], args: Args, scratch: Path) -> tuple[dict[str, Spec], dict[str, dict]]:
+def tune(contenders: dict[str, Spec], args: Args, scratch: Path) -> tuple[dict[str, list[Spec]], dict[str, dict]]:
     """Run every contender on the first two steps, to see that it trains as ours does and which pass is fastest.
 
-    Returns the contenders, each with the pairs per forward pass that need least time, and what was tried: its seconds
-    and bytes, and why it failed or how it disagrees. Raises UserError if a contender disagrees with ours in float32,
-    or fails with every number of pairs.
+    Returns the contenders, each with the numbers of pairs per forward pass that it can do, the fastest first, and what
+    was tried: its seconds and bytes, and why it failed or how it disagrees. Raises UserError if a contender disagrees
+    with ours in float32, or if all of them fail with every number of pairs.
     """
     two_steps = scratch / "two_steps.jsonl"
     with open(contenders["ours"].train_data, encoding="utf-8") as rows:
         two_steps.write_text("".join(islice(rows, 2 * args.batch_size)), encoding="utf-8")
 
     ours = measure("ours", dataclasses.replace(contenders["ours"], train_data=str(two_steps)), scratch)
-    tuned = {"ours": contenders["ours"]}
+    tuned = {"ours": [contenders["ours"]]}
     tried: dict[str, dict] = {"ours": {"seconds": ours.seconds, "memory": ours.memory}}
     for name, spec in list(contenders.items())[1:]:
         sizes: tuple[int | None, ...] = args.against_batch
@@ -182,10 +182,12 @@ def tune(contenders: dict[str, Spec], args: Args, scratch: Path) -> tuple[dict[s
             tried[label(name, size)] = attempt
             seconds[size] = attempt.get("seconds", math.inf)
 
-        fastest = min(seconds, key=lambda size: seconds[size])
-        if seconds[fastest] == math.inf:
-            raise UserError(tried[label(name, fastest)]["failed"])
-        tuned[name] = dataclasses.replace(spec, pairs_per_pass=fastest)
+        fastest_first = sorted(seconds, key=lambda size: seconds[size])
+        possible = [size for size in fastest_first if seconds[size] < math.inf]
+        tuned[name] = [dataclasses.replace(spec, pairs_per_pass=size) for size in possible]
+
+    if not any(tuned[name] for name in tuned if name != "ours"):
+        raise UserError(next(attempt["failed"] for attempt in tried.values() if "failed" in attempt))
     return tuned, tried
 
 
@@ -194,8 +196,7 @@ def try_contender(name: str, spec: Spec, ours: Measurement, scratch: Path) -> di
     try:
         measurement = measure(name, spec, scratch)
     except UserError as error:  # perhaps it has not enough memory
-        print(f"counts as infinitely slow: {error}", flush=True)
-        return {"failed": str(error)}
+        return failed_attempt(error)
 
     attempt = {"seconds": measurement.seconds, "memory": measurement.memory}
     problem = disagreement(measurement.result, ours.result, TOLERANCE[spec.dtype])
@@ -206,6 +207,12 @@ def try_contender(name: str, spec: Spec, ours: Measurement, scratch: Path) -> di
         raise UserError(f"{name}: {problem}: not the same training")
     print(f"does not agree with ours: {name}: {problem}, {measurement.seconds:.2f} s", flush=True)
     return {**attempt, "disagreement": problem}
+
+
+def failed_attempt(error: UserError) -> dict:
+    """What is noted of an attempt that failed."""
+    print(f"counts as infinitely slow: {error}", flush=True)
+    return {"failed": str(error)}
 
 
 def disagreement(losses: list, expected: list, tolerance: float) -> str | None:
@@ -239,23 +246,19 @@ def run_all(args: Args, scratch: Path) -> dict:
     )
     model, rows, lengths = prepare(workload, scratch)
     contenders = make_contenders(args, model, rows)
+    candidates = {name: [spec] for name, spec in contenders.items()}
     tried: dict[str, dict] = {}
     if args.against is not None:
-        contenders, tried = tune(contenders, args, scratch)
+        candidates, tried = tune(contenders, args, scratch)
     peak = measure("peak", dataclasses.replace(contenders["ours"], job="peak"), scratch).result
 
-    runs: dict[str, list[Measurement]] = {name: [] for name in contenders}
-    for i in range(args.repeats):
-        for name, spec in contenders.items():
-            measurement = measure(name, spec, scratch)
-            runs[name].append(measurement)
-            print(f"round {i + 1} of {args.repeats}: {name}: {measurement.seconds:.2f} s", flush=True)
-
+    runs = measure_rounds(candidates, args.repeats, tried, scratch)
     _, config = load_tokenizer(str(model))
     later_rows = lengths[args.batch_size :]
     forward_seconds = forward_flops(config, later_rows, head=args.algorithm != "rm") / peak
     summaries = {}
-    for name, spec in contenders.items():
+    for name in runs:
+        spec = candidates[name][0]
         forward_passes = 3 + spec.live_reference
         summaries[label(name, spec.pairs_per_pass)] = summarise(
             runs[name], runs["ours"], args.batch_size, lengths, forward_passes * forward_seconds
@@ -271,6 +274,39 @@ def run_all(args: Args, scratch: Path) -> dict:
         "contenders": summaries,
         "runs": {name: [dataclasses.asdict(run) for run in of_name] for name, of_name in runs.items()},
     }
+
+
+def measure_rounds(
+    candidates: dict[str, list[Spec]], repeats: int, tried: dict[str, dict], scratch: Path
+) -> dict[str, list[Measurement]]:
+    """Rounds of one run of the first candidate of every contender.
+
+    One that fails, perhaps on a row that `tune` did not see, makes place for the next one, which does the earlier
+    rounds too. A contender without candidates is left out.
+    """
+    runs: dict[str, list[Measurement]] = {name: [] for name in candidates}
+    for i in range(repeats):
+        for name, specs in candidates.items():
+            while specs and len(runs[name]) <= i:
+                measure_once_more(name, specs, runs[name], tried, scratch)
+    return {name: of_name for name, of_name in runs.items() if candidates[name]}
+
+
+def measure_once_more(
+    name: str, specs: list[Spec], runs: list[Measurement], tried: dict[str, dict], scratch: Path
+) -> None:
+    """Add a run of the first Spec to `runs`. If it fails, remove it and its runs. Raises UserError if ours fails."""
+    title = label(name, specs[0].pairs_per_pass)
+    try:
+        runs.append(measure(title, specs[0], scratch))
+    except UserError as error:
+        if name == "ours":
+            raise
+        tried[title] = failed_attempt(error)
+        specs.pop(0)
+        runs.clear()
+    else:
+        print(f"round {len(runs)}: {title}: {runs[-1].seconds:.2f} s", flush=True)
 
 
 def describe_machine(run: Measurement, load_before: float, peak: float, args: Args) -> dict[str, Any]:

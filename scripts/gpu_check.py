@@ -12,10 +12,9 @@
 
 Each part prints PASS or FAIL. Logs, expected.json and profiles go to runs/gpu, or to $OUT if that is set. A machine
 without an installation needs this repository and tyro in PYTHONPATH. Everything runs on a CPU too, as a rehearsal with
-the shape cpu-8k.
+the shape cpu-1k.
 
     python scripts/gpu_check.py prepare
-    export PYTORCH_ALLOC_CONF=expandable_segments:True
     python scripts/gpu_check.py probe train resume bench:0.5b:hh:64:16384:5:ours profile:0.5b
 """
 

@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.distributed import copied
+
 ATTENTION_NAME = "spans"  # under which transformers knows `span_attention`
 NOT_COMPUTED = {  # arguments of transformers that change what attention computes
     "softcap": "soft caps on its scores",
@@ -81,11 +83,11 @@ class Spans:
             groups=groups,
             skipped=[0] * len(groups),
             query_lengths=query_lengths,
-            cu_queries=_cumulative(query_lengths).to(device, non_blocking=True),
-            cu_keys=_cumulative(key_lengths).to(device, non_blocking=True),
+            cu_queries=copied(_cumulative(query_lengths), device),
+            cu_keys=copied(_cumulative(key_lengths), device),
             max_queries=max(query_lengths),
             max_keys=max(key_lengths),
-            key_index=torch.cat(key_positions).to(device, non_blocking=True),
+            key_index=copied(torch.cat(key_positions), device),
             dtype=dtype,
         )
 
@@ -100,8 +102,7 @@ class Spans:
         most_before = largest.shape[1] - largest.shape[0]
         mask = largest[:queries, most_before - before : most_before + queries]
         if mask.is_cuda:
-            # a kernel reads 16 bytes at a time, and fails on a slice that does not start at a multiple of them
-            mask = mask.contiguous()
+            mask = aligned(mask)
         return mask
 
     def _largest_mask(self, window: int | None) -> Tensor:
@@ -125,6 +126,15 @@ class Spans:
         if window is not None:
             mask += nothing_visible.tril(most_before - window)
         return mask
+
+
+def aligned(mask: Tensor) -> Tensor:
+    """A copy of a slice at the start of its own memory.
+
+    A GPU's kernel reads 16 bytes at a time, and fails on a slice that does not start at a multiple of them.
+    `contiguous` would return a slice of one row as it is.
+    """
+    return mask.clone(memory_format=torch.contiguous_format)
 
 
 def _cumulative(lengths: list[int]) -> Tensor:
@@ -236,12 +246,8 @@ def _variable_length(
         window_size = (window - 1, 0)  # the tokens before a query's own, and those after it
 
     options: dict[str, Any] = {}
-    queries_per_key = q.shape[1] // k.shape[1]
-    if _knows_grouped_heads():
+    if _has_flag_for_grouped_heads():
         options["enable_gqa"] = True
-    elif queries_per_key > 1:
-        k = k.repeat_interleave(queries_per_key, 1)
-        v = v.repeat_interleave(queries_per_key, 1)
     k = k[spans.key_index]
     v = v[spans.key_index]
 
@@ -262,8 +268,8 @@ def _variable_length(
 
 
 @cache
-def _knows_grouped_heads() -> bool:
-    """Whether `varlen_attn` takes fewer keys than queries, as it does since torch 2.12."""
+def _has_flag_for_grouped_heads() -> bool:
+    """Whether `varlen_attn` must be told of fewer heads of keys than of queries. That of torch 2.11 takes them so."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "enable_gqa" in inspect.signature(varlen_attn).parameters

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from shared import UserError
 from shared.attention import Spans
-from shared.distributed import Ranks, from_main
+from shared.distributed import Ranks, activity, copied, from_main
 from shared.encode import CONTROL_STRINGS
 from shared.groups import Groups, Requires, check_fit, describe, load_groups, shown_example
 
@@ -61,7 +61,7 @@ class Batch:
         moved: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = copied(value, device)
         return replace(self, **moved)
 
 
@@ -117,6 +117,7 @@ class Batches:
             members = bins[self.ranks.rank]
             batch = self.pack(group_index[members], len(group_index), counted_tokens, progress)
             batch.is_last = number == len(micro_steps)
+            activity.note()
             yield batch
 
     def all_batches(self) -> Iterator[Batch]:

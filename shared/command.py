@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import torch.distributed as dist
 import tyro
@@ -20,6 +20,8 @@ from shared import NonFinite, Preempted, StorageError, UserError
 
 EXIT_CODES = {UserError: 2, NonFinite: 3, StorageError: 4, OSError: 4, Preempted: 75, KeyboardInterrupt: 130}
 UNEXPECTED = 1
+# in the errors of collectives, by gloo and by NCCL
+SIGNS_OF_DEATH = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 ALIASES = {"lr": "learning-rate"}
 # Flags of TRL's scripts, and what stands here for them.
@@ -71,15 +73,19 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
         if code == EXIT_CODES[KeyboardInterrupt]:
             reason = "interrupted"
 
-        # On an ordinary error all processes end for the same reason. A disk may fail for one of them alone.
-        is_main = int(os.environ.get("RANK", 0)) == 0
-        if is_main or code == EXIT_CODES[StorageError]:
+        # An ordinary error ends all processes of a machine for the same reason. A disk may fail for one of them alone.
+        if _is_first_of_machine() or code == EXIT_CODES[StorageError]:
             print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr)
     except Exception as error:
         code = UNEXPECTED
-        reason = f"{type(error).__name__}: {error}"
+        reason = _reason_of(error)
         traceback.print_exc()
 
+    end(code, reason)
+
+
+def end(code: int, reason: str) -> NoReturn:
+    """Run the exit hooks, and end the process."""
     for hook in exit_hooks:
         hook(code, reason)
     sys.stdout.flush()
@@ -89,6 +95,12 @@ def command(main: Callable[[Any], None], arguments: Any) -> None:
     os._exit(code)  # gloo's threads can abort an ordinary interpreter exit
 
 
+def _is_first_of_machine() -> bool:
+    """Whether this process speaks for those of its machine."""
+    rank = os.environ.get("RANK", "0")
+    return int(os.environ.get("LOCAL_RANK", rank)) == 0
+
+
 def _run_main(main: Callable[[Any], None], arguments: Any) -> None:
     """Call `main` with its arguments, and ignore SIGTERM from then on, because the process is ending."""
     try:
@@ -96,6 +108,14 @@ def _run_main(main: Callable[[Any], None], arguments: Any) -> None:
         main(parse_arguments(arguments, documentation))
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _reason_of(error: Exception) -> str:
+    """What status.json says of an unexpected error, and before it, in plain words, that another process has died."""
+    reason = f"{type(error).__name__}: {error}"
+    if any(sign in reason for sign in SIGNS_OF_DEATH):
+        reason = f"another process or its machine has died, see its log; {reason}"
+    return reason
 
 
 def _exit_code(error: BaseException) -> int:

@@ -1,6 +1,8 @@
 """One process, many under torchrun, or several machines: the process group, sharded weights, and shared values."""
 
+import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -15,9 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
 from shared import UserError
+from shared.command import UNEXPECTED, end
 
 TIMEOUT = float(os.environ.get("CLEANPO_TIMEOUT", 1800))  # seconds that a process waits for the others
 REPORT_TIME = 10  # seconds that every process has to report that it waited in vain
+# After the time-out of its collectives NCCL ends a process without a word. It has so many seconds more, which suffice
+# to find the silent ranks and to write them down.
+NCCL_MARGIN = 60
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the old name
+ALLOCATOR_SETTING = "expandable_segments:True"
+FLOAT32_COSTS = (
+    "float32 on a GPU: products do without its fastest units, and attention is one call per completion; "
+    "--dtype bfloat16 is many times faster, and keeps weights and optimizer state in float32"
+)
 
 Value = TypeVar("Value")
 
@@ -74,6 +86,8 @@ def join_processes(dtype: str, shard_size: int | None) -> Ranks:
     device, backend = _choose_device()
     if device.type == "cuda":
         _compute_deterministically()
+        if dtype == "float32" and int(os.environ.get("RANK", 0)) == 0:
+            print(FLOAT32_COSTS, file=sys.stderr)
 
     store: dist.Store = dist.HashStore()
     rank = 0
@@ -81,7 +95,11 @@ def join_processes(dtype: str, shard_size: int | None) -> Ranks:
     if "RANK" in os.environ:
         _exit_with(os.getppid())
         store, rank, world_size = next(rendezvous("env://"))
-    timeout = timedelta(seconds=TIMEOUT)
+    seconds = TIMEOUT
+    if device.type == "cuda" and world_size > 1:
+        seconds += NCCL_MARGIN
+        end_without_activity()
+    timeout = timedelta(seconds=seconds)
     dist.init_process_group(backend, rank=rank, world_size=world_size, store=store, timeout=timeout)
 
     if shard_size and world_size % shard_size:
@@ -104,13 +122,30 @@ def single_process(dtype: str) -> Iterator[Ranks]:
 
 
 def _choose_device() -> tuple[torch.device, str]:
-    """This process's device, made the current one, and the backend of its process group."""
+    """This process's device, made the current one, and the backend of its process group.
+
+    Raises UserError if this machine has fewer GPUs than processes.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu"), "gloo"
 
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        raise UserError(f"--nproc-per-node {processes}: is more than the GPUs of this machine, {gpus}")
+
+    _avoid_fragmentation()
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device, "cpu:gloo,cuda:nccl"
+
+
+def _avoid_fragmentation() -> None:
+    """Let the GPU's allocator extend its segments, unless the user has set it: no two rows have the same length."""
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        # PyTorch may have read the variables when it was imported
+        torch._C._accelerator_setAllocatorSettings(ALLOCATOR_SETTING)
 
 
 def _compute_deterministically() -> None:
@@ -129,6 +164,47 @@ def _exit_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class Activity:
+    """When this process last began or ended something that others may wait for."""
+
+    def __init__(self) -> None:
+        self._noted_at = math.inf  # before the first forward pass, which may come late, nothing is overdue
+
+    def note(self) -> None:
+        """Say that a forward pass begins."""
+        self._noted_at = time.monotonic()
+
+    def renew(self) -> None:
+        """Say that something else has ended."""
+        if self._noted_at < math.inf:
+            self.note()
+
+    def is_overdue(self) -> bool:
+        """Whether nothing has been said for the whole time that processes wait for each other."""
+        return time.monotonic() - self._noted_at > TIMEOUT
+
+
+activity = Activity()
+
+
+def end_without_activity() -> None:
+    """End this process when its activity is overdue, because on a GPU no collective raises an error for that."""
+
+    def watch() -> None:
+        while not activity.is_overdue():
+            time.sleep(1)
+        end(UNEXPECTED, f"timed out: no progress for {TIMEOUT:g} s")
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device. A GPU copies it from pinned memory, while this process goes on."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def shard(
@@ -269,11 +345,13 @@ def inference(model: nn.Module) -> Iterator[None]:
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum the tensor over all processes, in place."""
     dist.all_reduce(tensor)
+    activity.renew()
     return tensor
 
 
 def unsharded(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded. Every process must call it."""
+    activity.renew()
     full_tensor = getattr(tensor, "full_tensor", None)
     if full_tensor is None:
         return tensor
@@ -292,4 +370,5 @@ def from_main(value: Value) -> Value:
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, src=0)
+        activity.renew()
     return values[0]

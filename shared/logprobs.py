@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 # Tokens and vocabulary entries of one tile: 4 MiB of logits stay in a CPU's cache, 512 MiB keep a GPU's units busy.
-TILE = {"cpu": (2**9, 2**11), "cuda": (2**9, 2**18)}
+# A GPU's tiles have many tokens, because each tile adds to the whole gradient of its vocabulary entries.
+TILE = {"cpu": (2**9, 2**11), "cuda": (2**13, 2**14)}
 KEPT = 2**23  # keep at most that many logits (32 MiB) for the backward pass; recompute the rest
 
 
@@ -131,7 +132,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: sli
     tile_bias = None
     if bias is not None:
         tile_bias = bias[vocabulary]
-    logits = torch.nn.functional.linear(hidden, tile_weight, tile_bias).float()
+    if _has_float32_results(hidden):
+        logits = torch.mm(hidden, tile_weight.mT, out_dtype=torch.float32)
+        if tile_bias is not None:
+            logits += tile_bias
+    else:
+        logits = torch.nn.functional.linear(hidden, tile_weight, tile_bias).float()
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -152,8 +158,15 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to a float32 sum in place, also when a and b are in half precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
+    elif _has_float32_results(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.add_(a @ b)
+
+
+def _has_float32_results(factor: Tensor) -> bool:
+    """Whether a product with this factor in half precision can give its sums in float32, without rounding them."""
+    return factor.is_cuda and torch.version.hip is None and factor.dtype in (torch.bfloat16, torch.float16)
 
 
 def sum_over_completions(values: Tensor, lengths: Tensor) -> Tensor:

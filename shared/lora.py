@@ -286,7 +286,8 @@ def merge(lm: Any, adapter: Adapter) -> Any:
     tensors = _stored_tensors(adapter)
     _refuse_ties(lm, tensors, adapter)
     try:
-        with warnings.catch_warnings(action="ignore"):  # the names are compared here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the names are compared here
             adapted = peft.PeftModel.from_pretrained(lm, adapter.path, torch_device="cpu")
         expected = peft.get_peft_model_state_dict(adapted)
         _check_names(adapter, tensors, expected)

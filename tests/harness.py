@@ -123,11 +123,12 @@ def start(
     hook: Callable[[], None] | None = None,
     beside: Path | None = None,
     flag: str = "output_dir",
+    place: list[str] | None = None,
     **options: object,
 ) -> Started:
     """Start a run; log and cache lie beside `out`, or beside another path. `hook` runs in its process first.
 
-    flag: the one that `out` is given by.
+    flag: the one that `out` is given by. place: options of torchrun instead of --standalone.
     """
     beside = beside or out
     log = Path(f"{beside}.log")
@@ -141,6 +142,8 @@ def start(
         variables_of_ranks = _process_group(processes)
     command = tiny.command(str(tiny.ROOT / script), workers_of_torchrun, {flag: out, **options})
     line = command[1:]  # without the interpreter
+    if place is not None:
+        line = ["-m", "torch.distributed.run", *place, *line[line.index(str(tiny.ROOT / script)) :]]
 
     with mock.patch.dict(os.environ, tiny.environment(Path(f"{beside}.cache"))):
         context.set_forkserver_preload(PRELOAD)
@@ -156,12 +159,33 @@ def start(
     return started[-1]
 
 
-def _process_group(processes: int) -> list[dict[str, str]]:
-    """The environment variables of each rank, by which torchrun and every other launcher describe a process group."""
+def start_nodes(out: Path, nodes: int, processes: int, rendezvous: str, **options: Any) -> list[Started]:
+    """Start a run on several machines, which all are this one: a torchrun each, with so many processes each.
+
+    rendezvous: how they meet, "static" or "c10d".
+    """
+    port = _free_port()
+    machines = []
+    for node in range(nodes):
+        place = ["--nnodes", str(nodes), "--nproc-per-node", str(processes)]
+        if rendezvous == "static":
+            place += ["--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", str(port)]
+        else:
+            place += ["--rdzv-backend", rendezvous, "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "run"]
+        machines.append(start(out, place=place, beside=Path(f"{out}.node-{node}"), **options))
+    return machines
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         _, port = free.getsockname()
+    return port
 
+
+def _process_group(processes: int) -> list[dict[str, str]]:
+    """The environment variables of each rank, by which torchrun and every other launcher describe a process group."""
+    port = _free_port()
     variables_of_ranks = []
     for rank in range(processes):
         variables = {

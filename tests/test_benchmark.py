@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -173,8 +174,9 @@ def test_trl_trains_as_ours(live: bool, size: int, tmp_path: Path) -> None:
 class Machine:
     """Stands in for `measure`: what a forward pass of so many pairs takes, or that memory does not suffice."""
 
-    def __init__(self, seconds: dict[int | None, float], loss: float = 0.6):
+    def __init__(self, seconds: dict[int | None, float], loss: float = 0.6, live_fits: bool = True):
         self.seconds = seconds
+        self.live_fits = live_fits  # the reference beside the model
         self.loss = loss  # of step two
 
     def measure(self, name: str, spec: Spec, scratch: Path) -> Measurement:
@@ -183,10 +185,12 @@ class Machine:
         if spec.job != "ours":
             loss = self.loss
             seconds = self.seconds[spec.pairs_per_pass]
+        if spec.live_reference and not self.live_fits:
+            seconds = math.inf
         if seconds == math.inf:
             raise UserError(f"{name}: failed with exit code 1: OutOfMemoryError: CUDA out of memory")
         losses = [[0.7, 3.0], [loss, 2.0]]
-        return Measurement(losses, seconds, [0.5, seconds], 10**9, 10**8, 1, "a GPU")
+        return Measurement(losses, seconds, [0.5, seconds], 10**9, 10**8, 1, "a GPU", [])
 
 
 @pytest.fixture
@@ -205,8 +209,10 @@ def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
 
 def test_a_pass_that_fails_counts_as_infinitely_slow(tuned: Callable, capsys: pytest.CaptureFixture) -> None:
     fastest, tried = tuned(Machine({4: 3.0, 8: 2.0, 16: math.inf}))
-    sizes = [spec.pairs_per_pass for spec in fastest.values()]
-    assert sizes == [None, 8, 8]
+    sizes = {}
+    for name, specs in fastest.items():
+        sizes[name] = [spec.pairs_per_pass for spec in specs]
+    assert sizes == {"ours": [None], "TRL, reference live": [8, 4], "TRL, reference precomputed": [8, 4]}
     failed = tried["TRL, reference live, 16 pairs a pass"]
     assert failed == {
         "failed": "TRL, reference live, 16 pairs a pass: failed with exit code 1: OutOfMemoryError: CUDA out of memory"
@@ -220,13 +226,53 @@ def test_a_contender_that_never_fits_ends_the_comparison(tuned: Callable) -> Non
         tuned(Machine({4: math.inf, 8: math.inf, 16: math.inf}))
 
 
+def test_the_other_contenders_are_compared_if_one_never_fits(tuned: Callable) -> None:
+    """TRL with a live reference holds two models."""
+    fastest, _ = tuned(Machine({4: 3.0, 8: 2.0, 16: 4.0}, live_fits=False))
+    assert fastest["TRL, reference live"] == []
+    assert fastest["TRL, reference precomputed"][0].pairs_per_pass == 8
+
+
+def test_a_pass_that_fails_in_a_round_makes_place_for_the_next(tuned: Callable, tmp_path: Path) -> None:
+    """Later rows may be longer than those of the first two steps."""
+    machine = Machine({4: 3.0, 8: 2.0, 16: 4.0})
+    candidates, tried = tuned(machine)
+    machine.seconds[8] = math.inf
+    runs = benchmark.measure_rounds(candidates, 2, tried, tmp_path)
+    assert [run.seconds for run in runs["TRL, reference precomputed"]] == [3.0, 3.0]
+    assert [run.seconds for run in runs["ours"]] == [1.0, 1.0]
+    assert "failed" in tried["TRL, reference precomputed, 8 pairs a pass"]
+
+    machine.seconds = dict.fromkeys(machine.seconds, math.inf)
+    assert list(benchmark.measure_rounds(candidates, 1, tried, tmp_path)) == ["ours"]
+
+
+# of the shapes for GPUs: the parameters
+PARAMETERS = {"0.5b": 494e6, "1.5b": 1544e6}
+BYTES_OF_STATE = 18  # per parameter: float32 weights, gradients and two moments, and weights in bfloat16
+CARD = 80e9
+
+
+def test_documented_commands_fit_a_card() -> None:
+    """By arithmetic: activations that the backward pass needs are 26 hidden + 8 MLP values a token and layer."""
+    pages = [benchmark.__doc__ or "", (tiny.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")]
+    text = re.sub(r"\\\n *", "", "\n".join(pages))
+    commands = re.findall(r"bench:(1.5b|0.5b):\w+:\d+:(\d+):\d+:ours", text)
+    commands += re.findall(r"--shape (0.5b|1.5b) .*--micro-batch-tokens (\d+)", text)
+    assert len(commands) >= 3
+    for shape_name, tokens in commands:
+        shape = workload.SHAPES[shape_name]
+        per_token = shape.num_hidden_layers * (26 * shape.hidden_size + 8 * shape.intermediate_size)
+        assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.8 * CARD, (shape_name, tokens)
+
+
 def test_a_disagreement_ends_the_comparison_in_float32_only(tuned: Callable, capsys: pytest.CaptureFixture) -> None:
     machine = Machine({4: 3.0, 8: 2.0, 16: 4.0}, loss=0.63)
     with pytest.raises(UserError, match="loss of step 2 is 0.63, ours 0.6: not the same training"):
         tuned(machine)
 
     fastest, tried = tuned(machine, dtype="bfloat16")
-    assert fastest["TRL, reference live"].pairs_per_pass == 8
+    assert fastest["TRL, reference live"][0].pairs_per_pass == 8
     attempt = tried["TRL, reference live, 8 pairs a pass"]
     assert attempt["disagreement"] == "loss of step 2 is 0.63, ours 0.6"
     assert "does not agree with ours: TRL, reference live, 8 pairs a pass: loss of step 2" in capsys.readouterr().out
@@ -345,7 +391,7 @@ def test_flops_are_those_that_torch_counts(head: bool) -> None:
 
 def test_numbers_of_a_contender() -> None:
     def run(seconds: float, updates: list[float], memory: int) -> Measurement:
-        return Measurement([], seconds, updates, memory, 4_000_000, 1, "")
+        return Measurement([], seconds, updates, memory, 4_000_000, 1, "", [])
 
     ours = [run(2.0, [0.5, 1.0, 1.5], 10_000_000), run(4.0, [1.0, 1.5, 2.0], 10_000_000)]
     runs = [run(6.0, [2.0, 3.0, 4.0], 20_000_000), run(20.0, [4.0, 7.0, 10.0], 30_000_000)]

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from scripts import gpu_check
 from scripts.lab import gpu_parts, gpu_probes
 from scripts.lab.commands import ROOT
+from scripts.lab.contenders import OPTIONS
+from scripts.lab.workload import PROFILES, SHAPES, Workload, prepare
 from shared import UserError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
-SHAPE = "cpu-8k"
+SHAPE = "cpu-1k"
 
 
 def slow_on_a_cpu(test: Callable) -> Callable:
@@ -133,6 +136,25 @@ def test_a_step_is_profiled(check: Check, folder: Path) -> None:
     assert (folder / "results" / f"trace-{SHAPE}.json.gz").stat().st_size > 0
 
 
+ALGORITHMS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
+
+
+@needs_gpu
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_begins_as_on_a_cpu(algorithm: str, tmp_path: Path) -> None:
+    """In bfloat16, against float32."""
+    rows = Workload(shape=SHAPES[SHAPE], profile=PROFILES["tldr"], max_rows=16, algorithm="typo")
+    made = prepare(rows, tmp_path)
+    options = {"model": made.model, "train_data": made.rows, "batch_size": 8, "log_every": 1, "save_every": 0}
+    options |= OPTIONS.get(algorithm, {})
+    script = f"algos/{algorithm}.py"
+    ours = tiny.run(script, tmp_path / "gpu", gpu=True, dtype="bfloat16", **options)
+    expected = tiny.run(script, tmp_path / "cpu", **options)
+    assert ours[0]["loss"] == pytest.approx(expected[0]["loss"], rel=2e-2)
+    assert ours[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=5e-2)
+    assert len(ours) == 2
+
+
 def test_without_expected_numbers_train_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_parts, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_parts, "KEPT_RESULTS", tmp_path)
@@ -149,7 +171,7 @@ def test_without_expected_numbers_train_says_what_to_do(tmp_path: Path, monkeypa
         "": "must be one of prepare, probe",
         "rose": "must be one of prepare, probe",
         "train:0.5b": "takes no options",
-        "prepare:0.5c": "'0.5c' must be one of cpu-8k",
+        "prepare:0.5c": "'0.5c' must be one of cpu-1k",
         "bench:0.5b:hh": "must be bench:SHAPE:PROFILE:BATCH:BUDGET:STEPS:NAMES",
         "bench:0.5b:hh:64:16384:5:ours,torch": "'torch' must be one of ours, trl-4",
         "bench:0.5b:hg:64:16384:5:ours": "'hg' must be one of hh",

@@ -89,6 +89,56 @@ def test_bfloat16_sums_over_tiles_in_float32(monkeypatch: pytest.MonkeyPatch) ->
     assert largest_error(tile=(1, 8)) < 1.5 * error
 
 
+@pytest.fixture
+def float32_results(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A CPU whose products of half precision have sums in float32, as a GPU's; returns the names of those called."""
+    calls = []
+
+    def mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+        calls.append("mm")
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        calls.append("addmm")
+        return out.copy_(total + a.to(out_dtype) @ b.to(out_dtype))
+
+    monkeypatch.setattr(logprobs, "_has_float32_results", lambda factor: factor.dtype == torch.bfloat16)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    return calls
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_that_are_not_rounded(
+    monkeypatch: pytest.MonkeyPatch, float32_results: list[str], has_bias: bool
+) -> None:
+    """Log-probs are then as exact as the hidden states and weights."""
+    monkeypatch.setitem(logprobs.TILE, "cpu", (16, 64))
+    torch.manual_seed(0)
+    inputs = [(4 * torch.randn(shape)).bfloat16().requires_grad_() for shape in ((40, 8), (200, 8))]
+    bias = None
+    if has_bias:
+        bias = torch.randn(200).bfloat16().requires_grad_()
+        inputs.append(bias)
+    targets = torch.randint(200, (40,))
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    expected = exact_logps(exact_inputs, targets)
+    expected_grads = torch.autograd.grad(expected.sum(), exact_inputs)
+    expected = expected.detach()
+
+    logps = token_logps(inputs[0], inputs[1], bias, targets)
+    assert relative_error(logps.detach(), expected) < 1e-6
+    assert set(float32_results) == {"mm"}
+    grads = torch.autograd.grad(logps.sum(), inputs)
+    assert set(float32_results) == {"mm", "addmm"}
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert relative_error(grad, expected_grad) < 5e-3  # the rounding of the result, and of the logits' gradient
+
+
+def test_a_cpu_rounds() -> None:
+    assert not logprobs._has_float32_results(torch.ones(1, dtype=torch.bfloat16))
+
+
 def test_many_tiles_cost_no_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(logprobs.TILE, "cpu", (256, 16))
     torch.manual_seed(0)

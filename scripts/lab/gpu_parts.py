@@ -243,7 +243,10 @@ def numbers_beyond_tolerance(line: dict, wanted: dict) -> list[str]:
 
 def resume() -> None:
     """Two runs at once: one goes through; one is killed at its first checkpoint and resumed. Both end the same."""
-    model, rows, _ = make_workload("cpu-8k", 96, "hh")
+    shape_name = "cpu-1k"
+    if torch.cuda.is_available():
+        shape_name = "cpu-8k"
+    model, rows, _ = make_workload(shape_name, 96, "hh")
     options = {
         "model": model,
         "train_data": rows,

@@ -4,24 +4,26 @@ A probe takes a device, raises AssertionError where a result is wrong, and retur
 probes are a rehearsal, in float32.
 """
 
-import inspect
 import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared import logprobs
 from shared.attention import Group, Spans, span_attention
-from shared.distributed import all_sum, from_main, shard, single_process
+from shared.distributed import ALLOCATOR_VARIABLES, all_sum, copied, from_main, shard, single_process
 from shared.logprobs import token_logps
 
 Probe = Callable[[torch.device], str]
@@ -153,22 +155,12 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans) ->
     return output
 
 
-def grouped_flash_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
-    """The flash kernel with fewer key heads than query heads.
-
-    The kernel supports that, but the wrapper of torch 2.11 has no argument for it; it does not refuse it either.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
-    options: dict = {"window_size": (-1, 0)}
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    q = query[0].transpose(0, 1)
-    k = key[0].transpose(0, 1)[spans.key_index]
-    v = value[0].transpose(0, 1)[spans.key_index]
-    output = varlen_attn(q, k, v, spans.cu_queries, spans.cu_keys, spans.max_queries, spans.max_keys, **options)
-    assert isinstance(output, Tensor)
-    return output[None]
+def expanded_attention(query: Tensor, key: Tensor, value: Tensor, spans: Spans) -> Tensor:
+    """The same with a head of keys for each head of queries, as the kernel is documented to want it."""
+    queries_per_key = query.shape[1] // key.shape[1]
+    return packed_attention(
+        query, key.repeat_interleave(queries_per_key, 1), value.repeat_interleave(queries_per_key, 1), spans
+    )
 
 
 def attention(
@@ -210,13 +202,6 @@ def attention(
     return shown(errors)
 
 
-def grouped_heads(device: torch.device) -> str:
-    """Whether keys and values need not be repeated for the flash kernel."""
-    if device.type != "cuda":
-        return "no GPU"
-    return attention(device, 14, 2, 64, grouped_flash_attention)
-
-
 def misaligned_mask(device: torch.device) -> str:
     """float32 attention where a mask is a slice whose first number does not lie at a multiple of 16 bytes.
 
@@ -226,8 +211,8 @@ def misaligned_mask(device: torch.device) -> str:
         "import torch\n"
         "from shared.attention import Spans, span_attention\n"
         f"device = {device.type!r}\n"
-        "spans = Spans.of([(11, (5, 5)), (4, (2, 3))], device, torch.float32)\n"
-        "q, k, v = (torch.randn(1, 4, 30, 64, device=device, requires_grad=True) for _ in range(3))\n"
+        "spans = Spans.of([(11, (5, 5)), (4, (2, 3)), (4, (2, 1))], device, torch.float32)\n"
+        "q, k, v = (torch.randn(1, 4, 37, 64, device=device, requires_grad=True) for _ in range(3))\n"
         "output, _ = span_attention(None, q, k, v, None, spans)\n"
         "output.sum().backward()\n"
         "if device == 'cuda': torch.cuda.synchronize()\n"
@@ -284,12 +269,28 @@ def check_operation(
     require_same_bits(name, results, run(device))
 
 
-def head(device: torch.device) -> str:
-    """Log-probs of tokens and their gradients, against a log-softmax in float64."""
+def head(device: torch.device, tile: tuple[int, int] | None = None, rounded: bool = False) -> str:
+    """Log-probs of tokens and their gradients, against a log-softmax in float64.
+
+    tile: another shape of the tiles; rounded: products round their results to bfloat16, as on a device without others.
+    """
+    tiles = dict(logprobs.TILE)
+    if tile is not None:
+        tiles[device.type] = tile
+    has_float32_results = logprobs._has_float32_results
+    if rounded:
+        has_float32_results = mock.Mock(return_value=False)
+    settings = {"TILE": tiles, "_has_float32_results": has_float32_results}
+    with mock.patch.multiple(logprobs, **settings):
+        return check_head(device)
+
+
+def check_head(device: torch.device) -> str:
+    """`head`, with the settings that are in force."""
     dtype = compute_dtype(device)
     tokens, vocab_size, width = 300, 2_000, 64
     if device.type == "cuda":
-        tokens, vocab_size, width = 1_100, 151_936, 896
+        tokens, vocab_size, width = 8_700, 151_936, 896
     generator = torch.Generator().manual_seed(1)
     hidden = 0.5 * torch.randn(tokens, width, generator=generator)
     weight = 0.05 * torch.randn(vocab_size, width, generator=generator)
@@ -306,15 +307,11 @@ def head(device: torch.device) -> str:
     results = run()
     require_same_bits("head", results, run())
 
-    exact_hidden = hidden.detach().double().requires_grad_()
-    exact_weight = weight.detach().double().requires_grad_()
-    logits = exact_hidden @ exact_weight.T
-    logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
-    grads = torch.autograd.grad((logps * logp_weights).sum(), (exact_hidden, exact_weight))
+    expected = exact_head(hidden, weight, targets, logp_weights)
     errors = []
-    for name, value, exact in zip(("logps", "dh", "dw"), results, (logps, *grads), strict=True):
+    for name, value, exact in zip(("logps", "dh", "dw"), results, expected, strict=True):
         errors.append(require_close(name, value, exact, 2e-2))
-    worst = float((results[0].double() - logps.detach()).abs().max())
+    worst = float((results[0].double() - expected[0]).abs().max())
     text = f"errors {shown(errors)}, largest of a log-prob {worst:.3f}"
     if device.type != "cuda":
         return text
@@ -329,6 +326,24 @@ def head(device: torch.device) -> str:
     return f"{text}; {1e6 * min(seconds) / tokens:.2f} µs a token"
 
 
+def exact_head(hidden: Tensor, weight: Tensor, targets: Tensor, logp_weights: Tensor) -> list[Tensor]:
+    """Log-probs and the gradients of hidden states and weight in float64, some tokens at a time."""
+    exact_weight = weight.detach().double().requires_grad_()
+    logps = []
+    hidden_grads = []
+    weight_grad = torch.zeros_like(exact_weight)
+    for tokens in torch.arange(len(hidden), device=hidden.device).split(1024):
+        exact_hidden = hidden.detach()[tokens].double().requires_grad_()
+        logits = exact_hidden @ exact_weight.T
+        values = logits.gather(1, targets[tokens, None])[:, 0] - logits.logsumexp(1)
+        weighted = (values * logp_weights[tokens]).sum()
+        hidden_grad, grad = torch.autograd.grad(weighted, (exact_hidden, exact_weight))
+        logps.append(values.detach())
+        hidden_grads.append(hidden_grad)
+        weight_grad += grad
+    return [torch.cat(logps), torch.cat(hidden_grads), weight_grad]
+
+
 def float32_products(device: torch.device) -> str:
     """float32 results of bfloat16 products: logits would not be rounded, nor cast by a pass of their own."""
     if device.type != "cuda":
@@ -341,6 +356,71 @@ def float32_products(device: torch.device) -> str:
     torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     errors = [require_close("mm", product, expected, 1e-5), require_close("addmm", total, expected, 1e-5)]
     return shown(errors)
+
+
+# ---------------------------------------------------------------- the host beside the device
+
+
+def keep_busy(device: torch.device) -> None:
+    """Give the GPU a second of work, for which the host does not wait."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2 * 10**9)  # clock cycles
+
+
+def pinned_copies(device: torch.device) -> str:
+    """Micro-batches reach a busy device unchanged, and the host does not wait for it, as it would without pinning."""
+    tensors = [torch.arange(2**20), torch.randn(2**18), torch.empty(0), torch.tensor([True, False])]
+    keep_busy(device)
+    started = time.perf_counter()
+    copies = [copied(tensor, device) for tensor in tensors]
+    seconds = time.perf_counter() - started
+    for copy, tensor in zip(copies, tensors, strict=True):
+        assert torch.equal(copy.cpu(), tensor), "a copy differs"
+    assert seconds < 0.5, f"the host waited {seconds:.2f} s"
+    return f"{1e3 * seconds:.1f} ms"
+
+
+def threads_go_on(device: torch.device) -> str:
+    """While a process waits for its device, other threads run: one of them names the ranks that are silent."""
+    if device.type != "cuda":
+        return "no GPU"
+    x = torch.ones(1, device=device)
+    ended = threading.Event()
+    moments = []
+
+    def note_time() -> None:
+        while not ended.wait(0.01):
+            moments.append(time.perf_counter())
+
+    thread = threading.Thread(target=note_time)
+    thread.start()
+    keep_busy(device)
+    started = time.perf_counter()
+    x.add(1).tolist()
+    seconds = time.perf_counter() - started
+    ended.set()
+    thread.join()
+    meanwhile = sum(moment > started for moment in moments)
+    assert meanwhile >= 10 * seconds, f"{meanwhile} times in {seconds:.2f} s"
+    return f"{meanwhile} times in {seconds:.2f} s"
+
+
+def extended_segments(device: torch.device) -> str:
+    """A process group sets the allocator before the first tensor, unless the user has."""
+    code = (
+        "import torch\n"
+        "from shared.distributed import join_processes\n"
+        "device = join_processes('bfloat16', None).device\n"
+        "x = torch.ones(2**22, device=device)\n"
+        "segments = torch.cuda.memory_snapshot() if x.is_cuda else []\n"
+        "assert all(segment['is_expandable'] for segment in segments), segments\n"
+        "import os; os._exit(0)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ALLOCATOR_VARIABLES}
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr.strip().splitlines()[-1]
+    return "ok"
 
 
 # ---------------------------------------------------------------- a process group
@@ -392,10 +472,15 @@ PROBES: dict[str, Probe] = {
     "attention 12 2 128": partial(attention, heads=12, kv_heads=2, width=128),
     "attention 8 8 80": partial(attention, heads=8, kv_heads=8, width=80),
     "attention 4 4 12": partial(attention, heads=4, kv_heads=4, width=12),
-    "attention, grouped heads as they are": grouped_heads,
+    "attention 14 2 64, expanded": partial(attention, heads=14, kv_heads=2, width=64, attend=expanded_attention),
     "operations": operations,
     "head": head,
+    "head, former tiles": partial(head, tile=(2**9, 2**18)),
+    "head, rounded products": partial(head, rounded=True),
     "float32 products": float32_products,
+    "pinned copies": pinned_copies,
+    "threads": threads_go_on,
+    "allocator": extended_segments,
     "group of one": group_of_one,
     "misaligned mask": misaligned_mask,
 }

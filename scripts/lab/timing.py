@@ -30,6 +30,7 @@ from scripts.lab.commands import ROOT
 from scripts.lab.contenders import JOBS, Spec
 from scripts.lab.machine import processor_name, proportional_bytes, resident_bytes
 from shared import UserError
+from shared.distributed import ALLOCATOR_SETTING
 from shared.run import Run
 
 # what the jobs would import while they run
@@ -198,6 +199,7 @@ def launch(
     command += ["-m", "scripts.lab.timing", json.dumps(dataclasses.asdict(spec))]
     environment = {
         "GOMP_SPINCOUNT": "10000",
+        "PYTORCH_ALLOC_CONF": ALLOCATOR_SETTING,  # of every contender, as ours sets it
         **os.environ,
         **(environment or {}),
         "XDG_CACHE_HOME": str(cache),

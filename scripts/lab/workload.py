@@ -78,6 +78,7 @@ class Shape:
 
 
 SHAPES = {  # those for GPUs are Qwen2.5's
+    "cpu-1k": Shape(1_024, 64, 2, 4, 2, 172),
     "cpu-8k": Shape(8_192, 256, 4, 8, 8, 688),
     "cpu-152k": Shape(151_936, 64, 4, 4, 4, 172, tie_word_embeddings=True),
     "0.5b": Shape(151_936, 896, 24, 14, 2, 4_864, tie_word_embeddings=True),

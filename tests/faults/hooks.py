@@ -217,6 +217,15 @@ def short_timeout(seconds: float) -> None:
     dist.init_process_group = init_process_group
 
 
+def as_on_gpus(seconds: float) -> None:
+    """No collective gives up. A process without activity for so many seconds ends."""
+    import shared.distributed
+
+    short_timeout(1000)
+    shared.distributed.TIMEOUT = seconds
+    shared.distributed.end_without_activity()
+
+
 def late_second_rank() -> None:
     """The second rank joins the process group seconds after the first has claimed the output directory."""
     import shared.run

@@ -229,9 +229,10 @@ def test_normal_ends(run_options: dict, tmp_path: Path, torchrun: bool, runs: in
 
 @fault("c")
 @slow
-def test_a_rank_that_is_stuck_is_named(longer: dict, tmp_path: Path) -> None:
-    """The others give up when a collective takes longer than its time-out."""
-    hook = functools.partial(hooks.short_timeout, 10)
+@pytest.mark.parametrize("make_impatient", [hooks.short_timeout, hooks.as_on_gpus])
+def test_a_rank_that_is_stuck_is_named(longer: dict, tmp_path: Path, make_impatient: Callable) -> None:
+    """The others give up when a collective takes longer than its time-out, or, as on GPUs, when nothing goes on."""
+    hook = functools.partial(make_impatient, 10)
     process = start_and_wait(tmp_path / "out", processes=2, hook=hook, **longer)
     first, second = process.processes
     os.kill(second.pid, signal.SIGSTOP)

@@ -288,15 +288,21 @@ def _uncut_tensors(module: nn.Module) -> tuple[list[_Place], list[Tensor]]:
     tensors: list[Tensor] = []
     indices: dict[int, int] = {}  # by identity
     for path, part in module.named_modules():
-        for kind, held in (("_parameters", part._parameters), ("_buffers", part._buffers), ("", vars(part))):
-            for name, tensor in held.items():
-                if not isinstance(tensor, Tensor) or isinstance(tensor, DTensor):
-                    continue
-                if id(tensor) not in indices:
-                    indices[id(tensor)] = len(tensors)
-                    tensors.append(tensor)
-                places.append(_Place(path, kind, name, indices[id(tensor)]))
+        for kind, name, value in _held_by(part):
+            if not isinstance(value, Tensor) or isinstance(value, DTensor):
+                continue
+            if id(value) not in indices:
+                indices[id(value)] = len(tensors)
+                tensors.append(value)
+            places.append(_Place(path, kind, name, indices[id(value)]))
     return places, tensors
+
+
+def _held_by(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """What a module holds, without its parts: the kind as in `_Place`, the name and the value."""
+    for kind, held in (("_parameters", module._parameters), ("_buffers", module._buffers), ("", vars(module))):
+        for name, value in held.items():
+            yield kind, name, value
 
 
 def _frozen_parameters(model: nn.Module) -> set[nn.Parameter]:

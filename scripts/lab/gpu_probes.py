@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -274,15 +273,17 @@ def head(device: torch.device, tile: tuple[int, int] | None = None, rounded: boo
 
     tile: another shape of the tiles; rounded: products round their results to bfloat16, as on a device without others.
     """
-    tiles = dict(logprobs.TILE)
+    former_tiles = logprobs.TILE
+    former_test = logprobs._has_float32_results
     if tile is not None:
-        tiles[device.type] = tile
-    has_float32_results = logprobs._has_float32_results
+        logprobs.TILE = {**former_tiles, device.type: tile}
     if rounded:
-        has_float32_results = mock.Mock(return_value=False)
-    settings = {"TILE": tiles, "_has_float32_results": has_float32_results}
-    with mock.patch.multiple(logprobs, **settings):
+        logprobs._has_float32_results = lambda factor: False
+    try:
         return check_head(device)
+    finally:
+        logprobs.TILE = former_tiles
+        logprobs._has_float32_results = former_test
 
 
 def check_head(device: torch.device) -> str:

@@ -41,7 +41,7 @@ def test_a_point(processes: int, tmp_path: Path) -> None:
     assert 12 * parameters < numbers["checkpoint"] * 1e6 < 12 * parameters + 30_000
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path, processes: int) -> None:
     point = tiny_point(processes=processes, options={"max_steps": -1})
     reason = "^first: failed with exit code 1: shared.UserError: --max-steps -1: .*[0-9]$"

@@ -188,6 +188,7 @@ def test_the_vision_part_is_frozen_and_exported_as_it_was(family: str, tmp_path:
     check_export(options["model"], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_multimodal_model(tmp_path: Path) -> None:
     """To the same losses, and with the same export, as one process."""
     options = run_options("gemma3", tmp_path)

@@ -190,6 +190,7 @@ def test_prompts_must_leave_room_in_the_smallest_model(models, rows, tmp_path) -
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_rows(models, rows, tmp_path) -> None:
     options = {"batch_size": 4, **steering(models["proxy"], models["reference"], BETA)}
     run(models["base"], rows, tmp_path / "single", **options)

@@ -4,7 +4,7 @@
 
 Details the equation leaves open:
 1. The minimum over reward models is taken of the mean loss of the whole global batch (all micro-batches and processes),
-   not per example. One more forward pass, without gradients, finds it, and adds about a third to the step's time.
+   not per example, nor of all rows as in Eq 11. One more forward pass without gradients finds it: a third more time.
 2. r_i comes with the rows, as lists of scores, one per reward model (scripts/score.py).
 3. log π(y|x) is the sum over the completion's tokens, including its EOS. Ω and γ are as in algos/pessimistic_dpo.py.
 4. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.

@@ -11,7 +11,7 @@ Details the equations leave open:
 2. π_ref is the starting model, or `--reference`. Its token log-probs are computed once, before the first step.
 3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, without a length penalty.
 4. The paper leaves the end of the search open. Here, continuations that end and are among a step's `width` best are
-   finished, and the others go on until none can overtake the `width` best finished ones (as in transformers' generate).
+   finished. The `width` best others go on, as in transformers, until none can overtake the `width` best finished ones.
 
 Rows (docs/rows.md): pairs. Errors in the paper: docs/errata.md.
 

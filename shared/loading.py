@@ -302,7 +302,7 @@ def _load(kind: type[AnyModel], source: _Source, ranks: Ranks, activation_checkp
         model = kind(_without_weights(source))
         _prepare(model, source, activation_checkpointing)
     model.fingerprints["model"] = fingerprint
-    model.sync = shard(model, _layers(model), ranks, model.read_modules)
+    model.sync = shard(model, _layers(model), ranks, _read_modules(model))
     return model
 
 
@@ -344,7 +344,7 @@ def _cast_frozen(model: Policy | RewardModel, dtype: torch.dtype) -> None:
     """Keep the frozen weights that a forward pass reads in its dtype, beside an adapter in float32."""
     if model.adapter_config is None:
         return
-    for module in model.read_modules:
+    for module in _read_modules(model):
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
@@ -437,6 +437,11 @@ def _damaged_file(path: str) -> str | None:
 
 def _unsupported(path: str, reason: str) -> UserError:
     return UserError(f"model {path}: its architecture is not supported: {reason}")
+
+
+def _read_modules(model: Policy | RewardModel) -> set[nn.Module]:
+    """What a forward pass over tokens uses: the text part and the head."""
+    return {*model.text_model.modules(), *model.head.modules()}
 
 
 def _layers(model: Policy | RewardModel) -> list[nn.Module]:

@@ -42,16 +42,6 @@ class PackedModel(nn.Module):
             return self.lm.base_model
         return self.lm.get_decoder()
 
-    @property
-    def read_modules(self) -> set[nn.Module]:
-        """What a forward pass over tokens uses."""
-        return {*self.text_model.modules(), *self.head.modules()}
-
-    @property
-    def head(self) -> Any:
-        """The map from a hidden state to what is computed of it."""
-        raise NotImplementedError
-
     def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are trained, which are all that an optimizer and a checkpoint see."""
         for name, parameter in super().named_parameters(*args, **options):

@@ -24,10 +24,10 @@ def grid(start: float, end: float, count: int) -> Tensor:
     return torch.linspace(start, end, count, dtype=torch.float64)
 
 
-def normal(*shape: int, seed: int) -> Tensor:
-    """Independent standard normal numbers of that shape."""
+def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Independent normal numbers of that shape, with the mean 0 and the standard deviation `scale`."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def uniform_logps(num_completions: int) -> Tensor:

@@ -476,26 +476,32 @@ def the_normaliser_cancels() -> Findings:
     yield vanishes("50 policies, loss of π_θ^{β_π} at β_π = 1 less that of π_θ", largest(differences), 1e-12)
 
 
+Q = vector(1, 2, 5) / 8
+P = vector(3, 3, 2) / 8
+
+
+def value_and_gradient(loss: Loss, beta: float) -> tuple[float, Tensor]:
+    """A loss of the group with the weights q = Q and the target p = P, and its gradient by log π_θ (3,)."""
+    logps = Q.log() / beta  # π_sft is uniform
+
+    def loss_of_logps(logps: Tensor) -> Tensor:
+        return loss(logps[None], torch.zeros(1, 3), P.log()[None], beta)[0]
+
+    return float(loss_of_logps(logps)), grad(loss_of_logps)(logps)
+
+
 @GRADIENT.claim("C3", "Eqs 13-15, 25")
 def the_loss_is_the_divergence_of_two_softmaxes() -> Findings:
     """EXO's loss is KL(q ‖ p), q the softmax of β_π times the log-ratios, p that of r/β_r.
 
     With q = (1, 2, 5)/8 and p = (3, 3, 2)/8 the value is Σ q log(q/p), the slope in logit i q_i (log q_i/p_i - KL).
     """
-    q = vector(1, 2, 5) / 8
-    p = vector(3, 3, 2) / 8
-    beta = 0.5
-    logps = q.log()[None] / beta
-    zeros = torch.zeros_like(logps)
-
-    def loss(x: Tensor) -> Tensor:
-        return exo_loss(x, zeros, p.log()[None], beta)[0]
-
+    value, gradient = value_and_gradient(exo_loss, 0.5)
     log_ratios = vector(math.log(1 / 3), math.log(2 / 3), math.log(5 / 2))
-    value = q @ log_ratios
-    yield same_value("value", float(value), float(loss(logps)), 1e-12)
-    by_hand = beta * q * (log_ratios - value)
-    yield vanishes("gradient less β_π q (log q/p - KL)", grad(loss)(logps) - by_hand, 1e-12)
+    divergence = Q @ log_ratios
+    yield same_value("value", float(divergence), value, 1e-12)
+    by_hand = 0.5 * Q * (log_ratios - divergence)
+    yield vanishes("gradient less β_π q (log q/p - KL)", gradient - by_hand, 1e-12)
 
 
 @GRADIENT.claim("C4", "Theorem 3.2, Eq 16")
@@ -755,20 +761,11 @@ def dpo_rw_is_a_cross_entropy() -> Findings:
 
     With q = (1, 2, 5)/8 and p = (3, 3, 2)/8. The slope in logit i is β_π (q_i - p_i).
     """
-    q = vector(1, 2, 5) / 8
-    p = vector(3, 3, 2) / 8
-    beta = 0.5
-    logps = q.log()[None] / beta
-    zeros = torch.zeros_like(logps)
-
-    def loss(x: Tensor) -> Tensor:
-        return dpo_rw_loss(x, zeros, p.log()[None], beta)[0]
-
+    value, gradient = value_and_gradient(dpo_rw_loss, 0.5)
     log_q = vector(math.log(1 / 8), math.log(2 / 8), math.log(5 / 8))
-    value = -(p @ log_q)
-    yield same_value("value", float(value), float(loss(logps)), 1e-12)
+    yield same_value("value", -float(P @ log_q), value, 1e-12)
     by_hand = vector(-1, -0.5, 1.5) / 8
-    yield vanishes("gradient less (-1, -.5, 1.5)/8", grad(loss)(logps) - by_hand, 1e-12)
+    yield vanishes("gradient less (-1, -.5, 1.5)/8", gradient - by_hand, 1e-12)
 
 
 @COMPARISON.claim("D2", "§3.3, below Eq 19", expected=CORRECTED)

@@ -46,6 +46,7 @@ from scripts.lab.tabular import (
     kl,
     log_partition,
     minimise,
+    normal,
     objective,
     ordered_pairs,
     tilted,
@@ -69,12 +70,6 @@ TREE = TreeMDP(num_tokens=3, horizon=4, eos=2)
 PAIRS = ordered_pairs(len(TREE.paths))  # (930, 2)
 CHOSEN, REJECTED = PAIRS.T
 BETA = 0.7
-
-
-def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
-    """Random float64 numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 def random_logps(*batch: int, seed: int) -> Tensor:

@@ -5,13 +5,11 @@
 Details the equation leaves open:
 1. The minimum over reward models is taken of the mean loss of the whole global batch (all micro-batches and processes),
    not per example, nor of all rows as in Eq 11. One more forward pass without gradients finds it: a third more time.
-2. r_i comes with the rows, as lists of scores, one per reward model (scripts/score.py).
+2. r_i comes with the rows (docs/rows.md): pairs with a list of scores, one per reward model, of scripts/score.py.
 3. log π(y|x) is the sum over the completion's tokens, including its EOS. Ω and γ are as in algos/pessimistic_dpo.py.
 4. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.
 5. From π_ref, the minimum takes the model of least E (Δr)², so that the scales of the models decide. Theorem 2 needs
    the convex hull of the reward models (docs/errata.md).
-
-Rows (docs/rows.md): pairs with the scores of several reward models, of scripts/score.py.
 
     torchrun --nproc-per-node 8 algos/ensemble_dpo.py --model sft/ --train-data scored.jsonl --output-dir ensemble/
 """
@@ -87,6 +85,8 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    compile: bool = False
+    """compile layers and head (`torch.compile`): on a GPU faster, after about a minute at the start"""
     lora_rank: PositiveInt | None = None
     """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
     lora_alpha: PositiveInt | None = None

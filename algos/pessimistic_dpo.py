@@ -3,12 +3,10 @@
     L(θ) = L_base(θ) + γ Ω(θ),    Ω = -E [log π_θ(y_w|x) + log π_θ(y_l|x)]                              (Eqs 11, 13)
 
 `--base dpo` is p-DPO, `--base distill` is pd-DPO on the mean of the reward models. Ω stands for KL(π_ref || π_θ).
-Rows (docs/rows.md): pairs; `--base distill` needs scores of scripts/score.py.
 
 Details the equation leaves open:
-1. log π(y|x) is the sum over the completion's tokens, including its EOS. π_ref is the starting model, or `--reference`.
-2. Ω is taken on the pair, as in section 5, or on `reference_samples` if the rows have them: -mean_m log π_θ(ŷ_m|x).
-   That is half as strong: for pairs drawn from π_ref, the pair's Ω is twice the cross-entropy in expectation.
+1. Rows (docs/rows.md) are pairs, with scores for `--base distill`. log π(y|x) is the sum over tokens and EOS.
+2. Ω is taken on the pair, as in section 5, or on `reference_samples`: -mean_m log π_θ(ŷ_m|x), which is half as large.
 3. γ changes linearly from `--gamma-start` to `--gamma-end`. Ω is a mean over the batch (docs/errata.md), like the loss.
 4. On the pair, p-DPO is DPO with label smoothing γ/β plus 2γ times -log π_θ(y_w): h is finite (Propositions 1 and 3).
 
@@ -87,6 +85,8 @@ class Args:
     """processes that share one copy of the weights (FSDP), such as those of one machine; default: all processes"""
     activation_checkpointing: bool = False
     """recompute each layer's activations in the backward pass, which needs less memory and more time"""
+    compile: bool = False
+    """compile layers and head (`torch.compile`): on a GPU faster, after about a minute at the start"""
     lora_rank: PositiveInt | None = None
     """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
     lora_alpha: PositiveInt | None = None

@@ -278,6 +278,7 @@ class Exporter:
         self.model: Policy | RewardModel
         with reading(path):
             names = checkpoint.tensor_names(path)
+        settings.compile = False
         if f"lm.{REWARD_HEAD}" in names:
             requires = Requires("ranking")
             self.train, held_out = load_batches(settings, ranks, self.tokenizer, config, requires)

@@ -57,6 +57,7 @@ class Spans:
     max_queries: int
     max_keys: int
     key_index: Tensor  # (sum of key lengths,) positions in the row; a prompt's are there once per completion
+    key_places: Tensor  # (K, T), where in key_index each position stands, -1 where it stands less than K times
     dtype: torch.dtype  # of the attention mask
     largest_masks: dict[int | None, Tensor] = field(init=False, default_factory=dict)  # by window, made when needed
 
@@ -79,6 +80,7 @@ class Spans:
                 key_positions.append(torch.arange(start, start + length))
                 start += length
 
+        key_index = torch.cat(key_positions)
         return cls(
             groups=groups,
             skipped=[0] * len(groups),
@@ -87,7 +89,8 @@ class Spans:
             cu_keys=copied(_cumulative(key_lengths), device),
             max_queries=max(query_lengths),
             max_keys=max(key_lengths),
-            key_index=copied(torch.cat(key_positions), device),
+            key_index=copied(key_index, device),
+            key_places=copied(_places(key_index), device),
             dtype=dtype,
         )
 
@@ -135,6 +138,18 @@ def aligned(mask: Tensor) -> Tensor:
     `contiguous` would return a slice of one row as it is.
     """
     return mask.clone(memory_format=torch.contiguous_format)
+
+
+def _places(index: Tensor) -> Tensor:
+    """(K, T): the places where an index (N,) has each of T values, one after another; -1 for values with fewer."""
+    order = index.argsort(stable=True)
+    counts = index.bincount()
+    starts = counts.cumsum(0) - counts
+    places = torch.full((int(counts.max()), len(counts)), -1)
+    for k in range(len(places)):
+        has_place = counts > k
+        places[k, has_place] = order[starts[has_place] + k]
+    return places
 
 
 def _cumulative(lengths: list[int]) -> Tensor:
@@ -248,8 +263,8 @@ def _variable_length(
     options: dict[str, Any] = {}
     if _has_flag_for_grouped_heads():
         options["enable_gqa"] = True
-    k = k[spans.key_index]
-    v = v[spans.key_index]
+    k = _Gathered.apply(k, spans.key_index, spans.key_places)
+    v = _Gathered.apply(v, spans.key_index, spans.key_places)
 
     output = varlen_attn(
         q.contiguous(),
@@ -267,9 +282,32 @@ def _variable_length(
     return output[None, ..., :value_width]
 
 
-@cache
+class _Gathered(torch.autograd.Function):
+    """x[index]. The backward pass of indexing would sort the index, in every layer; this one gathers from its places."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        x_grad = grad[places[0]]
+        for others in places[1:]:
+            has_place = (others >= 0)[:, None, None]
+            x_grad = x_grad + torch.where(has_place, grad[others.clamp(0)], 0)
+        return x_grad, None, None
+
+
+@torch.compiler.assume_constant_result
 def _has_flag_for_grouped_heads() -> bool:
     """Whether `varlen_attn` must be told of fewer heads of keys than of queries. That of torch 2.11 takes them so."""
+    return "enable_gqa" in _parameters_of_kernel()
+
+
+@cache
+def _parameters_of_kernel() -> list[str]:
     from torch.nn.attention.varlen import varlen_attn
 
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return list(inspect.signature(varlen_attn).parameters)

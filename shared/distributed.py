@@ -208,9 +208,12 @@ def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 def shard(
-    model: nn.Module, blocks: list[nn.Module], ranks: Ranks, read: Set[nn.Module] = frozenset()
+    model: nn.Module, blocks: list[nn.Module], ranks: Ranks, read: Set[nn.Module]
 ) -> Callable[[bool], None]:
-    """Apply FSDP2 in place: float32 weights and gradient sums, a forward pass in `ranks.dtype`.
+    """Let a model keep float32 weights and gradient sums, and compute in `ranks.dtype`. Several processes share it.
+
+    They share it by FSDP2. One process alone does without, because FSDP2's hooks would take the host as long as all its
+    other work. But FSDP2 keeps the cast weights for layers that are computed again in the backward pass.
 
     The weights are the first process's. Of the others, `model` may lie on the meta device. Each block is copied to all
     processes and cut before the next one, so that none but the first holds more of the model than its shard.
@@ -224,8 +227,11 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if ranks.world_size == 1 and ranks.dtype == torch.float32:
-        _move(model, ranks.device)
+    is_recomputed = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    if ranks.world_size == 1 and (ranks.dtype == torch.float32 or not is_recomputed):
+        _move(model, ranks.device, read)
+        if ranks.dtype != torch.float32:
+            _cast_weights(model, ranks.dtype)
         return lambda last: None
 
     replicas = ranks.world_size // ranks.shard_size
@@ -251,6 +257,32 @@ def shard(
     if is_sharded:
         return root.set_requires_all_reduce
     return root.set_requires_gradient_sync
+
+
+def _cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let a model hold its trained weights in another dtype while it runs.
+
+    The cast is a step of the forward pass. So gradients reach the float32 weights, where micro-batches are summed.
+    """
+    places = []
+    for part in model.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight.requires_grad:
+                places.append((part, name, weight))
+
+    def cast(module: nn.Module, args: tuple) -> None:
+        casts: dict[nn.Parameter, Any] = {}  # tied weights are cast once
+        for part, name, weight in places:
+            if weight not in casts:
+                casts[weight] = weight.to(dtype)
+            part._parameters[name] = casts[weight]
+
+    def restore(module: nn.Module, args: tuple, output: object) -> None:
+        for part, name, weight in places:
+            part._parameters[name] = weight
+
+    model.register_forward_pre_hook(cast)
+    model.register_forward_hook(restore)
 
 
 class _Place(NamedTuple):
@@ -322,11 +354,17 @@ def _frozen_parameters(modules: Iterable[nn.Module]) -> set[nn.Parameter]:
     return frozen
 
 
-def _move(model: nn.Module, device: torch.device) -> None:
-    """Copy the model to the device. Weights that were read from a file map it, and would change when the file does."""
+def _move(model: nn.Module, device: torch.device, read: Set[nn.Module]) -> None:
+    """Copy to the device what a forward pass reads, and let the rest of the model, which is frozen, stay where it is.
+
+    All weights are copied. Those that were read from a file map it, and would change when the file does.
+    """
+    unread = _frozen_parameters(set(model.modules()) - read)
     for _, parameter in nn.Module.named_parameters(model):  # frozen ones too
-        parameter.data = parameter.data.to(device, copy=True)
-    model.to(device)
+        place = parameter.device if parameter in unread else device
+        parameter.data = parameter.data.to(place, copy=True)
+    for part in read:
+        part._buffers.update({name: buffer.to(device) for name, buffer in part.named_buffers(recurse=False)})
 
 
 @contextmanager

@@ -138,6 +138,8 @@ def load_policy(args: Any, ranks: Ranks) -> Policy:
     """The policy to train, from `args.model`, in full or by an adapter. Raises UserError as `load_policy_from` does."""
     source = _Source(_policy_class(args.model), args.model, lora=lora_of(args))
     policy = _load(Policy, source, ranks, args.activation_checkpointing)
+    if args.compile:
+        compile_layers(policy)
     _say_what_is_left_out(policy, args.model, ranks)
     return policy
 
@@ -164,10 +166,22 @@ def load_reward_model(
     torch.manual_seed(args.seed)
     source = _Source(REWARD_MODEL_CLASS, args.model, {"num_labels": 1}, REWARD_HEAD, lora_of(args))
     model = _load(RewardModel, source, ranks, args.activation_checkpointing)
+    if args.compile:
+        compile_layers(model)
     for config in (model.lm.config, model.lm.config.get_text_config()):
         config.pad_token_id = tokenizer.pad_token_id
     _say_what_is_left_out(model, args.model, ranks)
     return model
+
+
+def compile_layers(model: Policy | RewardModel) -> None:
+    """Compile all layers but the last one, of which only a part is computed by hooks, and the head of a policy.
+
+    All sizes of rows share the compiled code. It is made by the first forward pass, which takes up to a minute.
+    """
+    for layer in _layers(model)[:-1]:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+    model.is_compiled = True
 
 
 def load_scorer(path: str, ranks: Ranks) -> RewardModel:

@@ -4,7 +4,8 @@ The logits of all tokens over the whole vocabulary would be the largest tensor o
 at once: both passes go through the tiles, and the backward pass computes again what the forward pass did not keep.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,14 +18,19 @@ KEPT = 2**23  # keep at most that many logits (32 MiB) for the backward pass; re
 
 
 def token_logps(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cap: float | None = None,
+    is_compiled: bool = False,
 ) -> Tensor:
     """log π(target | context) of N tokens, float32.
 
     hidden (N, H): the states that predict them; weight (V, H), bias (V,) or None: the output head; targets (N,) → (N,).
-    A cap c bounds the logits z softly: c tanh(z / c).
+    A cap c bounds the logits z softly: c tanh(z / c). Compiled code passes over the logits fewer times.
     """
-    return _TokenLogps.apply(hidden, weight, bias, targets, cap)
+    return _TokenLogps.apply(hidden, weight, bias, targets, cap, is_compiled)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -32,13 +38,20 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cap: float | None,
+        is_compiled: bool,
     ) -> Tensor:
         target_logits = hidden.new_zeros(len(hidden), dtype=torch.float32)
         # in float32, every tile would lose a little
         logsumexp = torch.full_like(target_logits, float("-inf"), dtype=torch.double)
 
         ctx.cap = cap
+        ctx.is_compiled = is_compiled
         ctx.kept_logits = {}
         room = 0
         if ctx.needs_input_grad[0]:
@@ -52,15 +65,13 @@ class _TokenLogps(torch.autograd.Function):
                 key = (tokens.start, vocabulary.start)
                 ctx.kept_logits[key] = logits
 
-            tile_logsumexp = logits.logsumexp(-1).double()
-            previous_logsumexp = logsumexp[tokens]
-            logsumexp[tokens] = previous_logsumexp.logaddexp(tile_logsumexp)
-
+            add_tile = _add_tile
+            if is_compiled:
+                add_tile = _compiled(_add_tile)
             index, inside = _index_in(vocabulary, targets[tokens])
-            logits_at_index = logits.gather(-1, index)
-            other_tiles_logits = target_logits[tokens, None]
-            tile_target_logits = torch.where(inside, logits_at_index, other_tiles_logits)
-            target_logits[tokens] = tile_target_logits[:, 0]
+            logsumexp[tokens], target_logits[tokens] = add_tile(
+                logits, index, inside, logsumexp[tokens], target_logits[tokens]
+            )
 
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp.float())
         logps = target_logits - logsumexp
@@ -88,12 +99,14 @@ class _TokenLogps(torch.autograd.Function):
             if ctx.cap is not None:
                 slope = 1 - (logits / ctx.cap).square()  # of the cap: tanh' = 1 − tanh²
 
-            # d logp / d logits = onehot(target) − softmax, computed in the memory of the logits
-            token_grad = grad[tokens, None]
+            dtype = weight.dtype
+            if slope is not None or bias_grad is not None:
+                dtype = torch.float32  # what is read below must not be rounded yet
             index, inside = _index_in(vocabulary, targets[tokens])
-            softmax = logits.sub_(logsumexp[tokens, None]).exp_()
-            logits_grad = softmax.mul_(-token_grad)  # in place
-            logits_grad.scatter_add_(-1, index, token_grad * inside)
+            gradient = _gradient_in_place
+            if ctx.is_compiled:
+                gradient = _compiled(_gradient_in_one_pass)
+            logits_grad = gradient(logits, index, inside, logsumexp[tokens, None], grad[tokens, None], dtype)
             if slope is not None:
                 logits_grad *= slope
 
@@ -111,7 +124,7 @@ class _TokenLogps(torch.autograd.Function):
             weight_grad = weight_grad.to(weight.dtype)
         if bias_grad is not None:
             bias_grad = bias_grad.to(bias.dtype)
-        return hidden_grad, weight_grad, bias_grad, None, None
+        return hidden_grad, weight_grad, bias_grad, None, None, None
 
 
 def _tiles(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -141,6 +154,41 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: sli
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def _add_tile(
+    logits: Tensor, index: Tensor, inside: Tensor, logsumexp: Tensor, target_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logsumexp (N,) over a tile and all before it, and the targets' logits (N,), as far as they were met."""
+    tile_logsumexp = logits.logsumexp(-1).double()
+    logits_at_index = logits.gather(-1, index)
+    met = torch.where(inside, logits_at_index, target_logits[:, None])
+    return logsumexp.logaddexp(tile_logsumexp), met[:, 0]
+
+
+def _gradient_in_place(
+    logits: Tensor, index: Tensor, inside: Tensor, logsumexp: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """d logp / d logits = onehot(target) − softmax, times the gradient (N, 1) of logp, in the memory of the logits."""
+    softmax = logits.sub_(logsumexp).exp_()
+    logits_grad = softmax.mul_(-grad)
+    logits_grad.scatter_add_(-1, index, grad * inside)
+    return logits_grad.to(dtype)
+
+
+def _gradient_in_one_pass(
+    logits: Tensor, index: Tensor, inside: Tensor, logsumexp: Tensor, grad: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The same in a form of which a compiler makes one pass."""
+    entries = torch.arange(logits.shape[1], device=logits.device)
+    onehot = inside & (entries == index)
+    softmax = (logits - logsumexp).exp()
+    return ((onehot.float() - softmax) * grad).to(dtype)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 def _index_in(vocabulary: slice, targets: Tensor) -> tuple[Tensor, Tensor]:

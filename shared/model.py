@@ -32,6 +32,7 @@ class PackedModel(nn.Module):
         self.sync: Callable[[bool], None] = _no_sync
         # SHA-256 of the weights under "model", and of the reference's under "reference" once it is known
         self.fingerprints: dict[str, str] = {}
+        self.is_compiled = False
         # of peft, if an adapter is trained instead of the weights
         self.adapter_config: Any = None
 
@@ -52,6 +53,14 @@ class PackedModel(nn.Module):
         """The last hidden states (R, H) at some positions (R,) of the packed row, each given once."""
         if torch.is_grad_enabled():
             self.sync(batch.is_last)
+        elif self.is_compiled:
+            # The compiler would round a forward pass without gradients in other places than one with them. π_θ = π_ref
+            # must give log-ratios of exactly 0.
+            with torch.enable_grad():
+                return self._states_at(positions, batch).detach()
+        return self._states_at(positions, batch)
+
+    def _states_at(self, positions: Tensor, batch: Batch) -> Tensor:
         output = self.text_model(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
@@ -83,7 +92,8 @@ class Policy(PackedModel):
         states = states.index_select(0, batch.predictor_of_token)
         if self.logit_scale != 1:
             states = states * self.logit_scale
-        return token_logps(states, self.head.weight, self.head.bias, batch.targets, self.logit_cap)
+        head = self.head
+        return token_logps(states, head.weight, head.bias, batch.targets, self.logit_cap, self.is_compiled)
 
     def logps(self, batch: Batch) -> Tensor:
         """log π(y|x) of each completion (B, K): the sum over its tokens."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from shared.batches import Batch, Batches
 from shared.distributed import all_sum, from_main, inference
 from shared.files import bytes_of, cache_directory, is_complete, read_tensors, write_tensors
-from shared.loading import load_policy_from
+from shared.loading import compile_layers, load_policy_from
 from shared.model import Policy
 
 
@@ -29,6 +29,8 @@ def add_reference_logps(
     policy = model
     if reference:
         policy = load_policy_from(reference, train.ranks)
+        if model.is_compiled:
+            compile_layers(policy)
     model.fingerprints["reference"] = policy.fingerprints["model"]
 
     for batches in (train, held_out):
@@ -104,6 +106,7 @@ def _cache_key(policy: Policy, batches: Batches, per_token: bool) -> str:
 
     key = [
         policy.fingerprints["model"],
+        policy.is_compiled,
         digest.hexdigest(),
         per_token,
         batches.batch_size,

@@ -290,9 +290,9 @@ def test_the_gpu_kernel_is_asked_for_the_same(
     inputs = random_inputs(2, width, value_width)
     spans = Spans.of(GROUPS, "cpu", torch.float64)
 
-    attention._has_flag_for_grouped_heads.cache_clear()
+    attention._parameters_of_kernel.cache_clear()
     output = attention._variable_length(*inputs, spans, scale, window)
-    attention._has_flag_for_grouped_heads.cache_clear()
+    attention._parameters_of_kernel.cache_clear()
 
     expected_scale = scale
     if scale is None:

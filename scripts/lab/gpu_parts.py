@@ -52,6 +52,7 @@ PEAK_FLOPS = {"cuda": 790e12, "cpu": 300e9}  # per second, of a large matrix pro
 # of a contender: what differs from the Spec of all
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours": {"job": "ours"},
+    "ours-compiled": {"job": "ours", "options": {"compile": True}},
     "trl-4": {"job": "trl", "pairs_per_pass": 4},
     "trl-8": {"job": "trl", "pairs_per_pass": 8},
     "trl-16": {"job": "trl", "pairs_per_pass": 16},

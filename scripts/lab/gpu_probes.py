@@ -447,7 +447,7 @@ def group_of_one(device: torch.device) -> str:
         dist.barrier()
 
         lm = LlamaForCausalLM(config)
-        sync = shard(lm, list(lm.model.layers), ranks)
+        sync = shard(lm, list(lm.model.layers), ranks, set(lm.modules()))
         optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3, fused=True)
         ids = torch.randint(512, (2, 64), device=device)
         losses = []

@@ -4,7 +4,8 @@ For every policy K completions y of each prompt x are sampled. Rewards are those
 model in a directory (`--reward runs/rm`), less its mean over its own training completions. Over all samples, with
 π_ref the reference:
 
-    KL             mean of log π(y|x) - log π_ref(y|x), in nats, of the sampled token ids, with the EOS if it was sampled
+    KL             mean of log π(y|x) - log π_ref(y|x), in nats, of the sampled token ids, the EOS included if it was
+                   sampled
     KL by steps    mean of Σ_t KL(π(·|x, y_<t) ‖ π_ref(·|x, y_<t)), exact at each step: the same expectation, which
                    usually varies less (footnote 3 of DPO, arXiv 2305.18290)
     length         mean number of tokens, the EOS included
@@ -15,8 +16,8 @@ model in a directory (`--reward runs/rm`), less its mean over its own training c
 distribution that was sampled, softmax(z/T) at each step, while π_ref stays at temperature 1. At 0, a policy writes its
 one greedy completion, and the KL is -log π_ref(y|x). There is no KL with top-k, top-p or a repetition penalty.
 
-`--best-of 1 4 16` adds the best of N samples by the reward, or by another one (`--select-by runs/rm`), as the exact mean
-over all subsets of N of the K samples. Its KL to the policy is at most log N - (N - 1) / N.
+`--best-of 1 4 16` adds the best of N samples by the reward, or by another one (`--select-by runs/rm`), as the exact
+mean over all subsets of N of the K samples. Its KL to the policy is at most log N - (N - 1) / N.
 
 The results file holds the values of each sample too, in the order of the prompts. Policies of several files can be
 compared prompt by prompt. With several temperatures, `by_temperature` takes the place of `policies`. The intervals are

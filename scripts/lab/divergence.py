@@ -93,7 +93,9 @@ def divergence_of_groups(
 def _divergence_of_tokens(policy: Policy, reference: Policy, batch: Batch, temperature: float) -> Tensor:
     """`divergence_of_steps` at each of the N tokens of a packed row, (N, 2), in chunks."""
     states = policy.states_at(batch.predictor_positions, batch)
-    ref_states = reference.states_at(batch.predictor_positions, batch)
+    ref_states = states
+    if policy is not reference:
+        ref_states = reference.states_at(batch.predictor_positions, batch)
     chunks = []
     for start in range(0, len(batch.targets), CHUNK_SIZE):
         tokens = slice(start, start + CHUNK_SIZE)

@@ -26,6 +26,7 @@ from shared.loading import load_policy_from, load_tokenizer
 from shared.rows import Completion, Example, Prompt, Text, UserTurn
 
 MICRO_BATCH_TOKENS = 8_192
+REWARD_DIGITS = 4  # decimals of a reward model's reward
 NO_NOTICES = "notices is the oracle of the small world; for other rows, give the directory of a reward model"
 MEASURES = ("reward", "kl", "length", "win_rate")  # what every comparison has
 # the columns of the table that evaluation prints, and their formats
@@ -135,9 +136,7 @@ class Sampler:
     def draw(self, sampling: Sampling, num_samples: int) -> Samples:
         """`num_samples` completions of each prompt."""
         label = f"sample {self.path}"
-        completions = sample_completions(
-            self.model, self.eos_ids, self.prompts, num_samples, sampling, progress=label
-        )
+        completions = sample_completions(self.model, self.eos_ids, self.prompts, num_samples, sampling, progress=label)
         return collect_samples(self.prompts, completions, self.tokenizer, self.eos_ids)
 
 
@@ -303,12 +302,15 @@ def plain_prompt(prompt: Prompt) -> Text | None:
 
 
 def model_rewards(path: str, examples: Sequence[Example]) -> list[list[float]]:
-    """r(x, y) of each completion of each example under the reward model in `path`, less its mean over its own training completions."""
+    """r(x, y) of each completion of each example by the reward model in `path`, less its training completions' mean.
+
+    Rounded to REWARD_DIGITS, so that equal completions tie: their float32 values depend on what they are packed with.
+    """
     with single_process("float32") as ranks:
         models = load_reward_models([path], ranks)
         rows = encode_all(path, examples, Encoder(models.tokenizer), models.room, completions=True)
         rewards = models.rewards(rows, MICRO_BATCH_TOKENS, normalise=True)
-    return [[value for (value,) in row_rewards] for row_rewards in rewards]
+    return [[round(value, REWARD_DIGITS) for (value,) in row_rewards] for row_rewards in rewards]
 
 
 # ---------------------------------------------------------------- comparison

@@ -201,8 +201,8 @@ def outcomes_of(paths: list[str], reference: str, examples: list[Example], args:
     for i, drawn in enumerate(sets):
         outcome = Outcome(drawn, rewards[i])
         policy, temperature = divmod(i, num_temperatures)
-        if found:
-            outcome.divergence = found[policy][temperature]
+        if divergence_of:
+            outcome.divergence = divergence_of[policy][temperature]
         if selector_rewards:
             outcome.selector_rewards = selector_rewards[i]
         outcomes.append(outcome)

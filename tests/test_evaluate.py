@@ -55,7 +55,10 @@ def make_args(**values: object) -> evaluate.Args:
 
 def made_up_samples(n: int, k: int) -> Samples:
     """Completions of one token, the EOS."""
-    return Samples(ids=[[[EOS]] * k] * n, texts=[[""] * k] * n, has_eos=[[True] * k] * n, vocabulary="")
+    ids = [[[EOS]] * k] * n
+    texts = [[""] * k] * n
+    has_eos = [[True] * k] * n
+    return Samples(ids, texts, has_eos, vocabulary="")
 
 
 def normal_values(*shape: int, seed: int) -> Tensor:

@@ -23,13 +23,16 @@ def selection_weights(scores: Tensor, num_drawn: int) -> Tensor:
     """The probability that each of M samples is the best of `num_drawn`, (n, M) → (n, M), float64. Rows sum to 1."""
     num_samples = scores.shape[1]
     num_subsets = math.comb(num_samples, num_drawn)
-    shares = [math.comb(m, num_drawn) / num_subsets for m in range(num_samples + 1)]
-    share_within = torch.tensor(shares, dtype=torch.double)  # of the subsets, those that lie in given m samples
+    shares = []  # of the subsets, those that lie in given m samples
+    for m in range(num_samples + 1):
+        subsets_within = math.comb(m, num_drawn)
+        shares.append(subsets_within / num_subsets)
+    share_within = torch.tensor(shares, dtype=torch.double)
 
-    own = scores.unsqueeze(2)  # (n, M, 1)
+    each = scores.unsqueeze(2)  # (n, M, 1)
     others = scores.unsqueeze(1)
-    num_lower = (others < own).sum(2)
-    num_equal = (others == own).sum(2)
+    num_lower = (others < each).sum(2)
+    num_equal = (others == each).sum(2)
 
     is_highest = share_within[num_lower + num_equal] - share_within[num_lower]
     return is_highest / num_equal

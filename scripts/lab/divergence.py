@@ -26,7 +26,7 @@ from shared.groups import Groups, check_fit
 from shared.logprobs import sum_over_completions
 from shared.model import Policy
 
-CHUNK_SIZE = 1024  # tokens whose log-probs over the vocabulary are in memory together
+CHUNK_SIZE = 256  # tokens whose log-probs over the vocabulary are in memory together
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Divergence:
 
 def kl_of_steps(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KL(π(·|s) ‖ π_ref(·|s)) at T states: log π and log π_ref of every next token, (T, V) each → (T,)."""
-    terms = logps.exp() * (logps - ref_logps)
+    probabilities = logps.exp()
+    terms = probabilities * (logps - ref_logps)
     is_possible = logps > -torch.inf  # what π never takes adds nothing
     return terms.where(is_possible, 0.0).sum(1)
 
@@ -65,8 +66,12 @@ def divergence_of_steps(logps: Tensor, ref_logps: Tensor, actions: Tensor, tempe
     sampled_logps = at_temperature(logps[:, :size], temperature, actions)
 
     index = actions.unsqueeze(1)
-    log_ratios = sampled_logps.gather(1, index) - ref_logps.gather(1, index)
-    return torch.stack([log_ratios.squeeze(1), kl_of_steps(sampled_logps, ref_logps)], 1)
+    action_logps = sampled_logps.gather(1, index)
+    ref_action_logps = ref_logps.gather(1, index)
+    log_ratios = action_logps - ref_action_logps
+
+    step_kls = kl_of_steps(sampled_logps, ref_logps)
+    return torch.stack([log_ratios.squeeze(1), step_kls], 1)
 
 
 def divergence_of_groups(
@@ -79,15 +84,16 @@ def divergence_of_groups(
     for model in (policy, reference):
         check_fit(groups, model.lm.config, "rows")
     batches = Batches(groups, BATCH_SIZE, budget, None, ranks)
-    log_ratios = torch.zeros(len(groups), groups.num_completions, dtype=torch.double)
+    shape = (len(groups), groups.num_completions)
+    log_ratios = torch.zeros(shape, device=ranks.device)
     step_kls = torch.zeros_like(log_ratios)
     with inference(policy), inference(reference):
         for batch in batches.all_batches():
-            tokens = _divergence_of_tokens(policy, reference, batch, temperature)
-            group_index = batch.group_index.cpu()
-            log_ratios[group_index] = sum_over_completions(tokens[:, 0], batch.lengths).cpu().double()
-            step_kls[group_index] = sum_over_completions(tokens[:, 1], batch.lengths).cpu().double()
-    return Divergence(log_ratios, step_kls)
+            of_tokens = _divergence_of_tokens(policy, reference, batch, temperature)
+            token_ratios, token_kls = of_tokens.unbind(1)
+            log_ratios[batch.group_index] = sum_over_completions(token_ratios, batch.lengths)
+            step_kls[batch.group_index] = sum_over_completions(token_kls, batch.lengths)
+    return Divergence(log_ratios.cpu().double(), step_kls.cpu().double())
 
 
 def _divergence_of_tokens(policy: Policy, reference: Policy, batch: Batch, temperature: float) -> Tensor:
@@ -97,19 +103,25 @@ def _divergence_of_tokens(policy: Policy, reference: Policy, batch: Batch, tempe
     if policy is not reference:
         ref_states = reference.states_at(batch.predictor_positions, batch)
     chunks = []
-    for start in range(0, len(batch.targets), CHUNK_SIZE):
-        tokens = slice(start, start + CHUNK_SIZE)
+    num_tokens = len(batch.targets)
+    for start in range(0, num_tokens, CHUNK_SIZE):
+        end = start + CHUNK_SIZE
+        tokens = slice(start, end)
         predictors = batch.predictor_of_token[tokens]
         logps = _next_token_logps(policy, states[predictors])
         ref_logps = _next_token_logps(reference, ref_states[predictors])
-        chunks.append(divergence_of_steps(logps, ref_logps, batch.targets[tokens], temperature))
+        actions = batch.targets[tokens]
+        chunk = divergence_of_steps(logps, ref_logps, actions, temperature)
+        chunks.append(chunk)
     return torch.cat(chunks)
 
 
 def _next_token_logps(policy: Policy, states: Tensor) -> Tensor:
     """log π(·|s) from the last hidden states, (T, H) → (T, V), float64."""
-    logits = F.linear(states * policy.logit_scale, policy.head.weight, policy.head.bias)
+    scaled = states * policy.logit_scale
+    logits = F.linear(scaled, policy.head.weight, policy.head.bias)
     cap = policy.logit_cap
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    return logits.double().log_softmax(1)
+    logits = logits.double()
+    return logits.log_softmax(1)

@@ -189,21 +189,22 @@ def divergences(
     prompts: for each policy, the token ids of the n prompts. samples: for each policy, those at each temperature. The
     reference and one policy are in memory together.
     """
-    found = []
+    of_policies = []
     with single_process("float32") as ranks:
         reference_model = load_policy_from(reference, ranks)
         for path, prompt_ids, policy_samples in zip(paths, prompts, samples, strict=True):
             policy = reference_model
             if path != reference:
                 policy = load_policy_from(path, ranks)
+            models = (policy, reference_model)
+
             at_temperatures = []
             for temperature, drawn in zip(temperatures, policy_samples, strict=True):
                 groups = _groups_of_samples(prompt_ids, drawn)
-                at_temperatures.append(
-                    divergence_of_groups(policy, reference_model, groups, temperature, MICRO_BATCH_TOKENS, ranks)
-                )
-            found.append(at_temperatures)
-    return found
+                divergence = divergence_of_groups(*models, groups, temperature, MICRO_BATCH_TOKENS, ranks)
+                at_temperatures.append(divergence)
+            of_policies.append(at_temperatures)
+    return of_policies
 
 
 def _groups_of_samples(prompts: list[list[int]], samples: Samples) -> Groups:
@@ -268,14 +269,20 @@ def rewards_of_sets(reward: str, examples: Sequence[Example], sets: Sequence[Sam
             answered.append(dataclasses.replace(example, completions=completions))
 
     rewards = completion_rewards(reward, answered)
-    starts = range(0, len(rewards), len(examples))
-    return [torch.tensor(rewards[start : start + len(examples)], dtype=torch.double) for start in starts]
+    tensors = []
+    for start in range(0, len(rewards), len(examples)):
+        rewards_of_set = rewards[start : start + len(examples)]
+        tensors.append(torch.tensor(rewards_of_set, dtype=torch.double))
+    return tensors
 
 
 def rewards_of_rows(reward: str, examples: Sequence[Example]) -> Tensor:
     """The reward of each row's chosen completion, (n, 1), float64. Raises UserError if a row has none."""
-    chosen = [dataclasses.replace(example, completions=[chosen_of(example)]) for example in examples]
-    rewards = rewards_of(reward, chosen)
+    answered = []
+    for example in examples:
+        chosen = chosen_of(example)
+        answered.append(dataclasses.replace(example, completions=[chosen]))
+    rewards = rewards_of(reward, answered)
     return torch.tensor(rewards, dtype=torch.double).unsqueeze(1)
 
 
@@ -289,7 +296,8 @@ def chosen_of(example: Example) -> Completion:
     if example.ranked or not example.scores:
         return completions[0]
     sums = [math.fsum(scores) for scores in example.scores]
-    return completions[sums.index(max(sums))]
+    best = sums.index(max(sums))
+    return completions[best]
 
 
 def plain_prompt(prompt: Prompt) -> Text | None:
@@ -342,8 +350,10 @@ def summarise(outcome: Outcome, opponents: Opponents, seed: int) -> dict:
         by_sample["kl"] = outcome.divergence.log_ratios
         by_sample["step_kl"] = outcome.divergence.step_kls
     numbers: dict[str, Any] = {}
-    for measure, values in {**by_sample, **wins_of_samples(outcome.rewards, opponents)}.items():
-        numbers[measure] = mean_and_interval(values.mean(1), seed)
+    measured = by_sample | wins_of_samples(outcome.rewards, opponents)
+    for measure, values in measured.items():
+        by_prompt = values.mean(1)
+        numbers[measure] = mean_and_interval(by_prompt, seed)
 
     has_eos = torch.tensor(samples.has_eos, dtype=torch.double)
     numbers["finished"] = float(has_eos.mean())
@@ -359,13 +369,18 @@ def wins_of_samples(rewards: Tensor, opponents: Opponents) -> dict[str, Tensor]:
 
     rewards: (n, K). Values: (n, K).
     """
-    num_samples = rewards.shape[1]
-    wins = {}
-    for name, others in (("win_rate", opponents.baseline), ("win_rate_rows", opponents.chosen)):
-        if others is not None:
-            single = rewards.reshape(-1, 1)
-            wins[name] = win_rates(single, others.repeat_interleave(num_samples, 0)).view_as(rewards)
+    wins = {"win_rate": _wins(rewards, opponents.baseline)}
+    if opponents.chosen is not None:
+        wins["win_rate_rows"] = _wins(rewards, opponents.chosen)
     return wins
+
+
+def _wins(rewards: Tensor, others: Tensor) -> Tensor:
+    """(n, K), (n, K') → (n, K)."""
+    num_samples = rewards.shape[1]
+    single = rewards.reshape(-1, 1)
+    repeated = others.repeat_interleave(num_samples, 0)
+    return win_rates(single, repeated).view_as(rewards)
 
 
 def summarise_best_of(outcome: Outcome, opponents: Opponents, sizes: Sequence[int], seed: int) -> dict[str, dict]:
@@ -407,10 +422,17 @@ def comparison_table(policies: dict[str, dict]) -> str:
     policies: for each name, numbers of `summarise` or of `summarise_best_of`. A measure that only some of them have is
     left blank for the others.
     """
-    shown = [measure for measure in COLUMNS if any(measure in numbers for numbers in policies.values())]
-    lines = [["policy", *(COLUMNS[measure][0] for measure in shown)]]
+    shown = []
+    heading = ["policy"]
+    for measure, (title, _) in COLUMNS.items():
+        if any(measure in numbers for numbers in policies.values()):
+            shown.append(measure)
+            heading.append(title)
+
+    lines = [heading]
     for name, numbers in policies.items():
-        lines.append(_cells(name, numbers, shown))
+        line = _cells(name, numbers, shown)
+        lines.append(line)
     return aligned(lines)
 
 

@@ -186,9 +186,9 @@ def outcomes_of(paths: list[str], reference: str, examples: list[Example], args:
         prompts.append(policy_prompts)
         samples.append(policy_samples)
 
-    found: list[list[Divergence]] = []
+    divergence_of: list[list[Divergence]] = []  # each policy's, at each temperature
     if has_kl(args):
-        found = divergences(paths, reference, prompts, samples, temperatures_of(args))
+        divergence_of = divergences(paths, reference, prompts, samples, temperatures_of(args))
 
     sets = [drawn for policy_samples in samples for drawn in policy_samples]
     rewards = rewards_of_sets(args.reward, examples, sets)

@@ -19,7 +19,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from scripts import token_figures
 from scripts.lab import eq_16, notices, stages
-from scripts.lab.policies import log_ratios, prompt_example, sample_policy
+from scripts.lab.policies import divergences, prompt_example, sample_policy
 from scripts.lab.sampling import Sampling
 from shared import UserError
 from shared.command import check_arguments
@@ -364,8 +364,8 @@ def test_eq_16_holds_between_the_trained_models(finished: Path, results: dict) -
 
         prompt_ids, samples = sample_policy(str(reference), [prompt_example(prompt) for prompt in prompts], sampling, 2)
         policy = finished / f"dpo_{start}_0"
-        (ratios,) = log_ratios([str(policy)], str(reference), [prompt_ids], [samples])
-        assert sampled == pytest.approx(0.1 * float(ratios.mean()), abs=1e-6)
+        ((found,),) = divergences([str(policy)], str(reference), [prompt_ids], [[samples]])
+        assert sampled == pytest.approx(0.1 * float(found.log_ratios.mean()), abs=1e-6)
         assert abs(sampled) > 1e-5
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from algos.token_dpo_beam import token_rewards
+from scripts.lab.divergence import kl_of_steps
 from scripts.lab.policies import prompt_example, sample_policy
 from scripts.lab.sampling import Sampling
 from scripts.lab.statistics import mean_and_interval
@@ -35,7 +35,7 @@ def eq_16(logps: Tensor, ref_logps: Tensor, actions: Tensor, beta: float) -> Ten
     rewards = token_rewards(logps, ref_logps, beta)  # (T, V)
     expected_rewards = (ref_logps.exp() * rewards).sum(1)
 
-    divergences = F.kl_div(logps, ref_logps, reduction="none", log_target=True).sum(1)
+    divergences = kl_of_steps(ref_logps, logps)
     sampled_rewards = rewards.gather(1, actions.unsqueeze(1)).squeeze(1)
     return torch.stack([expected_rewards, -beta * divergences, sampled_rewards], 1)
 

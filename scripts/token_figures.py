@@ -173,8 +173,8 @@ def search_policy(policy: Path, prompts: list[str], limits: Sampling) -> list[Sa
 
     samples = []
     for width in tqdm(WIDTHS, f"search {policy.name}", unit="width"):
-        found = search_completions(model, eos_ids, prompt_ids, 1, width, 0.0, limits)
-        completions = ([ids] for ((ids, _),) in found)
+        best = search_completions(model, eos_ids, prompt_ids, 1, width, 0.0, limits)
+        completions = ([ids] for ((ids, _),) in best)
         samples.append(collect_samples(prompt_ids, completions, tokenizer, eos_ids))
     return samples
 

@@ -618,6 +618,7 @@ def test_a_run_is_a_run_of_dpo(folder: Path, alone: Path) -> None:
     check_agreement(alone, folder / "dpo", ("loss", "grad_norm", *PREFERENCE_METRICS), 1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path, alone: Path) -> None:
     """Several micro-batches each."""
     launch(folder, SCRIPT, "two", processes=2, micro_batch_tokens=200)

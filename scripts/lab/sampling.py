@@ -339,14 +339,14 @@ def search_completions(
     lengths = [len(ids) + limits.max_new_tokens for ids in prompts]
     batch_size = max(1, limits.batch_size // beams)
     batch_tokens = limits.batch_tokens // beams
-    found: dict[int, list[Drawn]] = {}
+    drawn: dict[int, list[Drawn]] = {}
     for batch in make_batches(lengths, batch_size, batch_tokens):
         some_prompts = [prompts[index] for index in batch]
         results = beam_searches(model, some_prompts, beams, limits.max_new_tokens, eos_ids, length_penalty)
-        found.update(zip(batch, results, strict=True))
+        drawn.update(zip(batch, results, strict=True))
 
     for index in range(len(prompts)):
-        yield found[index][:count]
+        yield drawn[index][:count]
 
 
 # ---------------------------------------------------------------- prompts

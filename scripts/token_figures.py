@@ -188,9 +188,14 @@ def beam_values(samples: list[Samples], pairs: list[dict]) -> dict[str, Tensor]:
     preferred = [prompt_example(pair["prompt"], pair["chosen"]) for pair in pairs]
     chosen_rewards = torch.tensor(rewards_of("notices", preferred), dtype=torch.double).unsqueeze(1)
 
-    rewards = [rewards_of_samples("notices", examples, samples_of_width) for samples_of_width in samples]
-    wins = [win_rates(rewards_of_width, chosen_rewards) for rewards_of_width in rewards]
-    lengths = [lengths_of(samples_of_width) for samples_of_width in samples]
+    rewards = []
+    wins = []
+    lengths = []
+    for samples_of_width in samples:
+        width_rewards = rewards_of_samples("notices", examples, samples_of_width)
+        rewards.append(width_rewards)
+        wins.append(win_rates(width_rewards, chosen_rewards))
+        lengths.append(lengths_of(samples_of_width))
     return {"reward": torch.cat(rewards, 1), "win_rate": torch.stack(wins, 1), "length": torch.cat(lengths, 1)}
 
 

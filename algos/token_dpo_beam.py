@@ -9,7 +9,7 @@ Details the equations leave open:
 1. A state is the prompt with the completion so far. An action is its next token, and the last action is the EOS. Summed
    over a completion, r is β ρ of algos/dpo.py. The loss and its gradient are DPO's: of a return, not of a dense reward.
 2. π_ref is the starting model, or `--reference`. Its token log-probs are computed once, before the first step.
-3. After training, prompts of `--eval-data` are decoded at every width of `--beam-widths`, without a length penalty.
+3. The search is a function of any model. `scripts/sample.py --beams` decodes the prompts of a file with it.
 4. The paper leaves the end of the search open. Here, continuations that end and are among a step's `width` best are
    finished. The `width` best others go on, as in transformers, until none can overtake the `width` best finished ones.
 
@@ -18,31 +18,23 @@ Rows (docs/rows.md): pairs. Errors in the paper: docs/errata.md.
     torchrun --nproc-per-node 8 algos/token_dpo_beam.py --model sft/ --train-data pairs.jsonl --output-dir dpo/
 """
 
-import json
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from shared import NonFinite, UserError
-from shared.batches import Batch, Batches, load_batches
+from shared import NonFinite
+from shared.batches import Batch, load_batches
 from shared.command import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
-from shared.distributed import gather_dealt
-from shared.encode import completion_text, end_ids
 from shared.export import export
-from shared.files import write_text
 from shared.groups import Requires
-from shared.loading import load_generator, load_policy, load_tokenizer
+from shared.loading import load_policy, load_tokenizer
 from shared.logprobs import sum_over_completions
 from shared.metrics import preference_metrics
 from shared.model import Policy
@@ -102,13 +94,6 @@ class Args:
     """train a LoRA adapter of this rank on all linear layers (`pip install -e .[lora]`); default: train all weights"""
     lora_alpha: PositiveInt | None = None
     """strength of the adapter, which is scaled by α / rank; default: twice the rank, or that of `--model`"""
-
-    beam_widths: str = "1,2,5,10,20"
-    """numbers of beams to decode held-out prompts with after training"""
-    num_prompts: PositiveInt = 64
-    """number of held-out prompts to decode, from the start of the file"""
-    max_new_tokens: PositiveInt = 256
-    """largest number of tokens of a completion, with its EOS"""
 
     output_dir: str
     """directory for the log, the checkpoints and the trained model"""
@@ -285,82 +270,12 @@ def beam_search(
     return beam_searches(model, [prompt], width, max_new_tokens, end_ids, length_penalty)[0]
 
 
-def held_out_prompts(held_out: Batches | None, config, args: Args) -> dict[int, list[int]]:
-    """Row number → ids of each prompt to decode. Raises UserError for bad widths, and if no prompt leaves room."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.beam_widths):
-        raise UserError(f"--beam-widths {args.beam_widths}: must be numbers above 0 with commas between, as 1,2,5")
-    if held_out is None:
-        return {}
-
-    groups = held_out.groups
-    room = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
-    bounds = groups.offsets[: args.num_prompts, :2].tolist()
-    prompts = {}
-    for row, (start, end) in zip(groups.row_numbers.tolist(), bounds, strict=False):
-        if end - start <= room:
-            prompts[row] = groups.tokens[start:end].tolist()
-    if not prompts:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: no prompt of --eval-data leaves room for that many")
-    return prompts
-
-
-def decode(prompts: dict[int, list[int]], tokenizer, run: Run) -> None:
-    """Search the best completion of each prompt at each width, with the exported model, and write beams.jsonl."""
-    if not prompts:
-        return
-    ranks = run.ranks
-    widths = [int(width) for width in run.args.beam_widths.split(",")]
-    dist.barrier()  # until the model is written
-    model = load_generator(str(run.directory), ranks.dtype, ranks.device)
-
-    prompts_of_rank = list(prompts.items())[ranks.rank :: ranks.world_size]
-    prompts_at_once = max(1, 128 // max(widths))
-    starts = range(0, len(prompts_of_rank), prompts_at_once)
-    lines = []
-    for start in tqdm(starts, "beam search", disable=ranks.hides_progress):
-        some_prompts = prompts_of_rank[start : start + prompts_at_once]
-        lines += decode_prompts(model, tokenizer, some_prompts, widths, run.args.max_new_tokens)
-
-    lines = gather_dealt(lines, len(prompts), ranks)
-    if ranks.is_main:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(run.directory / "beams.jsonl", text)
-
-    for i, width in enumerate(widths):
-        logp = sum(line["logps"][i] for line in lines) / len(lines)
-        length = sum(line["lengths"][i] for line in lines) / len(lines)
-        run.say(f"{len(lines)} prompts, {width} beams: log π(y|x) {logp:.4g} nats, {length:.4g} tokens")
-
-
-def decode_prompts(model, tokenizer, prompts: list[tuple[int, list[int]]], widths: list[int], limit: int) -> list[dict]:
-    """The lines of beams.jsonl for some prompts (row number, ids): the best completion at each width."""
-    ends = end_ids(tokenizer)
-    searches = [beam_searches(model, [ids for _, ids in prompts], width, limit, ends) for width in widths]
-
-    lines = []
-    for i, (row, prompt) in enumerate(prompts):
-        best = [completions_of_prompts[i][0] for completions_of_prompts in searches]  # of each width: ids, log π
-        lines.append(
-            {
-                "row": row,
-                "prompt": tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-                "widths": widths,
-                "completions": [completion_text(tokenizer, prompt, ids) for ids, _ in best],
-                "finished": [ids[-1] in ends for ids, _ in best],
-                "logps": [logp for _, logp in best],
-                "lengths": [len(ids) for ids, _ in best],
-            }
-        )
-    return lines
-
-
 def main(args: Args) -> None:
     # set-up
     run = Run(args)
     tokenizer, config = load_tokenizer(args.model, args.reference)
     requires = Requires("pair")
     train, held_out = load_batches(args, run.ranks, tokenizer, config, requires)
-    prompts = held_out_prompts(held_out, config, args)
     model = load_policy(args, run.ranks)
     add_reference_logps(args.reference, model, train, held_out, per_token=True)
     optimizer = torch.optim.AdamW(
@@ -395,7 +310,6 @@ def main(args: Args) -> None:
         run.save(step, model, optimizer)
 
     export(model, tokenizer, run.directory, run.model_card(), run.ranks)
-    decode(prompts, tokenizer, run)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,29 @@ are 95% bootstrap percentiles; those of Fig. 3 are the range over seeds.
 
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from scripts.lab import notices, plots
+from scripts.lab import plots
 from scripts.lab.commands import checked_command
 from scripts.lab.eq_16 import check_eq_16
-from scripts.lab.policies import plain_prompt, prompt_example, rewards_of
+from scripts.lab.policies import (
+    Samples,
+    collect_samples,
+    encode_prompts,
+    lengths_of,
+    plain_prompt,
+    prompt_example,
+    rewards_of,
+    rewards_of_samples,
+)
 from scripts.lab.row_files import first_examples, read_jsonl, write_jsonl
-from scripts.lab.sampling import Sampling
+from scripts.lab.sampling import Sampling, load_sampler, prompt_room, search_completions
 from scripts.lab.stages import Stages, shell_path
 from scripts.lab.statistics import interval_text, mean_and_interval, win_rates
 from scripts.lab.tables import markdown_table
@@ -87,13 +96,11 @@ def stages(args: Args) -> list[str]:
     """The command lines, in order, with {run} and {out} for the directories."""
     models = {"sft": "{run}/sft", "preferred": "{out}/preferred"}
     held_out = "--eval-data {out}/held_out.jsonl"
-    widths = ",".join(map(str, WIDTHS))
     lines = []
 
     # A small β over-optimises at this learning rate. The one of Fig. 3 is so low that β = 0.1 does not.
-    search = f"--beam-widths {widths} --num-prompts {args.num_prompts} --max-new-tokens {NEW_TOKENS}"
     for beta in BETAS:
-        options = f"--beta {beta} {held_out} --eval-every 0 {search}"
+        options = f"--beta {beta}"
         lines.append(train("token_dpo_beam", models["sft"], f"beams_{beta}", 5e-4, args.seed, args, options))
 
     lines.append(train("sft", models["sft"], "preferred", 2e-4, args.seed, args))
@@ -135,17 +142,17 @@ def read_held_out(run: Path, out: Path, num_prompts: int) -> list[dict]:
 def results_of(run: Path, out: Path, args: Args) -> dict:
     """The numbers of both figures and of Eq 16, and the paper's statements."""
     pairs = read_jsonl(out / "held_out.jsonl")
+    prompts = [pair["prompt"] for pair in pairs]
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=args.seed)
     claims = []
     beams = {}
     for beta in BETAS:
-        rows = read_jsonl(out / f"beams_{beta}" / "beams.jsonl")
-        values = beam_values(rows, pairs)
+        samples = search_policy(out / f"beams_{beta}", prompts, sampling)
+        values = beam_values(samples, pairs)
         claims += beam_claims(beta, values, args.seed)
         beams[str(beta)] = means_by_width(values, args.seed)
 
-    prompts = [pair["prompt"] for pair in pairs]
     models = {"sft": run / "sft", "preferred": out / "preferred"}
-    sampling = Sampling(max_new_tokens=NEW_TOKENS, seed=args.seed)
     runs = {}
     checks = {}
     for start in STARTS:
@@ -158,43 +165,38 @@ def results_of(run: Path, out: Path, args: Args) -> dict:
     return {"beams": beams, "runs": runs, "eq_16": checks, "claims": claims}
 
 
-def beam_values(rows: list[dict], pairs: list[dict]) -> dict[str, Tensor]:
-    """Each of MEASURES (n, W), by width, of the n rows of a beams.jsonl.
+def search_policy(policy: Path, prompts: list[str], limits: Sampling) -> list[Samples]:
+    """The best completion of each prompt at each of WIDTHS, as `scripts/sample.py --beams` finds it."""
+    model, tokenizer, eos_ids = load_sampler(str(policy), limits.dtype)
+    examples = [prompt_example(prompt) for prompt in prompts]
+    prompt_ids = encode_prompts(str(policy), examples, tokenizer, prompt_room(model, limits.max_new_tokens))
+
+    samples = []
+    for width in tqdm(WIDTHS, f"search {policy.name}", unit="width"):
+        best = search_completions(model, eos_ids, prompt_ids, 1, width, 0.0, limits)
+        completions = ([ids] for ((ids, _),) in best)
+        samples.append(collect_samples(prompt_ids, completions, tokenizer, eos_ids))
+    return samples
+
+
+def beam_values(samples: list[Samples], pairs: list[dict]) -> dict[str, Tensor]:
+    """Each of MEASURES (n, W), by width. samples: of each width, one completion of each pair's prompt.
 
     The win rate is that of one completion against the pair's preferred one: 1, 0, or 0.5 if their rewards are equal.
     """
-    chosen_of = {}
-    for pair in pairs:
-        chosen_of[normalised(pair["prompt"])] = pair["chosen"]
+    examples = [prompt_example(pair["prompt"]) for pair in pairs]
+    preferred = [prompt_example(pair["prompt"], pair["chosen"]) for pair in pairs]
+    chosen_rewards = torch.tensor(rewards_of("notices", preferred), dtype=torch.double).unsqueeze(1)
 
-    prompts = [row["prompt"] for row in rows]
-    chosen = [chosen_of[normalised(prompt)] for prompt in prompts]
-    chosen_rewards = oracle_rewards(prompts, chosen)
     rewards = []
     wins = []
-    for completions in zip(*(row["completions"] for row in rows), strict=True):  # all of one width
-        width_rewards = oracle_rewards(prompts, completions)
+    lengths = []
+    for samples_of_width in samples:
+        width_rewards = rewards_of_samples("notices", examples, samples_of_width)
         rewards.append(width_rewards)
         wins.append(win_rates(width_rewards, chosen_rewards))
-
-    lengths = [row["lengths"] for row in rows]
-    return {
-        "reward": torch.cat(rewards, 1),
-        "win_rate": torch.stack(wins, 1),
-        "length": torch.tensor(lengths, dtype=torch.double),
-    }
-
-
-def normalised(prompt: str) -> tuple[str, ...]:
-    """The words of a prompt, which its copies in different files have in common."""
-    return tuple(notices.words(prompt))
-
-
-def oracle_rewards(prompts: list[str], completions: Iterable[str]) -> Tensor:
-    """(n, 1), float64."""
-    examples = [prompt_example(*texts) for texts in zip(prompts, completions, strict=True)]
-    rewards = rewards_of("notices", examples)
-    return torch.tensor(rewards, dtype=torch.double).unsqueeze(1)
+        lengths.append(lengths_of(samples_of_width))
+    return {"reward": torch.cat(rewards, 1), "win_rate": torch.stack(wins, 1), "length": torch.cat(lengths, 1)}
 
 
 def means_by_width(values: dict[str, Tensor], seed: int) -> dict[str, list[dict]]:

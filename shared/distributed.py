@@ -396,13 +396,6 @@ def unsharded(tensor: Tensor) -> Tensor:
     return full_tensor()
 
 
-def gather_dealt(local_items: list, count: int, ranks: Ranks) -> list:
-    """All `count` items in their order, on every process, if item i was dealt to rank i modulo the world size."""
-    items_of_ranks: list[Any] = [None] * ranks.world_size
-    dist.all_gather_object(items_of_ranks, local_items)
-    return [items_of_ranks[i % ranks.world_size][i // ranks.world_size] for i in range(count)]
-
-
 def from_main(value: Value) -> Value:
     """The first process's value, on every process."""
     values = [value]

@@ -156,7 +156,7 @@ def test_token_dpo_beam(folder: Path, tmp_path: Path) -> None:
     metrics = (*PREFERENCE_METRICS, *TOKEN_METRICS)
     data = folder / "pairs.jsonl"
     loss = reference.token_dpo(BETA)
-    options = {"encode": chatml.encode, "beta": BETA, "max_new_tokens": 4}
+    options = {"encode": chatml.encode, "beta": BETA}
     compare_run("algos/token_dpo_beam.py", tmp_path / "out", folder / "model", data, loss, metrics, **options)
 
 

@@ -206,7 +206,7 @@ ALGORITHMS = {
         reference.ensemble_dpo(BETA, STEPS, *GAMMAS.values()),
         {"beta": BETA, "micro_batch_tokens": 256, **GAMMAS},
     ),
-    "token_dpo_beam": ("pairs", reference.token_dpo(BETA), {"beta": BETA, "max_new_tokens": 4}),
+    "token_dpo_beam": ("pairs", reference.token_dpo(BETA), {"beta": BETA}),
 }
 
 

@@ -477,6 +477,7 @@ def test_a_sampled_ranking_is_what_training_reads(tmp_path: Path) -> None:
     n = 2000
     scores = [0.0, 1.0, -1.0]
     row = {"prompt": "lo", "completions": ["a", "b", "c"], "scores": scores, "completion_ids": [[5], [6], [7]]}
+    row |= {"logps": [-5.0, -6.0, -7.0]}
     written = prepare(prepare_rows.Relabel, [row] * n, tmp_path, by="bradley-terry")
     best = Counter(new["completions"][0] for new in written)
     for text, score in zip("abc", scores, strict=True):
@@ -485,6 +486,7 @@ def test_a_sampled_ranking_is_what_training_reads(tmp_path: Path) -> None:
     ids = {"a": 5, "b": 6, "c": 7}
     for new in written:
         assert [[ids[text]] for text in new["completions"]] == new["completion_ids"]
+        assert [-ids[text] for text in new["completions"]] == new["logps"]
         assert [scores["abc".index(text)] for text in new["completions"]] == new["label_scores"]
     groups = tokenised.load(str(tmp_path / "out.jsonl"), tokenised.plain())
     for i in range(20):

@@ -1,7 +1,9 @@
-"""Sampling: the greedy limit, frequencies against the model's own probabilities, forms, interruption, bad input."""
+"""Sampling and beam search: exact limits and probabilities, log-probs, forms, interruption, bad input."""
 
 import gzip
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,9 +15,10 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+import reference
 import tiny
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scripts import sample
 from scripts.lab import notices, row_files
@@ -271,7 +274,7 @@ def test_every_form_has_the_prompts_of_training_and_keeps_its_columns(
         assert prompts == training_prompt_ids(rows, tokenizer, form)
 
     written = run(models["chat"], rows, tmp_path / "k.jsonl", num_completions=2)
-    columns = {"prompt", "completions", "finished", "completion_ids", "vocabulary"}
+    columns = {"prompt", "completions", "finished", "logps", "completion_ids", "vocabulary"}
     assert [set(row) for row in written] == [columns] * 3
     assert prompt_ids(tmp_path / "k.jsonl", tokenizer) == prompts
 
@@ -318,6 +321,237 @@ def test_containers_and_order(models: dict[str, Path], tmp_path: Path) -> None:
     assert [row["prompt"] for row in first] == [row["prompt"] for row in rows[:7]]
     assert not list(tmp_path.glob("*.partial*"))
     assert not list(tmp_path.glob("*.tmp"))
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+def log_distributions(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """log π(·|all before it) at each token of a completion, in one stock forward pass: (T, V)."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion]), use_cache=False).logits[0]
+    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def check_logps(written: list[dict], prompts: list[list[int]], models: dict[str, Path], beta: float) -> None:
+    """The log-probs of rows, against float64 models: a policy, which two others steer if β is above 0 (Eq 14)."""
+    base, proxy, proxy_reference = (reference.load_model(path) for path in models.values())
+    for row, prompt in zip(written, prompts, strict=True):
+        for ids, logp in zip(row["completion_ids"], row["logps"], strict=True):
+            logps = log_distributions(base, prompt, ids)
+            if beta:
+                ratios = log_distributions(proxy, prompt, ids) - log_distributions(proxy_reference, prompt, ids)
+                logps = (logps + beta * ratios).log_softmax(-1)
+            expected = float(logps[range(len(ids)), ids].sum())
+            assert logp == pytest.approx(expected, abs=2e-5 * len(ids), rel=2e-6)
+
+
+@pytest.fixture(scope="module")
+def steering_models(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A policy, and a pair whose tokenizer it has."""
+    path = tmp_path_factory.mktemp("steering")
+    return {
+        "model": models["plain"],
+        "proxy": tiny.make_model(path / "proxy", seed=5, initializer_range=0.1),
+        "proxy_reference": tiny.make_model(path / "reference", seed=6, initializer_range=0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("beta", "options"),
+    [
+        (0.0, {}),
+        (0.0, {"temperature": 0.5, "top_k": 30, "top_p": 0.9}),
+        (0.0, {"repetition_penalty": 1.5}),
+        (0.0, {"beams": 5}),
+        (0.0, {"beams": 5, "length_penalty": 2.0}),
+        (1.5, {"temperature": 0.5, "top_k": 30, "top_p": 0.9}),
+        (1.5, {"repetition_penalty": 1.5}),
+    ],
+)
+def test_log_probs_are_those_of_the_policy_itself(
+    beta: float, options: dict[str, Any], steering_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Prompts of many lengths; completions that end at once, or later, or that are cut off."""
+    model, proxy, proxy_reference = steering_models.values()
+    if beta:
+        options = {**options, "proxy": str(proxy), "proxy_reference": str(proxy_reference), "beta": beta}
+    rows = tmp_path / "rows.jsonl"
+    tiny.make_rows(9, seed=4, k=1, path=rows)
+    written = run(model, rows, tmp_path / "out", num_completions=3, max_new_tokens=12, **options)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    check_logps(written, prompt_ids(rows, tokenizer), steering_models, beta)
+    assert len({round(logp, 3) for row in written for logp in row["logps"]}) > 20
+
+
+# ---------------------------------------------------------------- beam search
+
+
+TINY_VOCABULARY = ["<pad>", "<s>", "</s>", "a", "b"]
+LONGEST = 4  # tokens of a completion
+TINY_PROMPTS = ["a", "b a", "b b a b"]
+
+
+@pytest.fixture(scope="module")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of five tokens, whose completions can all be listed."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("tiny_policy")
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(TINY_VOCABULARY)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(1)
+    config = tiny.make_config("llama", len(TINY_VOCABULARY), bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def all_completions(model: Any, prompt: list[int]) -> dict[tuple[int, ...], float]:
+    """log π(y|x) of every completion of at most LONGEST tokens, in float64."""
+    logps = {}
+    for length in range(1, LONGEST + 1):
+        completions = []
+        for ids in itertools.product(range(len(TINY_VOCABULARY)), repeat=length):
+            is_whole = ids[-1] == 2 or length == LONGEST
+            if is_whole and 2 not in ids[:-1]:
+                completions.append(ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *ids] for ids in completions]), use_cache=False).logits
+        distributions = logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+        token_logps = distributions.gather(2, torch.tensor(completions).unsqueeze(2))
+        logps.update(zip(completions, token_logps.sum((1, 2)).tolist(), strict=True))
+    return logps
+
+
+@pytest.mark.parametrize("length_penalty", [None, 0.7])
+def test_a_wide_search_writes_the_best_of_all_completions(
+    length_penalty: float | None, tiny_policy: Path, tmp_path: Path
+) -> None:
+    """All 341 completions of five tokens, listed: the best by log π(y|x) / |y|^P come first, in order."""
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in TINY_PROMPTS])
+    options = {"num_completions": 300, "beams": 341, "max_new_tokens": LONGEST, "length_penalty": length_penalty}
+    written = run(tiny_policy, rows, tmp_path / "out", **options)
+
+    model = reference.load_model(tiny_policy)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    lengths_of_best = set()
+    for row, prompt in zip(written, prompt_ids(rows, tokenizer), strict=True):
+        logps = all_completions(model, prompt)
+        assert len(logps) == 341
+        scores = {ids: logp / len(ids) ** (length_penalty or 0) for ids, logp in logps.items()}
+        ids_of_row = [tuple(ids) for ids in row["completion_ids"]]
+        assert len(set(ids_of_row)) == 300
+        best_first = sorted(scores.values(), reverse=True)[:300]
+        assert [scores[ids] for ids in ids_of_row] == pytest.approx(best_first, abs=1e-5)
+        assert row["logps"] == pytest.approx([logps[ids] for ids in ids_of_row], abs=1e-5)
+        assert row["finished"] == [ids[-1] == 2 for ids in ids_of_row]
+        assert row["completions"] == [completion_text(tokenizer, prompt, list(ids)) for ids in ids_of_row]
+        lengths_of_best.update(map(len, ids_of_row[:3]))
+    assert len(lengths_of_best) > 1
+
+
+def test_a_row_has_fewer_completions_where_fewer_are_possible(tiny_policy: Path, tmp_path: Path) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    (row,) = run(tiny_policy, rows, tmp_path / "out", num_completions=10, beams=10, max_new_tokens=1)
+    assert sorted(row["completion_ids"]) == [[0], [1], [2], [3], [4]]
+    assert sum(math.exp(logp) for logp in row["logps"]) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("limits", [{"batch_size": 1}, {"batch_size": 64}, {"batch_tokens": 60}])
+def test_one_beam_is_greedy_in_any_batch(
+    limits: dict[str, int], policy: Policy, directory: Path, tmp_path: Path
+) -> None:
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    written = run(directory, rows, tmp_path / "out", num_completions=1, beams=1, max_new_tokens=12, **limits)
+    expected = [greedy_search(policy, ids, 1.0) for ids in prompt_ids(rows, policy[1])]
+    assert [row["completions"] for row in written] == [[text] for text in expected]
+
+
+def test_beams_answer_chat_prompts_and_drop_those_without_room(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"role": "user", "content": "lo " * 600}
+    rows = [{"prompt": [USER]}, {"prompt": [long]}, {"prompt": [USER, ANSWER, USER]}]
+    source = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    output = tmp_path / "out.jsonl"
+    written = run(models["chat"], source, output, num_completions=2, beams=3)
+    assert "rows 3, kept 2, dropped: prompt too long 1" in capsys.readouterr().out
+
+    tokenizer = AutoTokenizer.from_pretrained(models["chat"])
+    prompts = prompt_ids(source, tokenizer)
+    assert prompt_ids(output, tokenizer) == prompts
+    model = AutoModelForCausalLM.from_pretrained(models["chat"])
+    eos_ids = ids_that_end(model, tokenizer)
+    config = GenerationConfig(
+        num_beams=3,
+        num_return_sequences=2,
+        max_new_tokens=6,
+        length_penalty=0.0,
+        early_stopping="never",
+        eos_token_id=eos_ids,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for row, prompt in zip(written, prompts, strict=True):
+        sequences = model.generate(torch.tensor([prompt]), generation_config=config)
+        expected = [truncate_after(ids, eos_ids) for ids in sequences[:, len(prompt) :].tolist()]
+        assert row["completion_ids"] == expected
+
+
+def test_an_interrupted_search_goes_on(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in its third window of two prompts: no finished window is searched again, and the bytes are the same."""
+    rows = tmp_path / "rows.jsonl"
+    tiny.make_rows(9, seed=8, k=1, path=rows)
+    options = {"num_completions": 2, "beams": 4, "batch_size": 2}
+    run(models["plain"], rows, tmp_path / "whole", **options)
+    original = sample.search_completions
+    searched = []
+
+    def interrupted(*arguments: Any) -> Iterator[list]:
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        searched.append(arguments)
+        return original(*arguments)
+
+    def counted(*arguments: Any) -> Iterator[list]:
+        searched.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(sample, "search_completions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(models["plain"], rows, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+    monkeypatch.setattr(sample, "search_completions", counted)
+    with pytest.raises(UserError, match="was started with other settings.*length_penalty None → 1.0"):
+        run(models["plain"], rows, tmp_path / "out", **options, length_penalty=1.0)
+    run(models["plain"], rows, tmp_path / "out", **options)
+    assert len(searched) == 5
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.slow
+def test_beams_of_two_processes(models: dict[str, Path], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    tiny.make_rows(9, seed=8, k=1, path=rows)
+    options = {"num_completions": 2, "beams": 4, "batch_size": 2, "max_new_tokens": 6}
+    run(models["plain"], rows, tmp_path / "whole", **options)
+    options |= {"model": models["plain"], "rows": rows, "output": tmp_path / "out"}
+    line = tiny.command(SCRIPT, 2, options)
+    subprocess.run(line, cwd=tiny.ROOT, env=tiny.environment(tmp_path), timeout=120, check=True)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+# ---------------------------------------------------------------- windows and rooms
 
 
 def test_windows_do_not_repeat_each_others_samples(models: dict[str, Path], tmp_path: Path) -> None:
@@ -492,6 +726,14 @@ def test_parts_of_another_number_of_processes_are_refused(tmp_path: Path) -> Non
         ('{"prompt": "anna"}\n', {"reference_samples": 1}, "either --num-completions or --reference-samples"),
         ('{"prompt": "anna"}\n', {"num_completions": None}, "either --num-completions or --reference-samples"),
         ('{"prompt": "anna"}\n', {"model": "/no/such/directory"}, "/no/such/directory"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "num_completions": 3}, "--num-completions 3: 2 beams find at most 2"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "num_completions": None, "reference_samples": 1}, "are drawn"),
+        ('{"prompt": "anna"}\n', {"length_penalty": 1.0}, "--length-penalty is of beam search"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "temperature": 0.7}, "--temperature 0.7 changes what is sampled"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "top_k": 5}, "--top-k 5 changes what is sampled"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "top_p": 0.5}, "--top-p 0.5 changes what is sampled"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "repetition_penalty": 1.1}, "--repetition-penalty 1.1 changes"),
+        ('{"prompt": "anna"}\n', {"beams": 2, "proxy": "a", "proxy_reference": "b", "beta": 1.0}, "--proxy steers"),
     ],
 )
 def test_bad_input(text: str | None, options: dict[str, Any], message: str, directory: Path, tmp_path: Path) -> None:
@@ -510,6 +752,7 @@ def test_bad_input(text: str | None, options: dict[str, Any], message: str, dire
         ([], "missing.jsonl: no such file"),
         (["--temperature", "0"], "--temperature 0.0: must be a finite number above 0"),
         (["--top-p", "1.5"], "--top-p 1.5: must be a finite number above 0 and at most 1"),
+        (["--beams", "0"], "--beams 0: must be a finite number above 0"),
         (["--top-k", "-1"], "--top-k -1: must be a finite number of at least 0"),
     ],
 )

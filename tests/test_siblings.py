@@ -25,7 +25,7 @@ BUDGETS = {  # changed lines, both sides, to the nearest sibling
 FREE = {"Args", "objective", "main"}  # definitions that each file has in a form of its own
 MOST_ARGUMENTS = 35
 MOST_LINES = 200
-MOST_LINES_WITH_BEAM_SEARCH = 400
+MOST_LINES_WITH_BEAM_SEARCH = 320
 
 
 class Argument(NamedTuple):

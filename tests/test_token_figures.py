@@ -17,9 +17,9 @@ import tyro
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from scripts import token_figures
+from scripts import sample, token_figures
 from scripts.lab import eq_16, notices, stages
-from scripts.lab.policies import divergences, prompt_example, sample_policy
+from scripts.lab.policies import Samples, divergences, prompt_example, sample_policy
 from scripts.lab.sampling import Sampling
 from shared import UserError
 from shared.command import check_arguments
@@ -130,22 +130,28 @@ def next_token(model, state: list[int]) -> Categorical:
 # ---------------------------------------------------------------- the numbers of the tables
 
 
+def made_samples(*completions: tuple[int, str]) -> Samples:
+    """One completion of each prompt: how many tokens it has, and its text."""
+    ids = [[[1] * length] for length, _ in completions]
+    texts = [[text] for _, text in completions]
+    has_eos = [[True] for _ in completions]
+    return Samples(ids, texts, has_eos, "")
+
+
 def test_values_of_beams_counted_by_hand() -> None:
     assert notices.oracle(POST, FIVE_FACTS) == 5
     assert notices.oracle(POST, TWO_FACTS) == 2
     assert notices.oracle(POST, ONE_RIGHT_ONE_WRONG) == 0
     assert notices.oracle(POST, SUPERFLUOUS) == 0.5
     pairs = [
-        {"prompt": OTHER_POST.upper(), "chosen": SUPERFLUOUS},
         {"prompt": POST, "chosen": TWO_FACTS},
-        {"prompt": "x", "chosen": ""},
+        {"prompt": OTHER_POST, "chosen": SUPERFLUOUS},  # the lamp is wrong there
     ]
-    rows = [
-        {"prompt": POST, "completions": [FIVE_FACTS, TWO_FACTS], "lengths": [17, 7]},
-        # the lamp is wrong there
-        {"prompt": OTHER_POST, "completions": [SUPERFLUOUS, ONE_RIGHT_ONE_WRONG], "lengths": [8, 7]},
+    samples = [
+        made_samples((17, FIVE_FACTS), (8, SUPERFLUOUS)),
+        made_samples((7, TWO_FACTS), (7, ONE_RIGHT_ONE_WRONG)),
     ]
-    values = token_figures.beam_values(rows, pairs)
+    values = token_figures.beam_values(samples, pairs)
     assert values["reward"].tolist() == [[5, 2], [-1.5, 0]]
     assert values["win_rate"].tolist() == [[1, 0.5], [0.5, 1]]  # against 2, and against -1.5
     assert values["length"].tolist() == [[17, 7], [8, 7]]
@@ -296,20 +302,31 @@ def win(reward: float, baseline: float) -> float:
     return float(reward > baseline)
 
 
-def test_the_table_of_beams_holds_the_means_over_the_files(finished: Path, results: dict) -> None:
+def test_the_table_of_beams_holds_the_means_over_what_sampling_finds(
+    finished: Path, results: dict, tmp_path: Path
+) -> None:
     pairs = tiny.read_jsonl(finished / "held_out.jsonl")
-    beams = tiny.read_jsonl(finished / "beams_0.3" / "beams.jsonl")
     assert len(pairs) == 5
-    assert [row["prompt"] for row in beams] == [pair["prompt"] for pair in pairs]
-    assert beams[0]["widths"] == [1, 2, 5, 20]
 
     chosen_rewards = [notices.oracle(pair["prompt"], pair["chosen"]) for pair in pairs]
     table = table_rows(finished / "token_figures.md", "0.3 | ")
     assert [row[1] for row in table] == ["1", "2", "5", "20"]
-    for i, (_, _, reward_cell, win_rate_cell, length_cell) in enumerate(table):
-        rewards = [notices.oracle(row["prompt"], row["completions"][i]) for row in beams]
+    for i, (_, width, reward_cell, win_rate_cell, length_cell) in enumerate(table):
+        output = tmp_path / width
+        sample.main(
+            sample.Args(
+                model=str(finished / "beams_0.3"),
+                rows=str(finished / "held_out.jsonl"),
+                output=output,
+                num_completions=1,
+                beams=int(width),
+                max_new_tokens=12,
+            )
+        )
+        rows = tiny.read_jsonl(output)
+        rewards = [notices.oracle(row["prompt"], row["completions"][0]) for row in rows]
         wins = [win(reward, chosen) for reward, chosen in zip(rewards, chosen_rewards, strict=True)]
-        lengths = [row["lengths"][i] for row in beams]
+        lengths = [len(row["completion_ids"][0]) for row in rows]
         numbers = {measure: columns[i] for measure, columns in results["beams"]["0.3"].items()}
         check_number(numbers["reward"], rewards, reward_cell)
         check_number(numbers["win_rate"], wins, win_rate_cell)
@@ -427,8 +444,6 @@ def test_every_command_line_is_one_that_its_program_takes() -> None:
         else:
             assert algorithm == "token_dpo_beam"
             assert name == f"beams_{args.beta}"
-            assert args.num_prompts == 11
-            assert args.beam_widths == "1,2,5,10,20"
     assert len(names) == 3 + 1 + 6
     assert len(set(names)) == len(names)
 

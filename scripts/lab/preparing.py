@@ -21,7 +21,7 @@ from shared.rows import DEMONSTRATIONS, Counts, Dropped, Example, Form, UserTurn
 
 WINDOW_SIZE = 256  # rows that are written together
 # Columns of a row of completions that hold something for each of them.
-OF_COMPLETIONS = ("completions", "scores", "finished", "completion_ids")
+OF_COMPLETIONS = ("completions", "scores", "finished", "logps", "completion_ids")
 
 Made = Iterator[tuple[Path, list[dict]]]
 Make = Callable[[Counts], Made]
@@ -136,8 +136,9 @@ def of_completions(row: dict, order: list[int]) -> dict:
     """A row of completions with those of these indices, in their order, each with its score, its end and its ids."""
     changed_row = dict(row)
     for name in OF_COMPLETIONS:
-        if row.get(name) is not None:
-            changed_row[name] = [row[name][i] for i in order]
+        values = row.get(name)
+        if isinstance(values, list) and len(values) == len(row["completions"]):
+            changed_row[name] = [values[i] for i in order]
     return changed_row
 
 

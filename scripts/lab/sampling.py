@@ -1,4 +1,9 @@
-"""Completions from a policy, by the `generate` of transformers, alone or steered by a pair of proxies."""
+"""Completions of a policy, each with its log π(y|x): sampled, alone or steered by a pair of proxies, or searched.
+
+sample_with_logps()     by the `generate` of transformers
+sample_completions()    the same without the log-probs
+search_completions()    by beam search, Eq 13 of arXiv 2404.12358
+"""
 
 import os
 import random
@@ -12,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from algos.token_dpo_beam import proxy_logps
+from algos.token_dpo_beam import beam_searches, proxy_logps
 from shared import UserError
 from shared.command import Above, AtLeast
 from shared.encode import Encoder, end_ids
@@ -20,6 +25,8 @@ from shared.rows import Text, UserTurn
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+Drawn = tuple[list[int], float]  # the token ids of a completion, with the EOS that ended it, and log π(y|x) in nats
 
 
 @dataclass(kw_only=True)
@@ -119,6 +126,7 @@ class Steering:
         self.mask = mask
         self.num_seen = 0  # tokens of each sequence that are in the caches
         self.caches: list[Any] = [None, None]
+        self.pair_logits: list[Tensor] = []  # of the next token, (B, V) each
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
         """All tokens so far (B, T), the policy's logits of the next one (B, V) → log π (B, V)."""
@@ -129,7 +137,7 @@ class Steering:
         new_positions = positions[:, self.num_seen :]
         self.num_seen = length
 
-        all_logits = [logits]
+        self.pair_logits = []
         for i, model in enumerate(self.pair):
             output = model(
                 new_ids,
@@ -140,23 +148,60 @@ class Steering:
                 logits_to_keep=1,
             )
             self.caches[i] = output.past_key_values
-            all_logits.append(output.logits[:, -1].float())
+            self.pair_logits.append(output.logits[:, -1].float())
+        return self.steered(logits)
 
+    def steered(self, logits: Tensor) -> Tensor:
+        """The policy's logits of the next token (B, V) → log π (B, V)."""
         # Models of one family pad their embeddings to different sizes.
+        all_logits = [logits, *self.pair_logits]
         vocab_size = min(values.shape[1] for values in all_logits)
         base, proxy, reference = (values[:, :vocab_size].log_softmax(-1) for values in all_logits)
         logps = proxy_logps(base, proxy, reference, self.beta)
         return F.pad(logps, (0, logits.shape[1] - vocab_size), value=-torch.inf)
 
 
+class Recorder:
+    """Takes down log π of every token that `generate` draws, and leaves the logits as they are.
+
+    It reads the logits before anything else does: π is the policy at temperature 1, steered by `steering` if given,
+    but without the repetition penalty, top-k and top-p.
+    """
+
+    def __init__(self, steering: Steering | None):
+        self.steering = steering
+        self.logits: Tensor | None = None  # of the token that is drawn next
+        self.logps: list[Tensor] = []  # (B, 1) of each token that was drawn
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:
+        """All tokens so far (B, T), the policy's logits of the next one (B, V) → the same logits."""
+        self.record(input_ids)
+        self.logits = logits
+        return logits
+
+    def record(self, input_ids: Tensor) -> None:
+        """Take down the last token of each sequence (B, T), if it was drawn."""
+        if self.logits is None:
+            return
+        if self.steering is None:
+            logps = self.logits.log_softmax(-1)
+        else:
+            logps = self.steering.steered(self.logits)
+        self.logps.append(logps.gather(1, input_ids[:, -1:]))
+
+
 def generate(
-    model: Any, prompts: list[list[int]], config: "GenerationConfig", steer: Callable[[Tensor], Steering] | None = None
-) -> list[list[int]]:
-    """New token ids of each prompt, up to and including the first EOS, by the `GenerationConfig` alone.
+    model: Any,
+    prompts: list[list[int]],
+    config: "GenerationConfig",
+    repetition_penalty: float = 1.0,
+    steer: Callable[[Tensor], Steering] | None = None,
+) -> list[Drawn]:
+    """A completion of each prompt, by the `GenerationConfig` alone, which leaves the repetition penalty out.
 
     steer: makes a `Steering` from the mask.
     """
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
     width = max(len(ids) for ids in prompts)
     padded = []
@@ -169,9 +214,16 @@ def generate(
         mask_rows.append([0] * padding + [1] * len(ids))
     input_ids = torch.tensor(padded, device=model.device)
     mask = torch.tensor(mask_rows, device=model.device)
-    processors = None
+
+    steering = None
     if steer is not None:
-        processors = [steer(mask)]
+        steering = steer(mask)
+    recorder = Recorder(steering)
+    processors: list[Any] = [recorder]
+    if repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    if steering is not None:
+        processors.append(steering)
 
     # `generate` takes what a given config leaves open from the model's own config, so that one is put aside.
     config_of_model = model.generation_config
@@ -180,7 +232,14 @@ def generate(
         output = model.generate(input_ids, attention_mask=mask, generation_config=config, logits_processor=processors)
     finally:
         model.generation_config = config_of_model
-    return [truncate_after(ids, config.eos_token_id) for ids in output[:, width:].tolist()]
+
+    recorder.record(output)
+    token_logps = torch.cat(recorder.logps, 1).double().cpu()
+    drawn = []
+    for ids, logps in zip(output[:, width:].tolist(), token_logps, strict=True):
+        completion = truncate_after(ids, config.eos_token_id)
+        drawn.append((completion, float(logps[: len(completion)].sum())))
+    return drawn
 
 
 def truncate_after(ids: list[int], eos_ids: list[int]) -> list[int]:
@@ -207,7 +266,7 @@ def make_batches(lengths: list[int], batch_size: int, batch_tokens: int) -> Iter
     yield batch
 
 
-def sample_completions(
+def sample_with_logps(
     model: Any,
     eos_ids: list[int],
     prompts: list[list[int]],
@@ -216,8 +275,8 @@ def sample_completions(
     window: int = 0,
     progress: str | None = None,
     steer: Callable[[Tensor], Steering] | None = None,
-) -> Iterator[list[list[int]]]:
-    """Yield `count` completions of each prompt, in order: token ids with the EOS that ended them.
+) -> Iterator[list[Drawn]]:
+    """Yield `count` completions of each prompt, in order.
 
     Sets torch's global seed before every batch, from the seed, the window's number and the batch's.
     progress: the label of a progress bar.
@@ -231,23 +290,63 @@ def sample_completions(
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
-        repetition_penalty=sampling.repetition_penalty,
         max_new_tokens=sampling.max_new_tokens,
     )
     # Sequence i * count + k is completion k of prompt i.
     sequences = [ids for ids in prompts for _ in range(count)]
     lengths = [len(ids) + sampling.max_new_tokens for ids in sequences]
-    completions: list[list[int]] = [[] for _ in sequences]
+    completions: dict[int, Drawn] = {}
     batches = list(make_batches(lengths, sampling.batch_size, sampling.batch_tokens))
     for number, batch in enumerate(tqdm(batches, progress, unit="batch", disable=progress is None)):
         seed = random.Random(f"{sampling.seed} {window} {number}").getrandbits(63)
         torch.manual_seed(seed)
-        generated = generate(model, [sequences[index] for index in batch], config, steer)
-        for index, ids in zip(batch, generated, strict=True):
-            completions[index] = ids
+        some_prompts = [sequences[index] for index in batch]
+        generated = generate(model, some_prompts, config, sampling.repetition_penalty, steer)
+        completions.update(zip(batch, generated, strict=True))
 
     for start in range(0, len(sequences), count):
-        yield completions[start : start + count]
+        yield [completions[index] for index in range(start, start + count)]
+
+
+def sample_completions(
+    model: Any,
+    eos_ids: list[int],
+    prompts: list[list[int]],
+    count: int,
+    sampling: Sampling,
+    progress: str | None = None,
+    steer: Callable[[Tensor], Steering] | None = None,
+) -> Iterator[list[list[int]]]:
+    """The token ids that `sample_with_logps` yields."""
+    for drawn in sample_with_logps(model, eos_ids, prompts, count, sampling, progress=progress, steer=steer):
+        yield [ids for ids, _ in drawn]
+
+
+def search_completions(
+    model: Any,
+    eos_ids: list[int],
+    prompts: list[list[int]],
+    count: int,
+    beams: int,
+    length_penalty: float,
+    limits: Sampling,
+) -> Iterator[list[Drawn]]:
+    """Yield the `count` best completions that `beams` beams find for each prompt, best first, in the prompts' order.
+
+    They may be fewer where few are possible. limits: how many tokens a completion has at most, and how many sequences
+    and tokens are searched together.
+    """
+    lengths = [len(ids) + limits.max_new_tokens for ids in prompts]
+    batch_size = max(1, limits.batch_size // beams)
+    batch_tokens = limits.batch_tokens // beams
+    drawn: dict[int, list[Drawn]] = {}
+    for batch in make_batches(lengths, batch_size, batch_tokens):
+        some_prompts = [prompts[index] for index in batch]
+        results = beam_searches(model, some_prompts, beams, limits.max_new_tokens, eos_ids, length_penalty)
+        drawn.update(zip(batch, results, strict=True))
+
+    for index in range(len(prompts)):
+        yield drawn[index][:count]
 
 
 # ---------------------------------------------------------------- prompts

@@ -1062,7 +1062,7 @@ SEARCH.elsewhere(
     "C44",
     "F.1",
     "At 20 beams one sample runs into a copy of the post.",
-    f"{TRAINED}: beams.jsonl",
+    f"{TRAINED}: scripts/sample.py --beams 20",
 )
 
 # ---------------------------------------------------------------- proxy tuning

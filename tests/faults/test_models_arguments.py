@@ -348,48 +348,48 @@ def test_a_split_that_does_not_exist(run_options: dict, tmp_path: Path, kind: st
 
 @pytest.fixture
 def decoding(run_options: dict) -> dict:
-    """The options of one step of token_dpo_beam, which then decodes the prompts of the training rows."""
+    """The options of a search for completions of the first prompts of the training rows."""
     return {
-        **run_options,
-        "script": "algos/token_dpo_beam.py",
-        "eval_data": run_options["train_data"],
-        "eval_every": 0,
-        "max_steps": 1,
+        "script": "scripts/sample.py",
+        "flag": "output",
+        "model": run_options["model"],
+        "rows": run_options["train_data"],
+        "max_rows": 3,
+        "num_completions": 1,
+        "max_new_tokens": 2,
     }
 
 
 @fault("g")
 def test_beams_wider_than_the_vocabulary_without_an_end(decoding: dict, tmp_path: Path) -> None:
     """Every prompt is decoded; beams that reach no EOS end at the limit, and wider beams do not end worse."""
-    options = {**decoding, "save_every": 0, "beam_widths": "1,399,1000", "num_prompts": 3, "max_new_tokens": 2}
-    run(tmp_path / "out", **options)
-    rows = tiny.read_jsonl(tmp_path / "out" / "beams.jsonl")
-    assert len(rows) == 3
+    rows_of_widths = []
+    for width in (1, 1000):
+        output = tmp_path / f"{width}.jsonl"
+        run(output, beams=width, **decoding)
+        rows_of_widths.append(tiny.read_jsonl(output))
+
     unfinished = 0
-    for row in rows:
-        narrow, wide, widest = row["logps"]
-        assert wide >= narrow - 1e-4
-        assert wide == pytest.approx(widest, abs=1e-4)
-        for length, is_finished in zip(row["lengths"], row["finished"], strict=True):
-            if not is_finished:
+    for narrow, wide in zip(*rows_of_widths, strict=True):
+        assert wide["logps"][0] >= narrow["logps"][0] - 1e-4
+        for row in (narrow, wide):
+            if row["finished"] == [False]:
                 unfinished += 1
-                assert length == 2
+                assert len(row["completion_ids"][0]) == 2
+    assert len(rows_of_widths[1]) == 3
     assert unfinished > 0, "every beam reached an EOS"
 
 
 @fault("g")
-@pytest.mark.parametrize("widths", ["0", pytest.param("2,x", marks=slow)])
-def test_beam_widths_that_are_none(run_options: dict, tmp_path: Path, widths: str) -> None:
-    options = {**run_options, "script": "algos/token_dpo_beam.py", "beam_widths": widths}
-    refused(tmp_path / "out", f"--beam-widths {widths}: must be", **options)
+@pytest.mark.parametrize(("beams", "message"), [(0, "--beams 0: must be"), pytest.param("x", "--beams", marks=slow)])
+def test_beams_that_are_none(decoding: dict, tmp_path: Path, beams: object, message: str) -> None:
+    refused(tmp_path / "out.jsonl", message, state=None, beams=beams, **decoding)
 
 
 @fault("g")
 def test_scores_of_beams_that_are_not_numbers(decoding: dict, tmp_path: Path) -> None:
-    """The trained model stays; no file says that something was decoded."""
-    out = tmp_path / "out"
-    process = run(out, code=3, hook=hooks.spoil_generator, **decoding)
+    """No file says that something was decoded."""
+    output = tmp_path / "out.jsonl"
+    process = run(output, code=3, hook=hooks.spoil_generator, beams=2, **decoding)
     harness.check_message(process, "not numbers")
-    assert process.status["state"] == "not finite"
-    assert not (out / "beams.jsonl").exists()
-    assert (out / "config.json").exists()
+    assert not output.exists()

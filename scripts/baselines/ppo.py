@@ -32,9 +32,7 @@ the reference), and the reward model. One process.
     python scripts/baselines/ppo.py --model sft/ --train-data prompts.jsonl --reward rm/ --output-dir ppo/
 """
 
-import dataclasses
 import math
-import time
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -46,13 +44,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 
 from scripts.lab.on_policy import Record, Sampler, load_prompts, load_reward
+from scripts.lab.row_files import EncodedRow
 from scripts.lab.scoring import make_groups
 from scripts.lab.value_head import ActorCritic
-from shared import NonFinite, UserError
 from shared.batches import Batch, Batches
 from shared.command import AtLeast, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, command
-from shared.distributed import Ranks, inference, unsharded
-from shared.export import export, model_card
+from shared.distributed import Ranks, inference
+from shared.export import export
 from shared.groups import Groups
 from shared.loading import load_policy_from, load_tokenizer
 from shared.logprobs import sum_over_completions
@@ -134,17 +132,20 @@ def token_rewards(logps: Tensor, ref_logps: Tensor, rewards: Tensor, lengths: Te
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, lam: float) -> Tensor:
-    """A_t. rewards, values (N,), completion by completion; lengths (S,) → (N,). Behind its end, V of a completion is 0."""
-    reward_rows = pad_sequence(rewards.split(lengths.tolist()), batch_first=True)  # (S, T)
-    value_rows = pad_sequence(values.split(lengths.tolist()), batch_first=True)
-    deltas = reward_rows + F.pad(value_rows[:, 1:], (0, 1)) - value_rows
+    """A_t. rewards, values (N,), completion by completion; lengths (S,) → (N,). V is 0 behind a completion's end."""
+    parts = lengths.tolist()
+    reward_rows = pad_sequence(rewards.split(parts), batch_first=True)  # (S, T)
+    value_rows = pad_sequence(values.split(parts), batch_first=True)
+    next_values = F.pad(value_rows[:, 1:], (0, 1))
+    deltas = reward_rows + next_values - value_rows
 
     advantages = torch.zeros_like(deltas)
     following = torch.zeros_like(deltas[:, 0])
     for t in reversed(range(deltas.shape[1])):
         following = deltas[:, t] + lam * following
         advantages[:, t] = following
-    return torch.cat([row[:length] for row, length in zip(advantages, lengths.tolist(), strict=True)])
+    is_token = torch.arange(deltas.shape[1], device=lengths.device) < lengths[:, None]
+    return advantages[is_token]
 
 
 def whiten(values: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ def whiten(values: Tensor) -> Tensor:
 
 @dataclass
 class Moments:
-    """Mean and variance of all rewards so far."""
+    """Number, mean and variance of all rewards so far."""
 
     count: int = 0
     mean: float = 0.0
@@ -207,56 +208,84 @@ class Rollout(NamedTuple):
     lengths: Tensor  # (S,)
     token_of: Tensor  # of each token of `groups`, its number among the N
     logps: Tensor  # (N,) log π_old
-    ref_logps: Tensor  # (N,)
+    ref_logps: Tensor  # (N,) log π_ref
     values: Tensor  # (N,) V_old
+    advantages: Tensor  # (N,) Â_t
+    returns: Tensor  # (N,) R_t
 
-    def sums(self, values: Tensor) -> Tensor:
-        """The sum of values (N,) over each completion, (S,)."""
-        return sum_over_completions(values, self.lengths)
+    @property
+    def kl(self) -> float:
+        """The mean over the completions of log π_old(y|x) - log π_ref(y|x), which estimates KL(π_old ‖ π_ref)."""
+        log_ratios = sum_over_completions(self.logps - self.ref_logps, self.lengths)
+        return float(log_ratios.mean())
 
 
-def objective(
-    actor: ActorCritic, batch: Batch, rollout: Rollout, advantages: Tensor, returns: Tensor, args: Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses of a micro-batch's tokens, and what is logged of them. advantages, returns: (N,) of the step."""
+def objective(actor: ActorCritic, batch: Batch, rollout: Rollout, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of a micro-batch's tokens, and what is logged of them."""
     tokens = rollout.token_of[batch.target_index]
     old_logps = rollout.logps[tokens]
     logps, values = actor(batch)
-    losses = policy_loss(logps, old_logps, advantages[tokens], args.clip)
-    value_losses = value_loss(values, rollout.values[tokens], returns[tokens], args.value_clip)
+    advantages = rollout.advantages[tokens]
+    old_values = rollout.values[tokens]
+    returns = rollout.returns[tokens]
+    policy_losses = policy_loss(logps, old_logps, advantages, args.clip)
+    value_losses = value_loss(values, old_values, returns, args.value_clip)
 
-    is_clipped = ((logps - old_logps).exp() - 1).abs() > args.clip
-    metrics = {"policy_loss": losses, "value_loss": value_losses, "clip_fraction": is_clipped.float()}
-    return losses + value_losses, metrics
+    changes = (logps - old_logps).exp() - 1
+    metrics = {
+        "policy_loss": policy_losses,
+        "value_loss": value_losses,
+        "clip_fraction": (changes.abs() > args.clip).float(),
+    }
+    return policy_losses + value_losses, metrics
 
 
-def measure(actor: ActorCritic, reference: Policy, groups: Groups, args: Args, ranks: Ranks) -> Rollout:
-    """What the step needs of the tokens of its samples, before the first update."""
-    batches = Batches(groups, len(groups), args.micro_batch_tokens, None, ranks)
+def measure(
+    actor: ActorCritic, reference: Policy, groups: Groups, rewards: Tensor, beta: float, args: Args, ranks: Ranks
+) -> Rollout:
+    """What the updates need of the samples: log-probs, values, advantages and returns. rewards: (S,)."""
+    lengths = groups.offsets.diff(dim=1)[:, 1:].flatten().to(ranks.device)
     token_of = (groups.is_counted.cumsum(0) - 1).to(ranks.device)
-    logps = torch.zeros(int(groups.is_counted.sum()), device=ranks.device)
+    logps = torch.zeros(int(lengths.sum()), device=ranks.device)
     ref_logps = torch.zeros_like(logps)
     values = torch.zeros_like(logps)
+    batches = Batches(groups, len(groups), args.micro_batch_tokens, None, ranks)
     with inference(actor), inference(reference):
         for batch in batches.all_batches():
             tokens = token_of[batch.target_index]
             logps[tokens], values[tokens] = actor(batch)
             ref_logps[tokens] = reference(batch)
-    lengths = groups.offsets.diff(dim=1)[:, 1:].flatten().to(ranks.device)
-    return Rollout(groups, lengths, token_of, logps, ref_logps, values)
+
+    of_tokens = token_rewards(logps, ref_logps, rewards.to(ranks.device), lengths, beta)
+    advantages = gae(of_tokens, values, lengths, args.gae_lambda)
+    returns = advantages + values
+    return Rollout(groups, lengths, token_of, logps, ref_logps, values, whiten(advantages), returns)
 
 
-def check(args: Args) -> None:
-    """Raises UserError if the policy would never learn."""
-    for flag, steps in (("--warmup-steps", args.warmup_steps), ("--value-warmup-steps", args.value_warmup_steps)):
-        if steps >= args.steps:
-            raise UserError(f"{flag} {steps}: must be less than --steps {args.steps}")
+def policy_learning_rate(step: int, args: Args) -> float:
+    """The policy's learning rate, which is 0 while V warms up."""
+    if step <= args.value_warmup_steps:
+        return 0.0
+    return learning_rate(step, args.steps, args)
+
+
+def line_of(rollout: Rollout, rewards: Tensor, samples: list[EncodedRow], eos_ids: list[int]) -> dict[str, float]:
+    """What is logged of the samples. rewards: (S,), as they came."""
+    ends = []
+    for row in samples:
+        ends += [completion.ids[-1] in eos_ids for completion in row.completions]
+    return {
+        "reward": float(rewards.mean()),
+        "kl": rollout.kl,
+        "entropy": -float(rollout.logps.mean()),  # an estimate, nats per token
+        "length": float(rollout.lengths.double().mean()),
+        "finished": sum(ends) / len(ends),
+    }
 
 
 def main(args: Args) -> None:
     # set-up
     record = Record(args, "ppo")
-    check(args)
     ranks = record.ranks
     torch.manual_seed(args.seed)
     tokenizer, _ = load_tokenizer(args.model, args.reference)
@@ -266,75 +295,53 @@ def main(args: Args) -> None:
     prompts = Batches(make_groups(rows), args.batch_size, args.micro_batch_tokens, args.seed, ranks)
     actor = ActorCritic(load_policy_from(args.model, ranks), ranks.device)
     reference = load_policy_from(args.reference or args.model, ranks)
+    policy_parameters = {"params": actor.policy.parameters(), "weight_decay": args.weight_decay}
+    value_parameters = {"params": actor.value_head.parameters(), "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        [{"params": actor.policy.parameters()}, {"params": actor.value_head.parameters()}],
-        lr=args.value_learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=args.weight_decay,
-        fused=True,
+        [policy_parameters, value_parameters], lr=args.value_learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True
     )
     moments = Moments()
     beta = args.beta
-    record.start(args.steps)
 
+    record.start()
     for step in range(1, args.steps + 1):
-        # samples and their rewards
-        started = time.perf_counter()
+        # samples of the policy as it is, and their rewards
         sampler.copy_weights(actor.policy)
-        samples = sampler.sample([rows[i] for i in prompts.groups_of(step).tolist()], args.num_completions)
-        rewards = reward(samples).flatten()  # (S,)
-        moments.add(rewards)
+        asked = [rows[i] for i in prompts.groups_of(step).tolist()]
+        samples = sampler.sample(asked, args.num_completions)
+        rewards = reward(samples).flatten()
         scaled_rewards = rewards
         if args.normalise_rewards:
+            moments.add(rewards)
             scaled_rewards = moments.normalise(rewards)
-
-        # advantages
-        groups = make_groups(samples)
-        rollout = measure(actor, reference, groups, args, ranks)
-        of_tokens = token_rewards(
-            rollout.logps, rollout.ref_logps, scaled_rewards.to(ranks.device), rollout.lengths, beta
-        )
-        advantages = gae(of_tokens, rollout.values, rollout.lengths, args.gae_lambda)
-        returns = advantages + rollout.values
-        advantages = whiten(advantages)
+        rollout = measure(actor, reference, make_groups(samples), scaled_rewards, beta, args, ranks)
 
         # updates
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args)
-        if step <= args.value_warmup_steps:
-            optimizer.param_groups[0]["lr"] = 0.0
-        minibatch_size = math.ceil(len(groups) / args.minibatches)
-        updates = Batches(groups, minibatch_size, args.micro_batch_tokens, args.seed + step, ranks)
+        optimizer.param_groups[0]["lr"] = policy_learning_rate(step, args)
+        minibatch_size = math.ceil(len(samples) / args.minibatches)
+        minibatches = Batches(rollout.groups, minibatch_size, args.micro_batch_tokens, args.seed + step, ranks)
         meter = Meter(ranks)
-        for update in range(1, args.epochs * updates.steps_per_epoch + 1):
-            for batch in updates.of_step(update):
-                losses, metrics = objective(actor, batch, rollout, advantages, returns, args)
+        for update in range(1, args.epochs * minibatches.steps_per_epoch + 1):
+            for batch in minibatches.of_step(update):
+                losses, metrics = objective(actor, batch, rollout, args)
                 (losses.sum() / batch.global_tokens).backward()
                 meter.add(losses, metrics)
-            grad_norm = float(unsharded(clip_grad_norm_(actor.policy.parameters(), args.max_grad_norm)))
+            grad_norm = clip_grad_norm_(actor.policy.parameters(), args.max_grad_norm)
             clip_grad_norm_(actor.value_head.parameters(), args.max_grad_norm)
-            if not math.isfinite(grad_norm):
-                raise NonFinite(f"step {step}, update {update}: gradient norm {grad_norm}; the weights were not updated")
+            record.stop_if_not_finite(step, losses, grad_norm)
             optimizer.step()
             optimizer.zero_grad()
 
         # after the step
-        kl = float(rollout.sums(rollout.logps - rollout.ref_logps).mean())
+        line = line_of(rollout, rewards, samples, sampler.eos_ids)
         totals, _ = meter.reduce(False)
-        ends = [completion.ids[-1] in sampler.eos_ids for row in samples for completion in row.completions]
-        line = {"reward": float(rewards.mean()), "kl": kl, "beta": beta, **means(totals)}
-        line["entropy"] = -float(rollout.logps.mean())
-        line["length"] = float(rollout.lengths.double().mean())
-        line["finished"] = sum(ends) / len(ends)
-        line["grad_norm"] = grad_norm
-        line["learning_rate"] = optimizer.param_groups[0]["lr"]
-        line["seconds"] = time.perf_counter() - started
+        line |= means(totals)
+        line["beta"] = beta
         record.log(step, line)
         if args.target_kl is not None:
-            beta = adapted(beta, kl, args.target_kl, args.kl_gain)
+            beta = adapted(beta, rollout.kl, args.target_kl, args.kl_gain)
 
-    card = model_card("ppo", dataclasses.asdict(args))
-    export(actor.policy, tokenizer, record.directory, card, ranks)
+    export(actor.policy, tokenizer, record.directory, record.model_card(), ranks)
 
 
 if __name__ == "__main__":

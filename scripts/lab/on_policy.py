@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,11 @@ from scripts.lab.row_files import EncodedRow, encode_rows, read_examples, summar
 from scripts.lab.sampling import ids_that_end, prompt_room
 from scripts.lab.scoring import load_reward_models
 from shared import NonFinite, UserError
-from shared.command import check_arguments, exit_hooks
+from shared.command import check_arguments, exit_hooks, flag_of
 from shared.directory import OutputDirectory
 from shared.distributed import Ranks, join_processes, unsharded
 from shared.encode import EncodedCompletion, Encoder, completion_text
+from shared.export import model_card
 from shared.files import storage_errors
 from shared.groups import full_attention_length
 from shared.loading import load_generator
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 Reward = Callable[[list[EncodedRow]], Tensor]  # n prompts with K completions each → (n, K), float64
 
 MICRO_BATCH_TOKENS = 8_192  # of a reward model's forward pass
+HIDDEN = ("step", "loss", "seconds")  # what a line on the console leaves out
 LEAST_SHARE = 0.75  # of the sequences must go on, else the others are taken out of the cache
 
 
@@ -192,6 +195,7 @@ class Record:
         self.algorithm = algorithm
         self.directory = Path(args.output_dir)
         self.step = 0
+        self._clock = 0.0
         world_size = os.environ.get("WORLD_SIZE", "1")
         if world_size != "1":
             raise UserError(f"{algorithm}: runs in one process, not in {world_size}; start it without torchrun")
@@ -208,15 +212,19 @@ class Record:
     def _close(self, code: int, reason: str) -> None:
         self._output.write_final_status(code, self.step, reason, is_main=True)
 
-    def start(self, steps: int) -> None:
-        """Write run.json."""
+    def start(self) -> None:
+        """Write run.json, and start the clock. Raises UserError if the policy would never learn."""
         import transformers
 
+        for name in ("warmup_steps", "value_warmup_steps"):
+            if getattr(self.args, name) >= self.args.steps:
+                problem = f"must be less than --steps {self.args.steps}"
+                raise UserError(f"{flag_of(name)} {getattr(self.args, name)}: {problem}")
         run = {
             "algorithm": self.algorithm,
             "args": dataclasses.asdict(self.args),
             "data": {"train": {"sha256": source_hash(self.args.train_data)}},
-            "steps": steps,
+            "steps": self.args.steps,
             "processes": 1,
             "device": str(self.ranks.device),
             "versions": {
@@ -226,15 +234,27 @@ class Record:
             },
         }
         self._output.write("run.json", json.dumps(run, indent=2) + "\n")
+        self._clock = time.perf_counter()
+
+    def stop_if_not_finite(self, step: int, losses: Tensor, grad_norm: Tensor) -> None:
+        """Call it before the update. Raises NonFinite if a loss or the gradient norm is not a finite number."""
+        norm = float(unsharded(grad_norm))
+        loss = float(losses.detach().mean())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFinite(f"step {step}: loss {loss}, gradient norm {norm}; the weights were not updated")
+
+    def model_card(self) -> str:
+        """The README.md of the trained model: what it is, and how to train it again."""
+        return model_card(self.algorithm, dataclasses.asdict(self.args))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Count the step as done, append its line to metrics.jsonl, and print it."""
+        """Count the step as done, append its line with its seconds to metrics.jsonl, and print it."""
         self.step = step
-        line = {"step": step}
-        for name, value in values.items():
-            line[name] = value if math.isfinite(value) else None  # JSON has no NaN
+        now = time.perf_counter()
+        line: dict[str, float] = {"step": step, **values, "seconds": now - self._clock}
+        self._clock = now
         path = self.directory / "metrics.jsonl"
         with storage_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        shown = " | ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = " | ".join(f"{name} {value:.4g}" for name, value in line.items() if name not in HIDDEN)
         tqdm.write(f"step {step}/{self.args.steps} | {shown}")

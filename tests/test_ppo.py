@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scripts.baselines import ppo
-from scripts.lab import notices
+from scripts.lab import notices, on_policy
 from scripts.lab.on_policy import Sampler
 from scripts.lab.row_files import EncodedRow
 from scripts.lab.tabular import kl, normal, tilted
@@ -482,6 +482,22 @@ def test_ppo_reaches_the_optimal_frontier(
     assert reached <= optimum + 1e-9
 
 
+@pytest.mark.slow
+def test_the_kl_comes_to_its_target(world: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a β that is far too small, with rewards that are normalised."""
+    rewards = 10 * normal(len(PROMPTS), len(COMPLETIONS), seed=1) + 3
+    monkeypatch.setattr(ppo, "load_reward", table_reward(rewards))
+    options = {"steps": 60, "batch_size": 3, "num_completions": 32, "epochs": 2, "minibatches": 1}
+    options |= {"target_kl": 1.0, "kl_gain": 1.0, "normalise_rewards": True, "beta": 0.2}
+    options |= {"learning_rate": 3e-3, "max_new_tokens": LIMIT, "reward": "table"}
+    run = run_ppo(monkeypatch, tmp_path / "ppo", **world, **options)
+
+    first = [line["kl"] for line in run.lines[:30]]
+    last = [line["kl"] for line in run.lines[-10:]]
+    assert max(first) > 2
+    assert reference.mean(last) == pytest.approx(1.0, abs=0.2)
+
+
 def test_samples_have_the_probabilities_of_the_policy(world: dict[str, str]) -> None:
     """Prompts of three lengths, completions that end early, and a cache that loses those that have ended."""
     torch.manual_seed(0)
@@ -501,8 +517,9 @@ def test_samples_have_the_probabilities_of_the_policy(world: dict[str, str]) -> 
         assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_long_samples_are_those_of_a_loop_without_a_cache(tmp_path: Path) -> None:
-    """With the likeliest token in the place of a drawn one."""
+def test_long_samples_are_those_of_a_loop_without_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the likeliest token in the place of a drawn one, and not all prompts at once."""
+    monkeypatch.setattr(on_policy, "SEQUENCES_AT_ONCE", 13)
     tiny.make_model(tmp_path / "model", initializer_range=0.2)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
     sampler = Sampler(str(tmp_path / "model"), tokenizer, 12, CPU)

@@ -45,6 +45,7 @@ Reward = Callable[[list[EncodedRow]], Tensor]  # n prompts with K completions ea
 
 MICRO_BATCH_TOKENS = 8_192  # of a reward model's forward pass
 HIDDEN = ("step", "loss", "seconds")  # what a line on the console leaves out
+SEQUENCES_AT_ONCE = 512  # that share a cache
 LEAST_SHARE = 0.75  # of the sequences must go on, else the others are taken out of the cache
 
 
@@ -86,7 +87,12 @@ class Sampler:
 
         The samples depend on the state of torch's global generator.
         """
-        sequences = self._sample([row.prompt for row in prompts], count)
+        sequences = []
+        prompts_at_once = max(1, SEQUENCES_AT_ONCE // count)
+        for start in range(0, len(prompts), prompts_at_once):
+            chunk = [row.prompt for row in prompts[start : start + prompts_at_once]]
+            sequences += self._sample(chunk, count)
+
         rows = []
         for i, row in enumerate(prompts):
             completions = []
@@ -133,9 +139,10 @@ class Sampler:
             logits = output.logits[:, -1]
 
     def _next_ids(self, logits: Tensor) -> Tensor:
-        if not logits.isfinite().all():
-            raise NonFinite("sampling: the policy's logits are not finite")
-        return torch.multinomial(logits.float().softmax(-1), 1)
+        probabilities = logits.float().softmax(-1)
+        if probabilities.isnan().any():
+            raise NonFinite("sampling: the policy's logits are not numbers")
+        return torch.multinomial(probabilities, 1)
 
     def _has_ended(self, sequence: list[int]) -> bool:
         if not sequence:

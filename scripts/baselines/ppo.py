@@ -13,7 +13,7 @@ One step samples `--num-completions` completions of `--batch-size` prompts from 
 
 Details the equations leave open:
 1. s_t is the prompt with the completion before token t. A completion that `--max-new-tokens` cuts off ends there, with
-   the reward of what it says. There is no penalty for a missing EOS: in the DPO paper's task every completion is cut.
+   the reward of what it says. There is no penalty for a missing EOS, as no paper names one.
 2. V is a linear map of the policy's last hidden state, of which no gradient reaches the transformer. The EXO paper
    trains its critic first while the policy stands still; here that is `--value-warmup-steps`.
 3. Â are the advantages of all tokens of a step, shifted and scaled to mean 0 and variance 1. A loss is the mean over
@@ -108,8 +108,6 @@ class Args:
     """learning rate of V, which has no schedule"""
     value_warmup_steps: NonNegativeInt = 0
     """first steps, in which V learns and the policy stands still"""
-    weight_decay: NonNegativeFloat = 0.0
-    """AdamW's weight decay"""
     max_grad_norm: PositiveFloat = 1.0
     """gradients are clipped to this global norm"""
     seed: Seed = 0
@@ -295,10 +293,13 @@ def main(args: Args) -> None:
     prompts = Batches(make_groups(rows), args.batch_size, args.micro_batch_tokens, args.seed, ranks)
     actor = ActorCritic(load_policy_from(args.model, ranks), ranks.device)
     reference = load_policy_from(args.reference or args.model, ranks)
-    policy_parameters = {"params": actor.policy.parameters(), "weight_decay": args.weight_decay}
-    value_parameters = {"params": actor.value_head.parameters(), "weight_decay": 0.0}
     optimizer = torch.optim.AdamW(
-        [policy_parameters, value_parameters], lr=args.value_learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True
+        [{"params": actor.policy.parameters()}, {"params": actor.value_head.parameters()}],
+        lr=args.value_learning_rate,  # the policy's own is set in each step
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        fused=True,
     )
     moments = Moments()
     beta = args.beta
@@ -335,9 +336,7 @@ def main(args: Args) -> None:
         # after the step
         line = line_of(rollout, rewards, samples, sampler.eos_ids)
         totals, _ = meter.reduce(False)
-        line |= means(totals)
-        line["beta"] = beta
-        record.log(step, line)
+        record.log(step, line | {"beta": beta} | means(totals))
         if args.target_kl is not None:
             beta = adapted(beta, rollout.kl, args.target_kl, args.kl_gain)
 

@@ -76,7 +76,7 @@ class Args:
     value_clip: PositiveFloat | None = None
     """largest change of V within a step that is rewarded; default: the loss of V is not clipped"""
     reward: str
-    """`notices`, the oracle of the small world, or the directory of a reward model"""
+    """source of the rewards: `notices`, the oracle of the small world, or the directory of a reward model"""
     reference: str | None = None
     """directory or hub id of π_ref; default: the starting model"""
     model: str

@@ -1,7 +1,7 @@
 """docs/at_scale.md: every command line is one of its command, and all of them run on tiny models and rows.
 
 The page's shell runs as it stands. `python`, `torchrun`, `hf` and `curl` ask the test, which reads the command line, or
-runs it in small: a tiny model or a few rows for each hub id, one step of training, one round of each loop.
+runs it in small: a tiny model or a few rows for each hub id, one step of training, one round of each sweep.
 """
 
 import ast
@@ -216,10 +216,12 @@ class Rehearsal:
     # what the words behind these flags are in small
     VALUES = {
         "--max-steps": "1",
+        "--warmup-steps": "0",
         "--save-every": "1",
         "--every": "1",
         "--batch-size": "4",
         "--total": "10",
+        "--held-out-share": "0.4",
         "--max-new-tokens": "6",
         "--num-prompts": "3",
         "--max-rows": "12",
@@ -249,8 +251,8 @@ class Rehearsal:
             self.names[name] = str(tiny.write_jsonl(path, rows_of_set))
 
     def run(self, script: str) -> None:
-        """The page's shell, with one round of each loop; an error ends it."""
-        script = re.sub(r"(for \w+ in [^\s;]+)[^;\n]*; do", r"\1; do", script)
+        """The page's shell, with one round of each loop over more than three numbers; an error ends it."""
+        script = re.sub(r"(for \w+ in [\d.]+)( [\d.]+){3,}; do", r"\1; do", script)
         run_shell(f"set -eu\n{script}", self.folder, self.answer)
 
     def answer(self, words: list[str]) -> int:

@@ -3,7 +3,7 @@
     L(θ) = -E [log π_θ(y_w|x) - α log π_θ(y_l|x)]
 
 It makes y_w more and y_l less probable, without a reference. The file is a fork of algos/dpo.py with another loss: it
-shows what such a fork changes (CONTRIBUTING.md, "Forking a file").
+shows what such a fork changes (README.md, "Forking a file").
 
 Details the equation leaves open:
 1. log π(y|x) is the sum over the completion's tokens, including its EOS. The paper divides neither term by length.

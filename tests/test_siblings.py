@@ -1,4 +1,7 @@
-"""What differs between two files of `algos/` is the paper: relative tests, with no snapshot of any file."""
+"""What differs between two files of `algos/` is the paper: relative tests, with no snapshot of any file.
+
+The example of a fork, scripts/baselines/unlikelihood.py, is held to the same rules.
+"""
 
 import ast
 import difflib
@@ -10,10 +13,13 @@ from typing import NamedTuple
 import pytest
 import tiny
 
+FORK = tiny.ROOT / "scripts" / "baselines" / "unlikelihood.py"  # the documentation's example of a fork
 ALGOS = {path.stem: path.read_text(encoding="utf-8") for path in sorted((tiny.ROOT / "algos").glob("[a-z]*.py"))}
+FAMILY = {**ALGOS, FORK.stem: FORK.read_text(encoding="utf-8")}
 SHARED = "\n".join(path.read_text(encoding="utf-8") for path in sorted((tiny.ROOT / "shared").glob("*.py")))
 BUDGETS = {  # changed lines, both sides, to the nearest sibling
     "ipo": 20,
+    "unlikelihood": 24,
     "distill_dpo": 20,
     "typo": 30,
     "exo": 32,
@@ -95,12 +101,12 @@ def definitions(source: str) -> dict[str, str]:
 
 
 def test_the_family_is_here() -> None:
-    assert set(BUDGETS) | {"dpo"} <= set(ALGOS)
+    assert set(BUDGETS) | {"dpo"} <= set(FAMILY)
 
 
 @pytest.mark.parametrize("name", BUDGETS)
 def test_close_to_the_nearest_sibling(name: str) -> None:
-    siblings = {sibling: changes(ALGOS[name], source) for sibling, source in ALGOS.items() if sibling != name}
+    siblings = {sibling: changes(FAMILY[name], source) for sibling, source in ALGOS.items() if sibling != name}
     nearest = min(siblings, key=lambda sibling: len(siblings[sibling]))
     diff = siblings[nearest]
     budget = BUDGETS[name]
@@ -125,12 +131,12 @@ def test_comments_blank_lines_and_the_docstring_do_not_count() -> None:
     assert changes(changed, source) == []
 
 
-@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_short_files(name: str) -> None:
     limit = MOST_LINES
     if name == "token_dpo_beam":
         limit = MOST_LINES_WITH_BEAM_SEARCH
-    assert len(ALGOS[name].splitlines()) <= limit
+    assert len(FAMILY[name].splitlines()) <= limit
 
 
 # ---------------------------------------------------------------- one name, one meaning
@@ -138,7 +144,7 @@ def test_short_files(name: str) -> None:
 
 def test_a_definition_of_one_name_has_one_text() -> None:
     files_of: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for file, source in ALGOS.items():
+    for file, source in FAMILY.items():
         for name, text in definitions(source).items():
             if name not in FREE:
                 files_of[name][text].append(file)
@@ -152,7 +158,7 @@ def test_a_definition_of_one_name_has_one_text() -> None:
 def test_an_argument_of_one_name_has_one_meaning() -> None:
     """But for the default of the learning rate."""
     files_of: dict[str, dict[Argument, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for file, source in ALGOS.items():
+    for file, source in FAMILY.items():
         for name, argument in arguments(source).items():
             if name == "learning_rate":
                 argument = argument._replace(default=None)
@@ -162,12 +168,12 @@ def test_an_argument_of_one_name_has_one_meaning() -> None:
     assert not different, f"type, default or words differ between files: {different}"
 
 
-@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_every_argument_is_read(name: str) -> None:
     """`args.name` in the file or in `shared/`; a list of names to check or to print does not count."""
-    names = arguments(ALGOS[name])
+    names = arguments(FAMILY[name])
     assert len(names) <= MOST_ARGUMENTS
-    code = without_docstring(ALGOS[name]) + SHARED
+    code = without_docstring(FAMILY[name]) + SHARED
     unread = [argument for argument in names if not re.search(rf"\bargs\.{argument}\b", code)]
     assert not unread
 
@@ -184,8 +190,8 @@ def imported_modules(source: str) -> Iterator[str]:
                 yield alias.name
 
 
-@pytest.mark.parametrize("name", ALGOS)
+@pytest.mark.parametrize("name", FAMILY)
 def test_no_algorithm_imports_another(name: str) -> None:
-    packages = {module.partition(".")[0] for module in imported_modules(ALGOS[name])}
+    packages = {module.partition(".")[0] for module in imported_modules(FAMILY[name])}
     assert "algos" not in packages
     assert "shared" in packages

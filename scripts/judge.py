@@ -6,9 +6,10 @@ environment variable. Two sets of completions of the same prompts are compared:
     --rows --baseline    rows of `completions`, as scripts/sample.py writes them, or the `chosen` of pairs, in either
     --rows alone         pairs: their chosen against their rejected; the win rate is the agreement with the pairs
 
-Pairs are shown in a random order that the seed fixes, or with `--both-orders` in both. The questions ask what the papers'
-prompts ask, in our wording: `summary`, `concise-summary` and `dialogue` (DPO), `multi-turn` (EXO), `helpful-harmless`
-(TYPO). `--question FILE` takes a text of your own with {prompt}, {a} and {b}; docs/judge.md says where the papers' are.
+Pairs are shown in a random order that the seed fixes, or with `--both-orders` in both. The questions ask what the
+papers' prompts ask, in our wording: `summary`, `concise-summary` and `dialogue` (DPO), `multi-turn` (EXO),
+`helpful-harmless` (TYPO). `--question FILE` takes a text of your own with {prompt}, {a} and {b}; docs/judge.md says
+where the papers' texts are.
 
 Every answer is kept on disk, so that the same run again costs nothing and an interrupted one goes on. Answers without a
 verdict, refusals and failed requests are counted. OUTPUT is written with the numbers, and beside it a jsonl file with
@@ -24,25 +25,13 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from scripts.lab.commands import checked_command
-from scripts.lab.endpoint import Endpoint, Failed, answer_all, check_key, failure_counts, key_of
-from scripts.lab.judging import (
-    IDENTICAL,
-    Judged,
-    Judgment,
-    Pair,
-    agreement,
-    findings,
-    judgment_of,
-    notices_score,
-    orders_of,
-    outcome_text,
-    paired,
-    question_about,
-)
+from scripts.lab.endpoint import Endpoint, Failed, check_key, failure_counts
+from scripts.lab.judging import Judged, agreement, findings, judge_all, notices_score, outcome_text, paired
 from scripts.lab.questions import Question, question_of
 from scripts.lab.row_files import write_jsonl
 from scripts.lab.statistics import interval_text
@@ -112,26 +101,18 @@ def main(args: Args) -> None:
         for pair in pairs:
             notices_score(pair)  # a prompt that is no notice ends the run before anything is asked
 
-    def body_of(pair: Pair, baseline_first: bool) -> dict:
-        return request_body(args, parameters, question_about(question, pair, baseline_first))
+    body_about = partial(request_body, args, parameters)
+    judged, answers = judge_all(pairs, question, body_about, args.both_orders, args.seed, endpoint, args.concurrency)
 
-    asked = [
-        (pair, baseline_first) for pair in pairs for baseline_first in orders_of(pair, args.both_orders, args.seed)
-    ]
-    answers = answer_all(endpoint, [body_of(*item) for item in asked], args.concurrency)
-
-    judged = []
-    for pair in pairs:
-        judgments = []
-        for baseline_first in orders_of(pair, args.both_orders, args.seed):
-            response = answers[key_of(args.endpoint, body_of(pair, baseline_first))]
-            judgments.append(judgment_of(question, pair, baseline_first, response))
-        judged.append(Judged(pair, judgments or [Judgment(pair, False, IDENTICAL)]))
+    # the judgments are there to be read even if none of them can be used
+    judgments = args.output.with_suffix(".jsonl")
+    write_jsonl(judgments, judgment_rows(judged))
+    print(f"requests sent: {endpoint.sent}; judgments: {outcome_text(judged)}", file=sys.stderr)
+    if all(item.score is None for item in judged):
+        raise UserError(f"{judgments}: holds no judgment that can be used; {outcome_text(judged)}")
 
     results = results_of(args, question, judged, answers, num_unmatched)
-    write_jsonl(args.output.with_suffix(".jsonl"), judgment_rows(judged))
     write_json(args.output, results)
-    print(f"requests sent: {endpoint.sent}; judgments: {outcome_text(judged)}", file=sys.stderr)
     print(table(results))
 
 
@@ -161,7 +142,7 @@ def request_body(args: Args, parameters: dict, text: str) -> dict:
 def results_of(
     args: Args, question: Question, judged: list[Judged], answers: dict[str, dict | Failed], num_unmatched: int
 ) -> dict:
-    """All numbers, with what they depend on. Raises UserError if no judgment can be used."""
+    """All numbers, with what they depend on."""
     settings = dataclasses.asdict(args)
     settings["output"] = str(args.output)
     results: dict[str, Any] = {"args": settings, "question": question.text}

@@ -1,8 +1,8 @@
 """Pairs of completions for a judge, the judge's verdicts on them, and what the verdicts say.
 
 paired()      two sources of rows → pairs of completions of the same prompt
-judgments()   pairs and answers → verdicts
-findings()    verdicts → win rate, bias to a position, agreement, each with its interval
+judge_all()   pairs → judgments, by asking an endpoint
+findings()    judgments → win rate, bias to a position, agreement, each with its interval
 
 The score of a verdict is that of the completion against the baseline: 1 for a win, 0.5 for a tie, 0 for a loss.
 """
@@ -11,11 +11,12 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from scripts.lab import notices
-from scripts.lab.endpoint import Failed
+from scripts.lab.endpoint import Endpoint, Failed, answer_all, key_of
 from scripts.lab.questions import Question, completion_text, is_apology, prompt_text
 from scripts.lab.row_files import read_examples, summary
 from scripts.lab.statistics import mean_and_interval
@@ -155,7 +156,9 @@ def _labels_of(example: Example, column: str | None, num_pairs: int) -> list[flo
     """The scores that people gave: one number, or one for each completion."""
     if column is None:
         return [None] * num_pairs
-    values = example.row.get(column)
+    if column not in example.row:
+        raise UserError(f"{example.location}: has no column {column!r}")
+    values = example.row[column]
     if not isinstance(values, list):
         values = [values]
     labels = values[:num_pairs]
@@ -198,17 +201,18 @@ def judgment_of(question: Question, pair: Pair, baseline_first: bool, response: 
     if refusal or ending == "content_filter":
         return Judgment(pair, baseline_first, "refused", refusal or answer, ending)
     if verdict is None:
-        outcome = "refused" if is_apology(answer) else "unparsed"
+        outcome = "unparsed"
+        if is_apology(answer):
+            outcome = "refused"
         return Judgment(pair, baseline_first, outcome, answer, ending)
     if verdict == "tie":
         return Judgment(pair, baseline_first, "tie", answer, ending)
 
     prefers_baseline = (verdict == "A") == baseline_first
-    outcome = "loss" if prefers_baseline else "win"
+    outcome = "win"
+    if prefers_baseline:
+        outcome = "loss"
     return Judgment(pair, baseline_first, outcome, answer, ending)
-
-
-# ---------------------------------------------------------------- findings
 
 
 @dataclass
@@ -225,6 +229,37 @@ class Judged:
         if len(scores) < len(self.judgments):
             return None
         return sum(scores) / len(scores)
+
+
+def judge_all(
+    pairs: list[Pair],
+    question: Question,
+    body_about: Callable[[str], dict],
+    both_orders: bool,
+    seed: int,
+    endpoint: Endpoint,
+    concurrency: int,
+) -> tuple[list[Judged], dict[str, dict | Failed]]:
+    """Each pair with its judgments, and the responses by their keys.
+
+    body_about: the request that asks a question.
+    """
+    requests = []
+    for pair in pairs:
+        for baseline_first in orders_of(pair, both_orders, seed):
+            body = body_about(question_about(question, pair, baseline_first))
+            requests.append((pair, baseline_first, body))
+    answers = answer_all(endpoint, [body for _, _, body in requests], concurrency)
+
+    judgments: dict[int, list[Judgment]] = defaultdict(list)  # by the identity of the pair
+    for pair, baseline_first, body in requests:
+        response = answers[key_of(endpoint.url, body)]
+        judgments[id(pair)].append(judgment_of(question, pair, baseline_first, response))
+    judged = [Judged(pair, judgments[id(pair)] or [Judgment(pair, False, IDENTICAL)]) for pair in pairs]
+    return judged, answers
+
+
+# ---------------------------------------------------------------- findings
 
 
 def over_prompts(judged: Iterable[Judged], value: Callable[[Judged], float | None], seed: int) -> dict | None:
@@ -244,21 +279,18 @@ def over_prompts(judged: Iterable[Judged], value: Callable[[Judged], float | Non
 def findings(judged: list[Judged], seed: int) -> dict:
     """Win rate, shares of wins, ties and losses, the bounds of the win rate, bias to a position, and counts.
 
-    The bounds hold the win rate that all pairs together would have, whatever the judge said of those without a score.
+    The bounds are the win rates of all pairs together if those without a score were lost, and if they were won.
     """
-    win_rate = over_prompts(judged, lambda item: item.score, seed)
-    if win_rate is None:
-        raise UserError(f"no judgment can be used: {outcome_text(judged)}")
-
-    def bound(missing: float) -> float:
-        number = over_prompts(judged, lambda item: missing if item.score is None else item.score, seed)
+    bounds = []
+    for missing in (0.0, 1.0):
+        number = over_prompts(judged, partial(score_or, missing), seed)
         assert number is not None
-        return number["mean"]
+        bounds.append(number["mean"])
 
     scores = [item.score for item in judged if item.score is not None]
     return {
-        "win_rate": win_rate,
-        "win_rate_bounds": [bound(0.0), bound(1.0)],
+        "win_rate": over_prompts(judged, lambda item: item.score, seed),
+        "win_rate_bounds": bounds,
         "wins": sum(score > 0.5 for score in scores),
         "ties": sum(score == 0.5 for score in scores),
         "losses": sum(score < 0.5 for score in scores),
@@ -267,6 +299,13 @@ def findings(judged: list[Judged], seed: int) -> dict:
         "orders_agree": over_prompts(judged, orders_agree, seed),
         "judgments": outcome_counts(judged),
     }
+
+
+def score_or(missing: float, judged: Judged) -> float:
+    """The score, or `missing` where there is none."""
+    if judged.score is None:
+        return missing
+    return judged.score
 
 
 def first_preferred(judged: Judged) -> float | None:
@@ -308,7 +347,9 @@ def agreement(judged: list[Judged], reference: Callable[[Pair], float | None], s
         target = reference_score(item)
         if score is None or target is None or target == 0.5:
             return None
-        return score if target == 1 else 1 - score
+        if target == 0:
+            return 1 - score
+        return score
 
     return {
         "agreement": over_prompts(judged, agrees, seed),
@@ -333,7 +374,7 @@ def notices_score(pair: Pair) -> float:
 
 def outcome_counts(judged: list[Judged]) -> dict[str, int]:
     """How many judgments have each outcome."""
-    counts = Counter({outcome: 0 for outcome in (*SCORES, IDENTICAL, *UNUSABLE)})
+    counts = Counter(dict.fromkeys((*SCORES, IDENTICAL, *UNUSABLE), 0))
     for item in judged:
         counts.update(judgment.outcome for judgment in item.judgments)
     return dict(counts)

@@ -36,6 +36,7 @@ LONGEST_WAIT = 300.0  # seconds that an endpoint may ask us to wait
 FAILURES_IN_A_ROW = 10  # after these the endpoint is taken to be down
 MAY_PASS = (408, 409, 425, 429)  # statuses, beside all of 500 and above
 ENDS_THE_RUN = (401, 403, 404)  # statuses that every request would have
+STOPPED = "stopped"  # a request that is not sent because the run ends
 SHOWN = 200  # characters of an endpoint's message
 
 
@@ -98,7 +99,7 @@ class Endpoint:
         while (delay := self.not_before - time.monotonic()) > 0 and not self.stopped.is_set():
             self.stopped.wait(delay)
         if self.stopped.is_set():
-            raise Failed("stopped", may_pass=False)
+            raise Failed(STOPPED, may_pass=False)
         with self.lock:
             if self.sent == self.max_requests:
                 raise UserError(
@@ -275,6 +276,9 @@ def answer_all(endpoint: Endpoint, bodies: Iterable[dict], concurrency: int) -> 
             response = endpoint.answer(missing[key])
         except Failed as failure:
             return failure
+        except UserError:
+            endpoint.stopped.set()  # before this thread begins with another request
+            raise
         keep(key, missing[key], response)
         return response
 
@@ -300,9 +304,10 @@ def _collect(endpoint: Endpoint, futures: dict[Future, str]) -> dict[str, dict |
     for future in tqdm(as_completed(futures), "ask", len(futures), unit="answer", disable=not futures):
         answer = future.result()
         answers[futures[future]] = answer
-        in_a_row += 1
         if not isinstance(answer, Failed):
             in_a_row = 0
+        elif answer.kind != STOPPED:
+            in_a_row += 1
         if in_a_row == FAILURES_IN_A_ROW:
             raise UserError(f"{endpoint.address}: {in_a_row} requests failed in a row, the last by {answer}")
     return answers

@@ -396,7 +396,10 @@ def test_an_oracle_as_judge_gives_the_oracle_s_win_rate(tmp_path: Path) -> None:
         for our_text, their_text in zip(our_row["completions"], their_row["completions"], strict=True):
             our_reward = notices.oracle(our_row["prompt"], our_text)
             their_reward = notices.oracle(our_row["prompt"], their_text)
-            score += (our_reward > their_reward) + 0.5 * (our_reward == their_reward)
+            if our_reward > their_reward:
+                score += 1
+            elif our_reward == their_reward:
+                score += 0.5
         wins.append(score / 3)
     expected = sum(wins) / len(wins)
     interval = bootstrap(tiny_tensor(wins), 0)

@@ -245,17 +245,19 @@ def judge_all(
     body_about: the request that asks a question.
     """
     requests = []
-    for pair in pairs:
+    for index, pair in enumerate(pairs):
         for baseline_first in orders_of(pair, both_orders, seed):
             body = body_about(question_about(question, pair, baseline_first))
-            requests.append((pair, baseline_first, body))
+            requests.append((index, baseline_first, body))
     answers = answer_all(endpoint, [body for _, _, body in requests], concurrency)
 
-    judgments: dict[int, list[Judgment]] = defaultdict(list)  # by the identity of the pair
-    for pair, baseline_first, body in requests:
+    judged = [Judged(pair, []) for pair in pairs]
+    for index, baseline_first, body in requests:
         response = answers[key_of(endpoint.url, body)]
-        judgments[id(pair)].append(judgment_of(question, pair, baseline_first, response))
-    judged = [Judged(pair, judgments[id(pair)] or [Judgment(pair, False, IDENTICAL)]) for pair in pairs]
+        judged[index].judgments.append(judgment_of(question, pairs[index], baseline_first, response))
+    for item in judged:
+        if not item.judgments:
+            item.judgments.append(Judgment(item.pair, False, IDENTICAL))
     return judged, answers
 
 

@@ -214,12 +214,13 @@ def imported_files(script: str) -> set[str]:
 def module_files(name: str) -> Iterator[str]:
     """The files that an import of a dotted name loads from this project, those of its packages too."""
     parts = name.split(".")
-    if parts[0] in ROOMS:
-        for i in range(len(parts)):
-            stem = "/".join(parts[: i + 1])
-            for path in (f"{stem}.py", f"{stem}/__init__.py"):
-                if (ROOT / path).exists():
-                    yield path
+    if parts[0] not in ROOMS:
+        return
+    for i in range(len(parts)):
+        stem = "/".join(parts[: i + 1])
+        for path in (f"{stem}.py", f"{stem}/__init__.py"):
+            if (ROOT / path).exists():
+                yield path
 
 
 @functools.cache

@@ -72,11 +72,18 @@ def mean_over_seeds(values: Sequence[Tensor], seed: int = 0) -> dict:
     values: for each seed (n,), one number per prompt. A paired comparison has the differences there.
     """
     statistics = [_mean_of(column) for column in values]
-    return over_seeds(statistics, [len(column) for column in values], seed)
+    num_prompts = [len(column) for column in values]
+    return over_seeds(statistics, num_prompts, seed)
 
 
 def _mean_of(values: Tensor) -> Statistic:
-    return lambda counts: counts @ values.double() / counts.sum(1)
+    """The mean of `values` (n,) in each resample."""
+
+    def statistic(counts: Tensor) -> Tensor:
+        sums = counts @ values.double()
+        return sums / counts.sum(1)
+
+    return statistic
 
 
 def over_seeds(statistics: Sequence[Statistic], num_prompts: Sequence[int], seed: int = 0) -> dict:
@@ -91,20 +98,26 @@ def over_seeds(statistics: Sequence[Statistic], num_prompts: Sequence[int], seed
     drawn_seeds = torch.randint(num_seeds, (RESAMPLES, num_seeds), generator=generator)
 
     resampled = torch.zeros(RESAMPLES, num_seeds, dtype=torch.double)
-    means = []
-    for i, (statistic, n) in enumerate(zip(statistics, num_prompts, strict=True)):
-        drawn = drawn_seeds == i
-        indices = torch.randint(n, (int(drawn.sum()), n), generator=generator)
-        resampled[drawn] = statistic(counts_of(indices))
+    total = 0.0
+    for i, statistic in enumerate(statistics):
+        n = num_prompts[i]
         all_once = torch.ones(1, n, dtype=torch.double)
-        means.append(float(statistic(all_once)))
-    return {"mean": sum(means) / num_seeds, "interval": percentile_interval(resampled.mean(1))}
+        total += float(statistic(all_once))
+
+        drawn = drawn_seeds == i
+        shape = (int(drawn.sum()), n)
+        indices = torch.randint(n, shape, generator=generator)
+        resampled[drawn] = statistic(counts_of(indices))
+
+    means = resampled.mean(1)
+    return {"mean": total / num_seeds, "interval": percentile_interval(means)}
 
 
 def counts_of(indices: Tensor) -> Tensor:
     """How often each of n indices is in each resample, (R, n) → (R, n)."""
     counts = torch.zeros(indices.shape, dtype=torch.double)
-    return counts.scatter_add(1, indices, torch.ones_like(counts))
+    ones = torch.ones_like(counts)
+    return counts.scatter_add(1, indices, ones)
 
 
 class WaldTest(NamedTuple):
@@ -119,10 +132,16 @@ def wald_test(values: Sequence[Tensor]) -> WaldTest:
 
     Only the prompts are a sample, the seeds are fixed: the squared standard error is Σ_s (Var_s / n_s) / S².
     """
-    means = [float(column.double().mean()) for column in values]
-    variances = [float(column.double().var()) / len(column) for column in values]
-    z = sum(means) / math.sqrt(sum(variances))
-    return WaldTest(z, math.erfc(abs(z) / math.sqrt(2)))
+    sum_of_means = 0.0
+    variance = 0.0  # of that sum
+    for column in values:
+        numbers = column.double()
+        sum_of_means += float(numbers.mean())
+        variance += float(numbers.var()) / len(numbers)
+
+    z = sum_of_means / math.sqrt(variance)
+    p = math.erfc(abs(z) / math.sqrt(2))
+    return WaldTest(z, p)
 
 
 # ---------------------------------------------------------------- AUROC
@@ -135,18 +154,20 @@ def auroc(suspicion: Tensor, wrong: Tensor, weights: Tensor) -> float:
 
     suspicion, wrong: (n, T), for n prompts with T tokens each. weights: (n,), how often each prompt counts.
     """
-    return float(auroc_of(suspicion, wrong)(weights.double().unsqueeze(0)))
+    statistic = auroc_of(suspicion, wrong)
+    counts = weights.double().unsqueeze(0)
+    return float(statistic(counts))
 
 
 def auroc_of(suspicion: Tensor, wrong: Tensor) -> Statistic:
     """The AUROC of `auroc`, as a function of how often each prompt counts in each resample."""
     values, rank = suspicion.unique(return_inverse=True)
-    shape = (len(suspicion), len(values))
     is_wrong = wrong.double()
 
     # how many tokens of each kind have each value, in ascending order, for each prompt
-    num_wrong = torch.zeros(shape, dtype=torch.double).scatter_add(1, rank, is_wrong)
-    num_correct = torch.zeros(shape, dtype=torch.double).scatter_add(1, rank, 1 - is_wrong)
+    none = torch.zeros(len(suspicion), len(values), dtype=torch.double)
+    num_wrong = none.scatter_add(1, rank, is_wrong)
+    num_correct = none.scatter_add(1, rank, 1 - is_wrong)
 
     def statistic(counts: Tensor) -> Tensor:
         wrong_counts = counts @ num_wrong
@@ -154,7 +175,8 @@ def auroc_of(suspicion: Tensor, wrong: Tensor) -> Statistic:
         # for each value, the correct tokens below it and half of those that equal it
         num_below = correct_counts.cumsum(1) - correct_counts / 2
         wins = (wrong_counts * num_below).sum(1)
-        return wins / (wrong_counts.sum(1) * correct_counts.sum(1))
+        pairs = wrong_counts.sum(1) * correct_counts.sum(1)
+        return wins / pairs
 
     return statistic
 
@@ -170,5 +192,6 @@ def auroc_and_interval(suspicion: Tensor, wrong: Tensor, seed: int) -> dict:
 
 def auroc_over_seeds(suspicion: Sequence[Tensor], wrong: Sequence[Tensor], seed: int = 0) -> dict:
     """The mean of the seeds' AUROC and its 95% interval over seeds and prompts; (n, T) for each seed."""
-    statistics = [auroc_of(*tokens) for tokens in zip(suspicion, wrong, strict=True)]
-    return over_seeds(statistics, [len(tokens) for tokens in suspicion], seed)
+    statistics = list(map(auroc_of, suspicion, wrong))
+    num_prompts = [len(tokens) for tokens in suspicion]
+    return over_seeds(statistics, num_prompts, seed)

@@ -13,24 +13,24 @@ MISREADING = "--fillers 1 3 --misread 0.7"
 BATCH_SIZE = 64  # rows of a step, in SFT
 
 
-class World(NamedTuple):
+class WorldStages(NamedTuple):
     """The rows and the base model, and the SFT model."""
 
     notices: Stage
     sft: Stage
 
 
-def world_a(plan: Plan, seed: int) -> World:
+def world_a(plan: Plan, seed: int) -> WorldStages:
     """The world of omissions."""
     return world(plan, "a", OMISSION, 350, seed)
 
 
-def world_c(plan: Plan, seed: int) -> World:
+def world_c(plan: Plan, seed: int) -> WorldStages:
     """The world of misreadings, which takes longer to learn."""
     return world(plan, "c", MISREADING, 650, seed)
 
 
-def world(plan: Plan, name: str, flags: str, sft_steps: int, seed: int) -> World:
+def world(plan: Plan, name: str, flags: str, sft_steps: int, seed: int) -> WorldStages:
     """A world with these flags of `notices.py world`, and an SFT model that sees each demonstration once."""
     notices = plan.stage(
         f"{name}/{seed}/world",
@@ -43,4 +43,4 @@ def world(plan: Plan, name: str, flags: str, sft_steps: int, seed: int) -> World
         base=notices / "base",
         rows=notices / "sft.jsonl",
     )
-    return World(notices, sft)
+    return WorldStages(notices, sft)

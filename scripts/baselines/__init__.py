@@ -1,0 +1,1 @@
+"""What the papers compare with: baselines, in the style of the algorithm files."""

@@ -8,25 +8,46 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from scripts.lab.claim_files import finding_text, read_results
 from scripts.lab.claims import Finding, Verdict
 from scripts.lab.commands import ROOT, checked_command
+from scripts.lab.experiments import Reproduction
 from scripts.lab.tables import markdown_table
 from shared import UserError
 from shared.files import write_text
 
 NOT_HERE = "not checked here"
-VERDICTS = (*(verdict.value for verdict in Verdict), NOT_HERE)
+VERDICTS = (*(verdict.value for verdict in (*Verdict, *Reproduction)), NOT_HERE)
+COLUMNS = ("no.", "where", "the paper says", "found", "verdict", "command")
 INTRODUCTION = """\
 # Results
 
-What the papers state, statement by statement. Each statement is a function in [scripts/papers](../scripts/papers) with
-a number: `python scripts/papers/dpo.py --claim T8` runs one and prints all that it compares. The verdict follows from
-these comparisons. `bash scripts/reproduce.sh --exact` runs all of them, and makes this page.
+What the papers state, statement by statement. Each statement is a function with a number, and the command beside it
+prints all that this function compares. The verdict follows from these comparisons. `bash scripts/reproduce.sh` runs all
+of them, and makes this page.
 
-"Holds with a correction" and "false" are about the statement as it is printed. What is needed beyond it, or right
-instead, is among the comparisons, and [errata.md](errata.md) lists the errors."""
+Statements that can be checked exactly are in [scripts/papers](../scripts/papers). "Holds with a correction" and "false"
+are about the statement as it is printed. What is needed beyond it, or right instead, is among the comparisons, and
+[errata.md](errata.md) lists the errors.
+
+Statements about trained models are tried in a small world whose true reward is known, in
+[scripts/experiments](../scripts/experiments). A comparison holds if the whole 95% interval is on the right side of the
+bound; the interval is a bootstrap over seeds and prompts. "Reproduced" means that all comparisons hold, "partly" that
+some do. The others are followed by what was tried."""
+
+
+class Row(NamedTuple):
+    """A statement, as a line of a table."""
+
+    number: str
+    section: str
+    where: str
+    statement: str
+    findings: str
+    verdict: str
+    command: str
 
 
 @dataclass(kw_only=True)
@@ -62,36 +83,86 @@ def counts_table(papers: Iterable[dict]) -> str:
     """How many statements of each paper have which verdict."""
     rows = []
     for paper in papers:
-        verdicts = [verdict for _, _, verdict in statements_of(paper)]
+        verdicts = [row.verdict for row in rows_of(paper)]
         counts = [str(verdicts.count(verdict)) for verdict in VERDICTS]
         rows.append([paper["paper"], str(len(verdicts)), *counts])
     return markdown_table(["paper", "statements", *VERDICTS], rows)
 
 
-def statements_of(paper: dict) -> Iterator[tuple[dict, str, str]]:
-    """Each statement with what was found and its verdict; those not checked here with the reason."""
+def rows_of(paper: dict) -> Iterator[Row]:
+    """Each statement of a paper with what was found and its verdict; those not checked here with the reason.
+
+    Raises UserError for an experiment with a number that is none of a statement which is left to experiments.
+    """
     for claim in paper["claims"]:
-        findings = [Finding(**finding) for finding in claim["findings"]]
-        yield claim, "<br>".join(map(finding_text, findings)), claim["verdict"]
+        verdict = claim["verdict"]
+        command = f"`{paper['command']} --claim {claim['number']}`"
+        yield row_of(claim, claim["section"], findings_text(claim), verdict, command)
+
+    experiments = {}
+    if paper["world"]:
+        experiments = {experiment["number"]: experiment for experiment in paper["world"]["experiments"]}
     for statement in paper["elsewhere"]:
-        yield statement, statement["reason"], NOT_HERE
+        experiment = experiments.pop(statement["number"], None)
+        if experiment is None:
+            yield row_of(statement, statement["section"], statement["reason"], NOT_HERE, "")
+        else:
+            yield experiment_row(experiment, statement["section"], paper["world"]["command"])
+
+    if experiments:
+        numbers = ", ".join(experiments)
+        raise UserError(f"{paper['paper']} leaves no statement {numbers} to {paper['world']['command']}")
+
+
+def row_of(statement: dict, section: str, findings: str, verdict: str, command: str) -> Row:
+    return Row(statement["number"], section, statement["where"], statement["statement"], findings, verdict, command)
+
+
+def experiment_row(experiment: dict, section: str, program: str) -> Row:
+    """An experiment; if not all of it holds, with the remark that says what was tried."""
+    verdict = experiment["verdict"]
+    text = findings_text(experiment)
+    if verdict != Reproduction.REPRODUCED.value:
+        text = f"{text}<br>{experiment['remark']}"
+    command = f"`{program} --experiment {experiment['number']}`"
+    return row_of(experiment, section, text, verdict, command)
+
+
+def findings_text(statement: dict) -> str:
+    """All findings of a statement, in a cell."""
+    findings = [Finding(**finding) for finding in statement["findings"]]
+    return "<br>".join(map(finding_text, findings))
 
 
 def paper_sections(paper: dict, figures: str) -> Iterator[str]:
-    """The part of the page on one paper: title, command, figures, and a table for each section."""
-    yield f"## {paper['paper']}\n\narXiv {paper['arxiv']}. `{paper['command']}`"
-    for figure in paper["figures"]:
+    """The part of the page on one paper: title, commands, figures, and a table for each section."""
+    yield f"## {paper['paper']}\n\narXiv {paper['arxiv']}. {commands_text(paper)}"
+    shown = list(paper["figures"])
+    if paper["world"]:
+        shown += paper["world"]["figures"]
+    for figure in shown:
         yield f"![{figure['caption']}]({figures}/{figure['file']})\n\n{figure['caption']}"
 
-    by_section: dict[str, list[list[str]]] = {}
-    for statement, findings, verdict in statements_of(paper):
-        cells = [statement["number"], statement["where"], statement["statement"], findings, verdict]
-        by_section.setdefault(statement["section"], []).append([in_a_cell(cell) for cell in cells])
-
+    by_section: dict[str, list[Row]] = {}
+    for row in rows_of(paper):
+        by_section.setdefault(row.section, []).append(row)
     for title, rows in by_section.items():
-        rows.sort(key=lambda cells: number_key(cells[0]))
-        columns = ["no.", "where", "the paper says", "found", "verdict"]
-        yield f"### {title}\n\n{markdown_table(columns, rows)}"
+        rows.sort(key=lambda row: number_key(row.number))
+        yield f"### {title}\n\n{markdown_table(COLUMNS, map(cells_of, rows))}"
+
+
+def commands_text(paper: dict) -> str:
+    """The commands that check a paper's statements, and the seeds of its experiments."""
+    text = f"`{paper['command']}`"
+    if paper["world"]:
+        seeds = ", ".join(map(str, paper["world"]["seeds"]))
+        text += f"; experiments with the seeds {seeds}: `{paper['world']['command']}`"
+    return text
+
+
+def cells_of(row: Row) -> list[str]:
+    cells = [row.number, row.where, row.statement, row.findings, row.verdict, row.command]
+    return [in_a_cell(cell) for cell in cells]
 
 
 def number_key(number: str) -> list[tuple[int, str]]:

@@ -33,6 +33,8 @@ ALLOWED_IMPORTS = {  # room → modules of the house that its files may import
     "scripts/lab": ["scripts.lab", "scripts.lab.*", "algos.*", "shared", "shared.*"],
     "scripts": ["scripts.lab.*", "algos.*", "shared", "shared.*"],
     "scripts/papers": ["scripts.papers", "scripts.lab.*", "algos.*", "shared", "shared.*"],
+    "scripts/baselines": ["scripts.lab.*", "algos.*", "shared", "shared.*"],
+    "scripts/experiments": ["scripts.lab.*", "algos.*", "shared", "shared.*"],
 }
 STARTS_PAPERS = "scripts/bandits.py"  # the command that runs the papers' files together
 HEAVY = ["transformers", "datasets", "matplotlib", "peft", "torch.distributed.fsdp"]

@@ -145,8 +145,9 @@ def test_the_page_has_every_statement_in_order(tmp_path: Path) -> None:
     results.main(results.Args(results_dir=tmp_path, output=page))
 
     text = page.read_text(encoding="utf-8")
-    assert "| A small paper | 3 | 1 | 0 | 1 | 0 | 1 |" in text
-    assert "| E1 | Fig 1 | Sums are popular. | needs a survey | not checked here |" in text
+    assert "| A small paper | 3 | 1 | 0 | 1 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| false (counterexample) | `python scripts/papers/small.py --claim T10` |" in text
+    assert "| E1 | Fig 1 | Sums are popular. | needs a survey | not checked here |  |" in text
     assert text.index("| T2 |") < text.index("| T10 |")
 
 

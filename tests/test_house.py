@@ -6,7 +6,8 @@ import house
 import pytest
 import tiny
 
-ROOMS = ("shared", "algos", "scripts", "scripts/lab", "scripts/papers", "tests", "tests/faults")
+COMMANDS = ("scripts", "scripts/baselines", "scripts/experiments")
+ROOMS = ("shared", "algos", *COMMANDS, "scripts/lab", "scripts/papers", "tests", "tests/faults")
 
 
 def read(room: str) -> dict[str, str]:
@@ -62,6 +63,7 @@ def test_imports_go_down_the_house() -> None:
 PATHS = ["shared/__init__.py", "shared/run.py", "algos/dpo.py", "algos/ipo.py", "scripts/lab/plots.py"]
 PATHS += ["scripts/sample.py", "scripts/score.py", "scripts/bandits.py", "tests/tiny.py"]
 PATHS += ["scripts/papers/__init__.py", "scripts/papers/typo.py", "scripts/papers/exo.py"]
+PATHS += ["scripts/baselines/ppo.py", "scripts/experiments/dpo.py", "scripts/experiments/exo.py"]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,10 @@ PATHS += ["scripts/papers/__init__.py", "scripts/papers/typo.py", "scripts/paper
         ("scripts/papers/exo.py", "from scripts.papers import typo"),
         ("scripts/papers/exo.py", "import scripts.papers.typo as typo"),
         ("scripts/papers/exo.py", "from scripts.bandits import SECTIONS"),
+        ("scripts/baselines/ppo.py", "from scripts.sample import main"),
+        ("scripts/experiments/dpo.py", "from scripts.experiments import exo"),
+        ("scripts/experiments/dpo.py", "from scripts.papers import exo"),
+        ("scripts/lab/plots.py", "from scripts.baselines import ppo"),
     ],
 )
 def test_an_import_upward_is_seen(path: str, line: str) -> None:
@@ -93,6 +99,7 @@ def test_an_import_upward_is_seen(path: str, line: str) -> None:
         ("algos/ipo.py", "from shared.run import Run"),
         ("scripts/sample.py", "from scripts.lab.plots import canvas\nfrom algos.dpo import dpo_loss"),
         ("scripts/papers/exo.py", "from scripts.papers import Section"),
+        ("scripts/experiments/dpo.py", "from scripts.lab.plots import canvas\nfrom algos.dpo import dpo_loss"),
         ("scripts/bandits.py", "from scripts.papers import Args, typo"),
     ],
 )
@@ -203,7 +210,7 @@ def test_the_worst_comes_first() -> None:
 
 # ---------------------------------------------------------------- density
 
-SCRIPTS = ("scripts", "scripts/lab")
+SCRIPTS = (*COMMANDS, "scripts/lab")
 TESTS = ("tests", "tests/faults")
 
 

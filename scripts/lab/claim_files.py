@@ -1,16 +1,24 @@
 """What a paper's command prints and writes: a table of its claims, its figures, and a JSON file of both."""
 
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from scripts.lab.claims import Claim, Finding, Outcome, Paper, rows_of_findings, run_claim
+from scripts.lab.claims import Claim, Finding, Outcome, Paper, Statement, rows_of_findings, run_claim
 from scripts.lab.plots import require_matplotlib
 from scripts.lab.tables import aligned
 from shared import UserError
 from shared.files import replacing, storage_errors, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WORLD = "_world"  # ends the names of what the experiments write
 
 
 @dataclass(kw_only=True)
@@ -31,7 +39,7 @@ def paper_command(paper: Paper, args: Args) -> None:
         surprises = run_paper(paper, args.output_dir)
     else:
         outcome = run_claim(claim_of(paper, args.claim))
-        print_findings(outcome)
+        print_findings(outcome.claim, outcome.findings, outcome.verdict)
         surprises = surprises_of([outcome])
     exit_if_any(surprises)
 
@@ -107,16 +115,15 @@ def print_claims(paper: Paper) -> list[Outcome]:
     return outcomes
 
 
-def print_findings(outcome: Outcome) -> None:
-    """Print one claim with all its findings."""
-    claim = outcome.claim
-    print(f"{claim.number}, {claim.where}: {claim.statement}")
-    if claim.remark:
-        print(claim.remark)
+def print_findings(statement: Statement, findings: Iterable[Finding], verdict: Enum) -> None:
+    """Print one statement with all its findings."""
+    print(f"{statement.number}, {statement.where}: {statement.statement}")
+    if statement.remark:
+        print(statement.remark)
 
     heading = ["role", "", "expected", "measured", "agrees"]
-    lines = [heading, *rows_of_findings(outcome.findings)]
-    print(f"\n{aligned(lines)}\n\n{outcome.verdict.value}")
+    lines = [heading, *rows_of_findings(findings)]
+    print(f"\n{aligned(lines)}\n\n{verdict.value}")
 
 
 def counts_text(paper: Paper, outcomes: list[Outcome]) -> str:
@@ -135,15 +142,18 @@ def counts_text(paper: Paper, outcomes: list[Outcome]) -> str:
 
 def save_figures(paper: Paper, directory: Path) -> list[dict[str, str]]:
     """Draw the figures, and return the file and the caption of each."""
-    figures = []
-    for caption, draw in paper.figures:
-        name = f"{paper.name}_{draw.__name__}.png"
-        figure = draw()
-        path = directory / name
-        with storage_errors(path), replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
-        figures.append({"file": name, "caption": caption})
-    return figures
+    return [
+        save_figure(draw, caption, f"{paper.name}_{draw.__name__}.png", directory) for caption, draw in paper.figures
+    ]
+
+
+def save_figure(draw: Callable[[], "Figure"], caption: str, name: str, directory: Path) -> dict[str, str]:
+    """Draw a figure into a file of that name, and return its name and caption."""
+    figure = draw()
+    path = directory / name
+    with storage_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return {"file": name, "caption": caption}
 
 
 def as_json(paper: Paper, outcomes: list[Outcome], figures: list[dict[str, str]]) -> dict:
@@ -165,21 +175,58 @@ def claim_as_json(outcome: Outcome) -> dict:
     return {
         "number": claim.number,
         "section": claim.section,
-        "where": claim.where,
-        "statement": claim.statement,
-        "remark": claim.remark,
-        "verdict": outcome.verdict.value,
-        "findings": [finding._asdict() for finding in outcome.findings],
+        **statement_as_json(claim, outcome.findings, outcome.verdict),
     }
 
 
+def statement_as_json(statement: Statement, findings: Iterable[Finding], verdict: Enum) -> dict:
+    """A statement with its findings and the verdict that follows from them."""
+    return {
+        "number": statement.number,
+        "where": statement.where,
+        "statement": statement.statement,
+        "remark": statement.remark,
+        "verdict": verdict.value,
+        "findings": [finding_as_json(finding) for finding in findings],
+    }
+
+
+def finding_as_json(finding: Finding) -> dict:
+    """A finding's fields; only those with an interval have that field."""
+    fields = finding._asdict()
+    if finding.interval is None:
+        del fields["interval"]
+    return fields
+
+
 def read_results(directory: Path) -> list[dict]:
-    """The contents of all result files of a directory, ordered by name."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))]
+    """The contents of the papers' result files, ordered by name.
+
+    Each has under "world" the contents of the file that the paper's experiments wrote, or None if there is none.
+    Raises UserError for such a file without one of the paper.
+    """
+    papers = {}
+    worlds = {}
+    for path in sorted(directory.glob("*.json")):
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        if path.stem.endswith(WORLD):
+            worlds[path.stem.removesuffix(WORLD)] = contents
+        else:
+            papers[path.stem] = contents
+
+    for name in worlds:
+        if name not in papers:
+            raise UserError(
+                f"{directory}: no {name}.json beside {name}{WORLD}.json; scripts/papers/{name}.py writes it"
+            )
+    return [{**contents, "world": worlds.get(name)} for name, contents in papers.items()]
 
 
 def finding_text(finding: Finding) -> str:
     """A finding on one line: what was measured, and what was expected."""
+    text = f"{finding.statement}: {finding.measured}"
     if not finding.expected:
-        return f"{finding.statement}: {finding.measured}"
-    return f"{finding.statement}: {finding.measured} (expected {finding.expected})"
+        return text
+    if finding.holds is False:
+        return f"{text} (expected {finding.expected}: no)"
+    return f"{text} (expected {finding.expected})"

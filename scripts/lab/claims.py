@@ -47,19 +47,19 @@ class Finding(NamedTuple):
     measured: str
     holds: bool | None  # None: the number is reported, not judged
     role: str = "paper"  # or "instead", "given"
+    interval: tuple[float, float] | None = None  # 95%, where the number has one
 
 
 Check = Callable[[], Iterable[Finding]]
 
 
-class Claim(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Statement:
     """A numbered statement of a paper, and the function that checks it."""
 
     number: str
-    section: str
     where: str  # in the paper
-    check: Check
-    expected: Verdict
+    check: Callable[..., Iterable[Finding]]
 
     @property
     def statement(self) -> str:
@@ -77,6 +77,15 @@ class Claim(NamedTuple):
         text = self.check.__doc__
         assert text is not None, f"{self.number}: the docstring is the statement"
         return text.strip().split("\n\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim(Statement):
+    """A statement that is checked exactly, and the verdict that is expected."""
+
+    section: str
+    check: Check
+    expected: Verdict
 
 
 class Elsewhere(NamedTuple):
@@ -135,7 +144,8 @@ class Section(NamedTuple):
         """Register a function as the check of a statement. `where` is its place in the paper."""
 
         def register(check: Check) -> Check:
-            self.paper.claims.append(Claim(number, self.title, where, check, expected))
+            claim = Claim(number=number, section=self.title, where=where, check=check, expected=expected)
+            self.paper.claims.append(claim)
             return check
 
         return register

@@ -5,7 +5,7 @@
 Details the equation leaves open:
 1. The minimum over reward models is taken of the mean loss of the whole global batch (all micro-batches and processes),
    not per example, nor of all rows as in Eq 11. One more forward pass without gradients finds it: a third more time.
-2. r_i comes with the rows (docs/rows.md): pairs with a list of scores, one per reward model, of scripts/score.py.
+2. Rows (docs/rows.md): pairs with lists of scores r_i, one per reward model, as scripts/score.py writes them.
 3. log π(y|x) is the sum over the completion's tokens, including its EOS. Ω and γ are as in algos/pessimistic_dpo.py.
 4. Held-out rows choose their own reward model, by the mean over all of them. `rm/i` is how often i was chosen.
 5. From π_ref, the minimum takes the model of least E (Δr)², so that the scales of the models decide. Theorem 2 needs

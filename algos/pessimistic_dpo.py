@@ -5,7 +5,7 @@
 `--base dpo` is p-DPO, `--base distill` is pd-DPO on the mean of the reward models. Ω stands for KL(π_ref || π_θ).
 
 Details the equation leaves open:
-1. Rows (docs/rows.md) are pairs, with scores for `--base distill`. log π(y|x) is the sum over tokens and EOS.
+1. Rows (docs/rows.md): pairs, with scores for `--base distill`. log π(y|x) is the sum over the tokens and the EOS.
 2. Ω is taken on the pair, as in section 5, or on `reference_samples`: -mean_m log π_θ(ŷ_m|x), which is half as large.
 3. γ changes linearly from `--gamma-start` to `--gamma-end`. Ω is a mean over the batch (docs/errata.md), like the loss.
 4. On the pair, p-DPO is DPO with label smoothing γ/β plus 2γ times -log π_θ(y_w): h is finite (Propositions 1 and 3).

@@ -283,7 +283,7 @@ def _variable_length(
 
 
 class _Gathered(torch.autograd.Function):
-    """x[index]. The backward pass of indexing would sort the index, in every layer; this one gathers from its places."""
+    """x[index]. The backward pass of indexing would sort the index in every layer. This one gathers from its places."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor) -> Tensor:

@@ -207,9 +207,7 @@ def copied(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def shard(
-    model: nn.Module, blocks: list[nn.Module], ranks: Ranks, read: Set[nn.Module]
-) -> Callable[[bool], None]:
+def shard(model: nn.Module, blocks: list[nn.Module], ranks: Ranks, read: Set[nn.Module]) -> Callable[[bool], None]:
     """Let a model keep float32 weights and gradient sums, and compute in `ranks.dtype`. Several processes share it.
 
     They share it by FSDP2. One process alone does without, because FSDP2's hooks would take the host as long as all its

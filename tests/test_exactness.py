@@ -233,7 +233,9 @@ def test_the_last_layer_is_computed_where_it_is_read(folder: Path, monkeypatch: 
     """A policy reads of each group the prompt's end and the completions but for their ends, a reward model the ends."""
     path = make_model(folder, "qwen3")
     groups = load_rows(folder / "rows4.jsonl", path)
-    args = SimpleNamespace(model=str(path), activation_checkpointing=False, compile=False, seed=0, lora_rank=None, lora_alpha=None)
+    args = SimpleNamespace(
+        model=str(path), activation_checkpointing=False, compile=False, seed=0, lora_rank=None, lora_alpha=None
+    )
     with single_process("float32") as ranks:
         batch = first_batch(groups, ranks)
         completion_tokens = int(batch.lengths.sum())

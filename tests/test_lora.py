@@ -416,7 +416,9 @@ def test_adapters_that_cannot_be_trained_on(settings: dict, words: str, adapter:
 
 def arguments(model: Path) -> SimpleNamespace:
     """What loading a policy to train reads."""
-    return SimpleNamespace(model=str(model), lora_rank=RANK, lora_alpha=None, seed=0, activation_checkpointing=False, compile=False)
+    return SimpleNamespace(
+        model=str(model), lora_rank=RANK, lora_alpha=None, seed=0, activation_checkpointing=False, compile=False
+    )
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,9 @@ def test_the_load_balancing_loss_is_said_to_be_left_out(
 ) -> None:
     """Once for a policy that is trained, and once for a reward model."""
     model = save_model("mixtral", tmp_path / "model", router_aux_loss_coef=coefficient)
-    args = SimpleNamespace(model=str(model), activation_checkpointing=False, compile=False, seed=0, lora_rank=None, lora_alpha=None)
+    args = SimpleNamespace(
+        model=str(model), activation_checkpointing=False, compile=False, seed=0, lora_rank=None, lora_alpha=None
+    )
     with single_process("float32") as ranks:
         load_policy(args, ranks)
         load_reward_model(args, ranks, tiny.make_tokenizer())

@@ -26,7 +26,9 @@ QUICK = {"batch_size": 4, "max_steps": 1, "micro_batch_tokens": 4096}
 def pad_token_of(model: Path, rows: Path, held_out: Path | None = None) -> str:
     """The pad token with which a reward model is trained on rows."""
     tokenizer, _ = load_tokenizer(str(model))
-    args = SimpleNamespace(model=str(model), seed=0, activation_checkpointing=False, compile=False, lora_rank=None, lora_alpha=None)
+    args = SimpleNamespace(
+        model=str(model), seed=0, activation_checkpointing=False, compile=False, lora_rank=None, lora_alpha=None
+    )
     with single_process("float32") as ranks:
         sets = []
         for path in (rows, held_out):

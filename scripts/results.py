@@ -156,7 +156,7 @@ def commands_text(paper: dict) -> str:
     text = f"`{paper['command']}`"
     if paper["world"]:
         seeds = ", ".join(map(str, paper["world"]["seeds"]))
-        text += f"; experiments with the seeds {seeds}: `{paper['world']['command']}`"
+        text += f"; experiments, seeds {seeds}: `{paper['world']['command']}`"
     return text
 
 

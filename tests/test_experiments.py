@@ -314,7 +314,7 @@ def test_an_experiment_takes_the_place_of_its_statement(tmp_path: Path) -> None:
         f"| E2 | §1 | Of E2. | {finding_text(HOLDS)}<br>{finding_text(FAILS)}<br>{remark} | partly | `{command} E2` |"
     )
     assert f"{first}\n{second}\n" in text
-    assert "experiments with the seeds 0, 1, 2: `python scripts/experiments/small.py`" in text
+    assert "experiments, seeds 0, 1, 2: `python scripts/experiments/small.py`" in text
     assert text.index("small_sums.png") < text.index("small_world_bars.png") < text.index("### Sums")
     assert "From the list." not in text
 

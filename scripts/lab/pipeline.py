@@ -120,10 +120,12 @@ class Plan:
 
     directory: Path
     stages: dict[str, Stage]
+    code_hashes: dict[str, str]  # of each script
 
     def __init__(self, directory: Path):
         self.directory = directory.resolve()
         self.stages = {}
+        self.code_hashes = {}
 
     def stage(self, name: str, command: str, **inputs: Input) -> Stage:
         """Add a stage, or return the one of that name if it is the same.
@@ -137,7 +139,11 @@ class Plan:
         if placeholders != {OUT, *artifacts}:
             raise ValueError(f"stage {name}: {sorted(placeholders)} in its command line, but {sorted(artifacts)} given")
 
-        stage = Stage(name, command, artifacts, self.directory / name, key_of(command, artifacts))
+        script = command.split(maxsplit=1)[0]
+        if script not in self.code_hashes:
+            self.code_hashes[script] = code_hash(script)
+        key = key_of(command, artifacts, self.code_hashes[script])
+        stage = Stage(name, command, artifacts, self.directory / name, key)
         if self.stages.setdefault(name, stage).key != stage.key:
             raise ValueError(f"stage {name}: there is another one of that name")
         if any(other.path in stage.path.parents or stage.path in other.path.parents for other in self.stages.values()):
@@ -176,10 +182,9 @@ def only_one_in(directory: Path) -> Iterator[int]:
 # ---------------------------------------------------------------- keys
 
 
-def key_of(command: str, inputs: dict[str, Artifact]) -> str:
-    """The hash of all that the files of a stage depend on, in hexadecimal."""
-    script = command.split(maxsplit=1)[0]
-    parts = [command, code_hash(script), version("torch"), version("transformers")]
+def key_of(command: str, inputs: dict[str, Artifact], code: str) -> str:
+    """The hash of all that the files of a stage depend on, in hexadecimal. `code` is the hash of its code."""
+    parts = [command, code, version("torch"), version("transformers")]
     for placeholder, artifact in sorted(inputs.items()):
         parts += [placeholder, artifact.stage.key, artifact.file]
     return hash_of(parts)

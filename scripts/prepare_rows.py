@@ -367,6 +367,9 @@ def make_length_bias(args: LengthBias, encoder_for: EncoderFor) -> Make:
 
     def make(counts: Counts) -> Made:
         available, wanted = plan()
+        # Before the choice: the neutral share, from which a bias of known size follows.
+        counts.noted["longer preferred before the choice"] = available.longer
+        counts.noted["shorter preferred before the choice"] = available.shorter
         for example in length_biased(pairs(counts), available, wanted, args.seed, counts):
             yield args.output, [example.row]
 

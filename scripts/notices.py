@@ -162,7 +162,7 @@ def pairs(args: Pairs) -> None:
     check_demonstrations(args)
     exclude = set()
     for path in args.exclude:
-        exclude |= {example.row["prompt"] for example in read_examples(str(path), Counts())}
+        exclude |= {example.prompt for example in read_examples(str(path), Counts())}
 
     rng = random.Random(f"pairs {args.seed}")
     notices = without(unique_notices(rng, args.fillers, exclude), args.unseen_kind)

@@ -98,7 +98,7 @@ def test_mean_reward_of_the_demonstrations() -> None:
 
 # ---------------------------------------------------------------- demonstrations
 
-N = 2500
+N = 1500
 SLOT_NAMES = ("item", "place", "number", "month", "person")  # in the order of the clauses of every kind
 
 
@@ -252,10 +252,13 @@ def test_posts_that_run_out_are_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"omit": 2.0}, "--omit 2.0: must be"),
         ({"misread": math.nan}, "--misread nan: must be"),
         ({"refrain": 1.5}, "--refrain 1.5: must be"),
-        ({"p_wrong": 0.0, "superfluous": (1.0,)}, "no two different demonstrations in 10000 attempts"),
+        ({"p_wrong": 0.0, "superfluous": (1.0,)}, "no two different demonstrations in 200 attempts"),
     ],
 )
-def test_bad_worlds_are_refused_in_one_line(options: dict, message: str, tmp_path: Path) -> None:
+def test_bad_worlds_are_refused_in_one_line(
+    options: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "ATTEMPTS", 200)
     args = notices_command.Pairs(output=tmp_path / "out.jsonl", rows=3, **options)
     with pytest.raises(UserError) as error:
         check_arguments(args)
@@ -618,21 +621,14 @@ def test_prefer_refuses_bad_rows(text: str | None, message: str, tmp_path: Path)
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["world", "--output-dir", "out", "--seed", "-1"], "--seed -1: must be a finite number of at least 0"),
-        (["prefer", "--rows", "missing.jsonl", "--output", "out"], "missing.jsonl: No such file or directory"),
-    ],
-)
-def test_command_line_ends_with_one_line_and_exit_code_2(words: list[str], message: str, tmp_path: Path) -> None:
+def test_command_line_ends_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, tiny.ROOT / "scripts/notices.py", *words],
+        [sys.executable, tiny.ROOT / "scripts/notices.py", "world", "--output-dir", "out", "--seed", "-1"],
         cwd=tmp_path,
         env=tiny.environment(tmp_path),
         capture_output=True,
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert message in done.stderr
+    assert "--seed -1: must be a finite number of at least 0" in done.stderr
     assert not list(tmp_path.iterdir())

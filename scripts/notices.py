@@ -55,9 +55,9 @@ class World(Demonstrations):
     prompt_rows: NonNegativeInt = 4_096
     """rows with a `prompt` alone"""
     held_out_rows: NonNegativeInt = 512
-    """rows with a `prompt` and a perfect `completion`"""
+    """rows with a `prompt` and a reference summary, `completion`"""
     references: Literal["perfect", "demonstration"] = "perfect"
-    """`completion` of held-out rows; the perfect summary stands in `perfect` if it is a demonstration"""
+    """held-out rows have a perfect `completion`, or a demonstration there and the perfect summary in `perfect`"""
     tiny: bool = False
     """also write a model directory `tiny`, a random Llama that is too small to look facts up"""
 
@@ -98,7 +98,10 @@ class Prefer:
     """make a pair of each two of the K completions instead of a ranking"""
 
 
-def main(args: World | Pairs | Prefer) -> None:
+Args = World | Pairs | Prefer
+
+
+def main(args: Args) -> None:
     """Run the sub-command `world`, `pairs` or `prefer`."""
     if isinstance(args, World):
         world(args)
@@ -162,7 +165,7 @@ def pairs(args: Pairs) -> None:
     check_demonstrations(args)
     exclude = set()
     for path in args.exclude:
-        exclude |= {example.row["prompt"] for example in read_examples(str(path), Counts())}
+        exclude |= {example.prompt for example in read_examples(str(path), Counts())}
 
     rng = random.Random(f"pairs {args.seed}")
     notices = without(unique_notices(rng, args.fillers, exclude), args.unseen_kind)
@@ -211,4 +214,4 @@ def read_rows(path: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    checked_command(main, World | Pairs | Prefer)
+    checked_command(main, Args)

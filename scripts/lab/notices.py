@@ -267,12 +267,12 @@ def unique_notices(
     raise UserError(f"no new post after {len(seen)}: ask for fewer rows or more --fillers")
 
 
-def state_facts(prompt: str, p_wrong: float, rng: random.Random) -> dict[str, str]:
+def with_errors(truth: dict[str, str], p_wrong: float, rng: random.Random) -> dict[str, str]:
     """The value of each slot; each is wrong with probability `p_wrong`, independently of the others."""
-    facts = read_facts(prompt)
+    facts = dict(truth)
     for slot, values in SLOTS.items():
         if rng.random() < p_wrong:
-            wrong_values = [value for value in values if value != facts[slot]]
+            wrong_values = [value for value in values if value != truth[slot]]
             facts[slot] = rng.choice(wrong_values)
     return facts
 
@@ -290,7 +290,7 @@ def write_summary(clauses: list[str], facts: dict[str, str]) -> str:
 
 def make_summary(prompt: str, kind: Kind, rng: random.Random, p_wrong: float = 0.0, superfluous: int = 0) -> str:
     """A summary of the notice; each fact is wrong with probability `p_wrong`, independently of the others."""
-    facts = state_facts(prompt, p_wrong, rng)
+    facts = with_errors(read_facts(prompt), p_wrong, rng)
     clauses = list(kind.summary)
     insert_superfluous(clauses, superfluous, rng)
     return write_summary(clauses, facts)
@@ -307,8 +307,9 @@ def make_demonstration(prompt: str, kind: Kind, rng: random.Random, args: Demons
         p_wrong = 0.0
     superfluous = rng.choices(range(len(args.superfluous)), args.superfluous)[0]
 
-    facts = state_facts(prompt, p_wrong, rng)
     truth = read_facts(prompt)
+    facts = with_errors(truth, p_wrong, rng)
+    # What is misread is the next word, whether or not there would have been another error.
     for slot in kind.misread:
         if happens(args.misread, rng):
             facts[slot] = next_value(slot, truth[slot])

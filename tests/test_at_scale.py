@@ -26,8 +26,6 @@ from shared import UserError
 from shared.command import check_arguments, parse_arguments
 
 PAGE = (tiny.ROOT / "docs" / "at_scale.md").read_text(encoding="utf-8")
-# Flags and commands that are not there yet. A command line with one of them is left out.
-NOT_MERGED: tuple[str, ...] = ("--against-rows", "--beams", "/ppo", "scripts/judge.py")
 SEPARATOR = "\x1f"
 ASK = """
 ask() {
@@ -69,11 +67,6 @@ def run_shell(script: str, folder: Path, answer: Answer) -> str:
         printed = stderr.read()
     assert code == 0, printed
     return printed
-
-
-def is_merged(words: list[str]) -> bool:
-    line = " ".join(words)
-    return not any(name in line for name in NOT_MERGED)
 
 
 # ---------------------------------------------------------------- every command line
@@ -131,19 +124,10 @@ def test_every_command_line_is_one_of_its_command(
     problems = []
     for words in commands:
         problem = problem_of(words, monkeypatch, capsys)
-        if is_merged(words) and problem:
+        if problem:
             problems.append(f"{' '.join(words)}\n    {problem}")
     shown = "\n".join(problems)
     assert not problems, f"\n{shown}"
-
-
-@pytest.mark.parametrize("name", NOT_MERGED)
-def test_what_is_left_out_is_not_there(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    commands = [words for words in command_lines(blocks(PAGE), tmp_path) if name in " ".join(words)]
-    problems = [problem_of(words, monkeypatch, capsys) for words in commands]
-    assert any(problems), f"NOT_MERGED need not have {name} any more"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +258,7 @@ class Rehearsal:
         run_shell(f"set -eu\n{script}", self.folder, self.answer)
 
     def answer(self, words: list[str]) -> int:
-        if not is_merged(words) or "scripts/judge.py" in words:  # a judge needs an endpoint
+        if "scripts/judge.py" in words:  # a judge needs an endpoint
             return 0
         if words[0] == "hf":
             return self.download(words)
@@ -350,13 +334,6 @@ def check_data_of_tldr_and_hh(rehearsal: Rehearsal) -> None:
     assert [row["prompt"].split(":")[0] for row in rehearsal.rows("data/tldr/validation.jsonl")] == 6 * ["SUBREDDIT"]
     for number, row in enumerate(rehearsal.rows("data/tldr/posts_train.jsonl")):
         assert row["completion"] == f" {sentence(number + 31)}"
-
-
-def test_the_rows_of_hh_and_tldr(tmp_path: Path) -> None:
-    rehearsal = Rehearsal(tmp_path, rows_of_hub(tmp_path))
-    script, _, _ = blocks(PAGE).partition("python scripts/prepare_model.py pad-token")
-    rehearsal.run(script)
-    check_data_of_tldr_and_hh(rehearsal)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ The policies have 1M parameters, the posts and their summaries are made up, and 
 place of GPT-4 too. The world leaves clauses out (world_a): a policy gains by completeness, correct facts and brevity.
 
     TL;DR    an SFT model of demonstrations writes the pairs; preferences are sampled from the true reward
-    HH       there are no demonstrations: other writers' pairs, and an SFT model of the chosen completions
+    HH       other writers' pairs, which are demonstrations
 
 In each of them a small reward model, which cannot look facts up, is trained on the preferences. All methods have the
 same β, learning rate, number of steps and number of completions in a step.
@@ -15,7 +15,7 @@ same β, learning rate, number of steps and number of completions in a step.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from scripts.lab.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, 
 from scripts.lab.policies import Opponents, wins_of_samples
 from scripts.lab.row_files import read_jsonl
 from scripts.lab.statistics import Statistic, mean_over_seeds, over_seeds
-from scripts.lab.worlds import BATCH_SIZE, OMISSION, world_a
+from scripts.lab.worlds import OMISSION, world_a
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,13 +52,12 @@ BETA_R = 1.0
 SIZES = (2, 4, 8)  # K
 STEPS = 32  # one epoch
 EVERY = 8  # steps between two checkpoints
-COMPLETIONS = 128  # of a step, whatever K is
+COMPLETIONS = 64  # of a step, whatever K is
 RATE = 3e-4
 RATES = (1e-4, RATE, 1e-3)
 LENGTH = "--max-new-tokens 48"
 SAMPLING = f"{LENGTH} --batch-size 512"
 PREFERENCES = {"pref": "", "clean": "--noise-free"}  # as people prefer, and as the reward ranks
-CHOSEN_STEPS = 300  # of the SFT on chosen completions
 NUM_MANY = 128  # completions of each of some posts, N of best-of-N
 METHODS = {"exo": "EXO", "dpo": "DPO"}
 
@@ -67,15 +66,11 @@ METHODS = {"exo": "EXO", "dpo": "DPO"}
 
 
 class Domain(NamedTuple):
-    """A task: where its stages go, an SFT model, pairs in the order of their preference, and new posts."""
+    """A task: where its stages go, and pairs in the order of their preference."""
 
     name: str
     seed: int
-    sft: Stage
-    base: Artifact
-    prompts: Artifact
     pairs: Artifact
-    held_out: Artifact  # 256 posts, each with the better and the worse of two demonstrations
 
 
 def tldr(plan: Plan, seed: int) -> Domain:
@@ -85,34 +80,20 @@ def tldr(plan: Plan, seed: int) -> Domain:
 
 def tldr_by(plan: Plan, seed: int, kind: str) -> Domain:
     """Its pairs are ordered by sampled preferences, or by the reward itself."""
-    name = f"exo/{seed}"
-    world = world_a(plan, seed)
-    prompts = world.notices / "prompts.jsonl"
-    rows = drawn(plan, name, world.sft, prompts, 2, seed)
-    pairs = preferences(plan, f"{name}/pairs_{kind}", rows, seed, PREFERENCES[kind])
-    return Domain(name, seed, world.sft, world.notices / "base", prompts, pairs, held_out(plan, seed))
+    pairs = preferences(plan, f"exo/{seed}/pairs_{kind}", drawn(plan, seed, 2), seed, PREFERENCES[kind])
+    return Domain(f"exo/{seed}", seed, pairs)
 
 
 def hh(plan: Plan, seed: int) -> Domain:
-    """Other writers' pairs, and an SFT model of their chosen completions."""
+    """Other writers' pairs, as many."""
     name = f"exo/{seed}/hh"
-    world = world_a(plan, seed).notices
     written = plan.stage(
         f"{name}/written",
-        f"scripts/notices.py pairs --output {{out}}/rows.jsonl --rows {BATCH_SIZE * CHOSEN_STEPS} --seed {seed} "
-        f"{OMISSION} --exclude {{held_out}} {{prompts}}",
+        f"scripts/notices.py pairs --output {{out}}/rows.jsonl --rows {STEPS * COMPLETIONS // 2} --seed {seed} "
+        f"{OMISSION} --exclude {{held_out}}",
         held_out=held_out(plan, seed),
-        prompts=world / "prompts.jsonl",
     )
-    pairs = preferences(plan, f"{name}/pairs", written / "rows.jsonl", seed)
-    sft = plan.stage(
-        f"{name}/sft",
-        f"algos/sft.py --model {{base}} --train-data {{rows}} --output-dir {{out}} --batch-size {BATCH_SIZE} "
-        f"--max-steps {CHOSEN_STEPS} --learning-rate 2e-3 --warmup-steps 50 --save-every 0 --seed {seed}",
-        base=world / "base",
-        rows=pairs,
-    )
-    return Domain(name, seed, sft, world / "base", world / "prompts.jsonl", pairs, held_out(plan, seed))
+    return Domain(name, seed, preferences(plan, f"{name}/pairs", written / "rows.jsonl", seed))
 
 
 def held_out(plan: Plan, seed: int) -> Artifact:
@@ -134,14 +115,15 @@ def preferences(plan: Plan, name: str, rows: Artifact, seed: int, flags: str = "
     return plan.stage(name, command, rows=rows) / "rows.jsonl"
 
 
-def drawn(plan: Plan, name: str, sft: Stage, prompts: Artifact, size: int, seed: int) -> Artifact:
-    """Groups of K completions of an SFT model, as many completions for each K."""
+def drawn(plan: Plan, seed: int, size: int) -> Artifact:
+    """Groups of K completions of the SFT model, as many completions for each K."""
+    world = world_a(plan, seed)
     stage = plan.stage(
-        f"{name}/drawn_{size}",
+        f"exo/{seed}/drawn_{size}",
         f"scripts/sample.py --model {{sft}} --rows {{prompts}} --output {{out}}/rows.jsonl --num-completions {size} "
         f"--max-rows {STEPS * COMPLETIONS // size} {SAMPLING} --seed {seed}",
-        sft=sft,
-        prompts=prompts,
+        sft=world.sft,
+        prompts=world.notices / "prompts.jsonl",
     )
     return stage / "rows.jsonl"
 
@@ -164,11 +146,11 @@ def weak_model(plan: Plan, domain: Domain) -> Stage:
 def scored(plan: Plan, domain: Domain, rows: Artifact, name: str, by: str) -> Artifact:
     """Rows with scores of the oracle or of the weak reward model."""
     command = "scripts/score.py --rows {rows} --output {out}/rows.jsonl"
-    name = f"{domain.name}/{name}_by_{by}"
     if by == "oracle":
-        stage = plan.stage(name, f"{command} --reward notices", rows=rows)
+        stage = plan.stage(f"exo/{domain.seed}/{name}_by_oracle", f"{command} --reward notices", rows=rows)
     else:
-        stage = plan.stage(name, f"{command} --reward-models {{rm}}", rows=rows, rm=weak_model(plan, domain))
+        rm = weak_model(plan, domain)
+        stage = plan.stage(f"{domain.name}/{name}_by_weak", f"{command} --reward-models {{rm}}", rows=rows, rm=rm)
     return stage / "rows.jsonl"
 
 
@@ -189,7 +171,7 @@ def by_pairs(plan: Plan, domain: Domain, method: str, kind: str = "pref") -> Sta
     return plan.stage(
         f"{domain.name}/{method}_{kind}",
         f"algos/{method}.py {tuning(2, RATE, domain.seed)}",
-        sft=domain.sft,
+        sft=world_a(plan, domain.seed).sft,
         rows=domain.pairs,
     )
 
@@ -199,7 +181,7 @@ def without_sft(plan: Plan, domain: Domain) -> Stage:
     return plan.stage(
         f"{domain.name}/exo_from_base",
         f"algos/exo.py {tuning(2, RATE, domain.seed)}",
-        sft=domain.base,
+        sft=world_a(plan, domain.seed).notices / "base",
         rows=domain.pairs,
     )
 
@@ -208,18 +190,19 @@ def by_rewards(plan: Plan, domain: Domain, method: str, size: int, by: str = "or
     """EXO-rw or DPO-rw on groups of K completions."""
     kl = {"exo": "reverse", "dpo": "forward"}[method]
     rated = "" if rate == RATE else f"_{rate:g}"
-    rows = drawn(plan, domain.name, domain.sft, domain.prompts, size, domain.seed)
+    rows = drawn(plan, domain.seed, size)
     return plan.stage(
         f"{domain.name}/{method}_rw{size}_{by}{rated}",
         f"algos/exo.py --kl {kl} --beta-r {BETA_R} {tuning(size, rate, domain.seed)}",
-        sft=domain.sft,
+        sft=world_a(plan, domain.seed).sft,
         rows=scored(plan, domain, rows, f"drawn_{size}", by),
     )
 
 
 def by_ppo(plan: Plan, domain: Domain, by: str = "oracle", rate: float = RATE) -> Stage:
     """PPO with as many completions in each step, and the price β_π β_r of a nat."""
-    inputs: dict = {"sft": domain.sft, "prompts": domain.prompts}
+    world = world_a(plan, domain.seed)
+    inputs: dict = {"sft": world.sft, "prompts": world.notices / "prompts.jsonl"}
     reward = "notices"
     if by == "weak":
         reward = "{rm}"
@@ -253,8 +236,8 @@ def evaluation(plan: Plan, domain: Domain, name: str, policies: dict[str, Stage 
         f"{domain.name}/{name}",
         f"scripts/evaluate.py --policies {names(policies)} --reference {{reference}} --rows {{rows}} "
         f"--output {{out}}/results.json --num-prompts 256 {SAMPLING} --seed {domain.seed} {flags}",
-        reference=domain.sft,
-        rows=domain.held_out,
+        reference=world_a(plan, domain.seed).sft,
+        rows=held_out(plan, domain.seed),
         **policies,
     )
     return stage / "results.json"
@@ -267,7 +250,7 @@ def names(policies: dict[str, Stage | Artifact]) -> str:
 
 def along(plan: Plan, domain: Domain, name: str, runs: dict[str, Stage]) -> Artifact:
     """The evaluation of runs after each EVERY steps, and of the SFT model."""
-    policies: dict[str, Stage | Artifact] = {"sft": domain.sft}
+    policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, domain.seed).sft}
     for method, run in runs.items():
         for i, model in enumerate(checkpoints(plan, run)):
             policies[f"{method}_{EVERY * (i + 1)}"] = model
@@ -313,11 +296,11 @@ class Many(NamedTuple):
 
 def many(plan: Plan, domain: Domain) -> Many:
     stage = plan.stage(
-        f"{domain.name}/many",
+        f"exo/{domain.seed}/many",
         f"scripts/sample.py --model {{sft}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions {NUM_MANY} "
         f"--max-rows 64 {SAMPLING} --seed {domain.seed}",
-        sft=domain.sft,
-        rows=domain.held_out,
+        sft=world_a(plan, domain.seed).sft,
+        rows=held_out(plan, domain.seed),
     )
     rows = stage / "rows.jsonl"
     return Many(*(scored(plan, domain, rows, "many", by) for by in ("oracle", "weak")))
@@ -333,7 +316,7 @@ class Densities(NamedTuple):
 def densities(plan: Plan, seed: int) -> Densities:
     domain = tldr(plan, seed)
     completions = many(plan, domain)
-    policies: dict[str, Stage | Artifact] = {"sft": domain.sft}
+    policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, domain.seed).sft}
     for size in SIZES:
         for method in METHODS:
             policies[f"{method}{size}"] = by_rewards(plan, domain, method, size)
@@ -356,7 +339,7 @@ class Table(NamedTuple):
 
 def table(plan: Plan, domain: Domain) -> Table:
     policies: dict[str, Stage | Artifact] = {
-        "sft": domain.sft,
+        "sft": world_a(plan, domain.seed).sft,
         "dpo_pref": by_pairs(plan, domain, "dpo"),
         "exo_pref": by_pairs(plan, domain, "exo"),
         "ppo": by_ppo(plan, domain, "weak"),
@@ -368,11 +351,11 @@ def table(plan: Plan, domain: Domain) -> Table:
         f"scripts/evaluate.py --policies {names(policies)} --rows {{rows}} --output {{out}}/results.json "
         f"--num-prompts 256 --num-samples 4 {SAMPLING} --seed {domain.seed} --against-rows --best-of 1 "
         "--select-by {rm}",
-        rows=domain.held_out,
+        rows=held_out(plan, domain.seed),
         rm=weak_model(plan, domain),
         **policies,
     )
-    chosen = scored(plan, domain, domain.held_out, "held_out", "weak")
+    chosen = scored(plan, domain, held_out(plan, domain.seed), "held_out", "weak")
     return Table(stage / "results.json", chosen, many(plan, domain))
 
 
@@ -388,7 +371,7 @@ def starts(plan: Plan, seed: int) -> Artifact:
     """EXO-pref on other writers' pairs, from the base model and after SFT on their chosen completions."""
     domain = hh(plan, seed)
     policies: dict[str, Stage | Artifact] = {
-        "sft": domain.sft,
+        "sft": world_a(plan, domain.seed).sft,
         "with_sft": by_pairs(plan, domain, "exo"),
         "without_sft": without_sft(plan, domain),
     }
@@ -789,7 +772,7 @@ def best_of_is_comparable_on_tldr(runs: list[Table]) -> Iterator[Finding]:
 def exo_pref_wins_on_hh(runs: list[Table]) -> Iterator[Finding]:
     """On HH, EXO-pref has higher win rates than DPO-pref.
 
-    Other writers' pairs with sampled preferences, after SFT on what is chosen there.
+    Other writers' pairs with sampled preferences.
     """
     yield from higher_win_rates(runs, "exo_pref", "dpo_pref")
 
@@ -829,7 +812,7 @@ def sft_on_chosen_closes_the_gap(runs: list[Artifact]) -> Iterator[Finding]:
     """SFT on data of the same domain or on the chosen completions closes the gap to the pairs' distribution.
 
     EXO-pref on the same pairs from the random base model, which is as far from the pairs as a model can be, and after
-    SFT on the chosen completions. The SFT takes ten times as many steps.
+    SFT on demonstrations of the writers of the pairs. The SFT takes eleven times as many steps.
     """
     of_both = [(run, run) for run in runs]
     with_less_without = reward_differences(of_both, "with_sft", "without_sft")
@@ -888,7 +871,7 @@ def difference_of_spreads(ours: Tensor, theirs: Tensor) -> Statistic:
 OPTIMUM_BETAS = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5)
 COLORS = {"exo": BLUE, "dpo": ORANGE, "ppo": GREEN, "best_of": PURPLE}
 SIZE_COLORS = dict(zip(SIZES, (BLUE, ORANGE, GREEN), strict=True))
-MARKS = {"fmt": "o-", "markersize": 3, "linewidth": 1, "elinewidth": 0.7}
+MARKS: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1, "elinewidth": 0.7}
 
 
 class Frontier(NamedTuple):

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,12 +30,15 @@ def test_interpolation() -> None:
     torch.testing.assert_close(interpolated(x, y, at), expected)
 
 
+def curve(kls: list[float], values: list[float]) -> Curve:
+    """Policies on one post."""
+    return Curve(exo.tensor_of(kls).unsqueeze(1), exo.tensor_of(values).unsqueeze(1))
+
+
 def test_curves_are_compared_where_both_have_points() -> None:
     """Reward 3 √KL against 2 √KL at KL 1 and 4, and one more point of ours that theirs does not reach."""
-    ours = Curve(
-        torch.tensor([[0.0], [1.0], [4.0], [9.0]]).double(), torch.tensor([[0.0], [3.0], [6.0], [-9.0]]).double()
-    )
-    theirs = Curve(torch.tensor([[0.0], [1.0], [4.0]]).double(), torch.tensor([[0.0], [2.0], [4.0]]).double())
+    ours = curve([0, 1, 4, 9], [0, 3, 6, -9])
+    theirs = curve([0, 1, 4], [0, 2, 4])
     grid = [4 * i / 20 for i in range(1, 21)]
     expected = sum(kl if kl <= 1 else 1 + (kl - 1) / 3 for kl in grid) / 20
     statistic = at_equal_kl(ours, theirs)
@@ -92,12 +96,7 @@ class Written:
         path = self.directory / f"{self.number}"
         path.write_text(text)
 
-        class Made:
-            pass
-
-        made = Made()
-        made.path = path  # type: ignore[attr-defined]
-        return made
+        return SimpleNamespace(path=path)
 
     def results(self, policies: dict[str, dict]) -> Any:
         row_rewards = [0.0] * NUM_POSTS

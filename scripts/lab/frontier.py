@@ -31,12 +31,18 @@ def at_equal_kl(ours: Curve, theirs: Curve) -> Statistic:
     """
 
     def statistic(counts: Tensor) -> Tensor:
-        points = [mean_points(curve, counts) for curve in (ours, theirs)]
-        reached = torch.stack([kls.max(1).values for kls, _ in points])
-        steps = torch.arange(1, GRID + 1, dtype=torch.double) / GRID
-        grid = reached.min(0).values.unsqueeze(1) * steps
-        our_values, their_values = (interpolated(kls, values, grid) for kls, values in points)
-        return (our_values - their_values).mean(1)
+        our_kls, our_values = mean_points(ours, counts)
+        their_kls, their_values = mean_points(theirs, counts)
+
+        our_largest = our_kls.max(1).values
+        their_largest = their_kls.max(1).values
+        largest = torch.minimum(our_largest, their_largest)
+        shares = torch.arange(1, GRID + 1, dtype=torch.double) / GRID
+        grid = largest.unsqueeze(1) * shares
+
+        our_heights = interpolated(our_kls, our_values, grid)
+        their_heights = interpolated(their_kls, their_values, grid)
+        return (our_heights - their_heights).mean(1)
 
     return statistic
 
@@ -44,7 +50,9 @@ def at_equal_kl(ours: Curve, theirs: Curve) -> Statistic:
 def mean_points(curve: Curve, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Mean KL and mean value of each policy in each resample of the prompts, (R, n) → (R, C) each."""
     weights = counts / counts.sum(1, keepdim=True)
-    return weights @ curve.kls.T, weights @ curve.values.T
+    kls = weights @ curve.kls.T
+    values = weights @ curve.values.T
+    return kls, values
 
 
 def interpolated(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
@@ -55,11 +63,17 @@ def interpolated(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
     order = x.argsort(1)
     x = x.gather(1, order)
     y = y.gather(1, order)
-    right = torch.searchsorted(x, at).clamp(1, x.shape[1] - 1)
+
+    last = x.shape[1] - 1
+    right = torch.searchsorted(x, at).clamp(1, last)
     left = right - 1
-    left_x, right_x = x.gather(1, left), x.gather(1, right)
+    left_x = x.gather(1, left)
+    right_x = x.gather(1, right)
+    left_y = y.gather(1, left)
+    right_y = y.gather(1, right)
+
     share = (at - left_x) / (right_x - left_x)
-    return y.gather(1, left).lerp(y.gather(1, right), share)
+    return left_y.lerp(right_y, share)
 
 
 # ---------------------------------------------------------------- on samples of the reference
@@ -75,7 +89,8 @@ def log_weights(log_ratios: Tensor) -> Tensor:
 
 def divergence_from(log_shares: Tensor, other: Tensor) -> Tensor:
     """KL(p ‖ q) of each prompt, for log p and log q of M samples, (n, M), (n, M) → (n,)."""
-    return (log_shares.exp() * (log_shares - other)).sum(1)
+    terms = log_shares.exp() * (log_shares - other)
+    return terms.sum(1)
 
 
 def optimum_of(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -84,5 +99,7 @@ def optimum_of(rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     The KL is at most log M. Both are too low where few samples have most of the weight.
     """
     log_shares = log_weights(rewards / beta)
-    uniform = torch.full_like(log_shares, 1 / rewards.shape[1]).log()
-    return divergence_from(log_shares, uniform), (log_shares.exp() * rewards).sum(1)
+    uniform = log_weights(torch.zeros_like(rewards))
+    kl = divergence_from(log_shares, uniform)
+    terms = log_shares.exp() * rewards
+    return kl, terms.sum(1)

@@ -128,7 +128,7 @@ def run_of(slopes: dict[str, float], spread: float = 1.0) -> dict[str, dict]:
     policies = {"sft": numbers(0, 2)}
     for method, slope in slopes.items():
         for i, point in enumerate(exo.checkpoint_names(method)):
-            kl = 0.5 * (i + 1)
+            kl = 0.5 * (i + 1) * 4 / len(exo.steps_of(method))
             policies[point] = numbers(kl, 2 + slope * math.sqrt(kl), spread=spread)
     return policies
 
@@ -159,8 +159,9 @@ def controlled(written: Written, pairs: dict, groups: dict, ppo: dict, exo_rates
     for i, rate in enumerate(exo.RATES):
         rates[f"ppo_{rate:g}"] = numbers(0.5 * (i + 1), 2 + ppo[rate], spread=2.0)
         rates[f"exo_{rate:g}"] = numbers(0.5 * (i + 1), 2 + exo_rates[rate])
-    files = [written.results(run_of(slopes)) for slopes in (pairs, groups)]
-    return exo.Controlled(*files, written.results(rates))
+    of_pairs = written.results(run_of(pairs))
+    of_groups = written.results(run_of(groups))
+    return exo.Controlled(of_pairs, of_groups, written.results(rates))
 
 
 LEVEL = dict.fromkeys(RATES, 1.0)

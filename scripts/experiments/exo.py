@@ -217,14 +217,23 @@ def by_ppo(plan: Plan, domain: Domain, by: str = "oracle", rate: float = RATE) -
     )
 
 
-def checkpoints(plan: Plan, run: Stage) -> list[Artifact]:
-    """The models after each EVERY steps."""
+def steps_of(method: str) -> range:
+    """The steps after which a method is evaluated, fewer of them with K = 2 and 8."""
+    every = EVERY
+    if method.endswith(("2", "8")):
+        every = 2 * EVERY
+    return range(every, STEPS + 1, every)
+
+
+def checkpoints(plan: Plan, method: str, run: Stage) -> dict[str, Artifact]:
+    """The models after these steps, by their names."""
+    steps = steps_of(method)
     stage = plan.stage(
         f"{run.path.relative_to(plan.directory)}_models",
-        f"scripts/export.py {{run}} --every {EVERY} --output-dir {{out}}",
+        f"scripts/export.py {{run}} --every {steps.step} --output-dir {{out}}",
         run=run,
     )
-    return [stage / f"step-{step:06}" for step in range(EVERY, STEPS + 1, EVERY)]
+    return {f"{method}_{step}": stage / f"step-{step:06}" for step in steps}
 
 
 # ---------------------------------------------------------------- the measurements
@@ -249,11 +258,10 @@ def names(policies: dict[str, Stage | Artifact]) -> str:
 
 
 def along(plan: Plan, domain: Domain, name: str, runs: dict[str, Stage]) -> Artifact:
-    """The evaluation of runs after each EVERY steps, and of the SFT model."""
+    """The evaluation of runs along their way, and of the SFT model."""
     policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, domain.seed).sft}
     for method, run in runs.items():
-        for i, model in enumerate(checkpoints(plan, run)):
-            policies[f"{method}_{EVERY * (i + 1)}"] = model
+        policies |= checkpoints(plan, method, run)
     return evaluation(plan, domain, name, policies, "--num-samples 2")
 
 
@@ -406,7 +414,7 @@ def curve_of(policies: dict[str, dict], points: Sequence[str], value: Callable[[
 
 
 def checkpoint_names(method: str) -> list[str]:
-    return [f"{method}_{step}" for step in range(EVERY, STEPS + 1, EVERY)]
+    return [f"{method}_{step}" for step in steps_of(method)]
 
 
 def curves(runs: Sequence[Artifact], method: str, value: Callable[[Tensor], Tensor] = Tensor.clone) -> list[Curve]:
@@ -962,7 +970,7 @@ def draw_steps(axes: "Axes", runs: Sequence[Artifact], method: str, label: str) 
         of_seeds = [rewards_of(policies_in(run)[point]) for run in runs]
         rewards.append(mean_over_seeds([values.mean(1) for values in of_seeds]))
         spreads.append(mean_over_seeds([spread_of_samples(values) for values in of_seeds])["mean"])
-    steps = range(0, STEPS + 1, EVERY)
+    steps = (0, *steps_of(method))
     means = tensor_of([number["mean"] for number in rewards])
     axes.errorbar(steps, means, yerr=bars_of(rewards), color=color, label=label, **MARKS)
     spread = tensor_of(spreads)

@@ -1569,6 +1569,19 @@ def the_same_on_further_prompts() -> Findings:
     yield instead(above("worlds of 12, EXO's tail below π*'s", 6, light))
 
 
+CONTROLLED.elsewhere(
+    "F2h", "Fig. 2", "EXO-rw's frontier improves as K grows, and converges (enumerated: F2b).", NEEDS_MODELS
+)
+CONTROLLED.elsewhere(
+    "F2i", "Fig. 2", "DPO-rw's frontier is worse with K = 8 than with K = 4 (enumerated: F2d).", NEEDS_MODELS
+)
+CONTROLLED.elsewhere("F2j", "Fig. 2", "EXO-rw's frontier lies above PPO's (exactly: F2e).", NEEDS_MODELS)
+CONTROLLED.elsewhere(
+    "F3h",
+    "Fig. 3",
+    "EXO's density ratio follows that of π* where π_sft is high, DPO overestimates the tail (enumerated: F3).",
+    NEEDS_MODELS,
+)
 CONTROLLED.elsewhere("F7", "Fig. 7", "The frontier of classifier accuracy against KL is best for EXO.", NEEDS_MODELS)
 CONTROLLED.elsewhere(
     "F8",

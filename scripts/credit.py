@@ -1,11 +1,11 @@
 """Credit assignment as a number: do token rewards find the wrong words of a summary? From r to Q*, section 5.1.
 
 Rows are notices with a correct summary. Two of its five facts are chosen at random, and other words of the same slots
-replace them. With `--errors misreadings` they are the two that demonstrations of `notices.py --misread` may misread, and
-the words that these have there. This gives three summaries: one with the first fact wrong, one with the second, and one with both.
-For each token that states a fact, r = log π_θ(token|before) - log π_ref(token|before). This is the token reward (Eq 11)
-in nats per β; β changes no order. A policy that was trained without a reference, as by algos/typo.py, gets the same
-log-ratio.
+replace them. With `--errors misreadings` the two facts are those that demonstrations of `notices.py --misread` misread,
+and the words are theirs. This gives three summaries: one with the first fact wrong, one with the second, and one with
+both. For each token that states a fact, r = log π_θ(token|before) - log π_ref(token|before). This is the token reward
+(Eq 11) in nats per β; β changes no order. A policy that was trained without a reference, as by algos/typo.py, gets the
+same log-ratio.
 
     one error       AUROC: P(-r of a wrong fact > -r of a correct one), over all summaries with one error; a tie counts
                     half

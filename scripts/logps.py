@@ -1,7 +1,7 @@
 """log π(y|x) of the completions of rows, in nats, under one or more policies.
 
-Rows are of any form with one or more completions, in all of them equally many: pairs, ranked or sampled completions. The
-sum runs over a completion's tokens, with the EOS unless the row says that it was cut off. Writes OUTPUT, a json file:
+Rows are of any form with one or more completions, in all of them equally many: pairs, ranked or sampled completions.
+The sum runs over a completion's tokens, with the EOS unless the row says that it was cut off. Writes a json file:
 
     {"settings": …, "logps": {NAME: [[K numbers] for each row]}}
 
@@ -48,7 +48,8 @@ def main(args: Args) -> None:
     examples = first_examples(args.rows, args.num_rows)
     numbers = {len(example.completions) for example in examples}
     if len(numbers) > 1 or 0 in numbers:
-        raise UserError(f"--rows {args.rows}: every row must have completions, and equally many; found {sorted(numbers)}")
+        counts = " and ".join(map(str, sorted(numbers)))
+        raise UserError(f"--rows {args.rows}: rows need completions, equally many in each; these have {counts}")
 
     tokenizer, config = load_tokenizer(first)
     room = getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)

@@ -7,35 +7,31 @@ All policies are Llamas of 1M parameters or fewer, and the judge is the oracle t
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scripts.lab import notices
 from scripts.lab.best_of import selection_weights
-from scripts.lab.claims import Finding, given
+from scripts.lab.claims import Finding
 from scripts.lab.commands import checked_command
 from scripts.lab.experiments import (
     Args,
     Study,
     above_by_interval,
     below_by_interval,
-    between_by_interval,
     experiments_command,
     reported_with_interval,
 )
 from scripts.lab.pipeline import Artifact, Plan, Stage
-from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
 from scripts.lab.row_files import read_jsonl
 from scripts.lab.statistics import Statistic, auroc_of, auroc_over_seeds, mean_over_seeds, over_seeds, win_rates
-from scripts.lab.worlds import MISREADING, world_a, world_c
+from scripts.lab.worlds import MISREADING, OMISSION, world_a, world_c
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 STUDY = Study("r_to_q", "From r to Q*: Your Language Model is Secretly a Q-Function")
 BETAS = (0.1, 0.3, 1.0)  # of Fig. 2
@@ -132,7 +128,10 @@ def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int) -> S
         f"--max-new-tokens {NEW_TOKENS}"
     )
     samples = plan.stage(
-        f"r_to_q/{seed}/{name}/samples", f"{line} --num-completions {NUM_SAMPLES} --seed {seed}", policy=policy, rows=rows
+        f"r_to_q/{seed}/{name}/samples",
+        f"{line} --num-completions {NUM_SAMPLES} --seed {seed}",
+        policy=policy,
+        rows=rows,
     )
     beams = {}
     for width, penalty in [*((width, 0) for width in WIDTHS), *((width, 1) for width in NORMALISED_WIDTHS)]:
@@ -168,3 +167,537 @@ def credit(plan: Plan, seed: int) -> Stage:
         rows=made.world / "held_out.jsonl",
         **inputs,
     )
+
+
+class Likelihoods(NamedTuple):
+    """log π of held-out pairs, under π_ref of each start and under DPO's policies from there."""
+
+    pairs: Pairs
+    logps: Stage
+
+
+AFTER_SFT_BETAS = (0.1, 1.0)
+PREFERRED = "preferred"  # names in the file of log-probs
+EARLY = "early"
+SFT = "sft"
+
+
+class Starts(NamedTuple):
+    """Models that did not write the pairs, and DPO's policies from there."""
+
+    preferred: Stage  # the SFT model after SFT on the chosen summaries
+    after_preferred: dict[float, Stage]
+    early: Stage  # the base model after a few steps of SFT
+    after_early: Stage
+
+
+def starts(plan: Plan, seed: int) -> Starts:
+    """DPO with SFT on the chosen summaries, and with hardly any SFT."""
+    made = policies(plan, seed)
+    preferred = imitate(plan, "misread/preferred", made.sft, made.pairs.train, seed, DPO_STEPS, 3e-4)
+    after_preferred = {}
+    for beta in AFTER_SFT_BETAS:
+        name = f"misread/after_preferred_{beta:g}"
+        after_preferred[beta] = tune(plan, name, preferred, made.pairs.train, seed, beta)
+
+    early = imitate(plan, "misread/early", made.world / "base", made.world / "sft.jsonl", seed, 100, 2e-3)
+    after_early = tune(plan, "misread/after_early", early, made.pairs.train, seed, 0.1)
+    return Starts(preferred, after_preferred, early, after_early)
+
+
+def likelihoods(plan: Plan, seed: int) -> Likelihoods:
+    """The log-probs of the held-out pairs under all policies."""
+    made = policies(plan, seed)
+    others = starts(plan, seed)
+    models = {SFT: made.sft, PREFERRED: others.preferred, EARLY: others.early, f"{EARLY}_0.1": others.after_early}
+    models |= {f"{SFT}_{beta:g}": policy for beta, policy in made.dpo.items()}
+    models |= {f"{PREFERRED}_{beta:g}": policy for beta, policy in others.after_preferred.items()}
+    inputs = {f"model_{i}": model for i, model in enumerate(models.values())}
+    named = " ".join(f"{name}={{model_{i}}}" for i, name in enumerate(models))
+    logps = plan.stage(
+        f"r_to_q/{seed}/logps",
+        f"scripts/logps.py --policies {named} --rows {{rows}} --output {{out}}/logps.json",
+        rows=made.pairs.held_out,
+        **inputs,
+    )
+    return Likelihoods(made.pairs, logps)
+
+
+class Early(NamedTuple):
+    """What DPO writes after hardly any SFT, and after all of it."""
+
+    early: Artifact
+    full: Artifact
+
+
+def without_sft(plan: Plan, seed: int) -> Early:
+    """Samples of DPO's policies, both with β = 0.1."""
+    made = policies(plan, seed)
+    models = {"early": starts(plan, seed).after_early, "full": made.dpo[0.1]}
+    samples = []
+    for name, model in models.items():
+        drawn = plan.stage(
+            f"r_to_q/{seed}/without_sft/{name}",
+            f"scripts/sample.py --model {{model}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions 4 "
+            f"--max-rows {NUM_PROMPTS} --max-new-tokens {NEW_TOKENS} --seed {seed}",
+            model=model,
+            rows=made.pairs.held_out,
+        )
+        samples.append(drawn / "rows.jsonl")
+    return Early(*samples)
+
+
+STEERING = (0.0, 1.0, 2.0, 4.0)  # exponents β of Eq 14
+TINY_STEPS = 200
+
+
+class Proxies(NamedTuple):
+    """What a base writes when a proxy steers it, by β, and what the proxy writes."""
+
+    steered: dict[float, Artifact]
+    proxy: Artifact
+
+
+def proxies(plan: Plan, seed: int) -> Proxies:
+    """In the world of omissions, a proxy that is too small to look facts up."""
+    world = world_a(plan, seed)
+    tiny = plan.stage(
+        f"r_to_q/{seed}/omit/tiny_world",
+        f"scripts/notices.py world --output-dir {{out}} --tiny --sft-rows {64 * TINY_STEPS} --seed {seed} {OMISSION}",
+    )
+    pairs = preferences(plan, "omit", OMISSION, seed)
+    reference = imitate(plan, "omit/tiny_sft", tiny / "tiny", tiny / "sft.jsonl", seed, TINY_STEPS, 3e-3)
+    proxy = tune(plan, "omit/tiny_dpo", reference, pairs.train, seed, 0.3)
+
+    line = (
+        f"scripts/sample.py --model {{model}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions 2 "
+        f"--max-rows {NUM_PROMPTS} --max-new-tokens {NEW_TOKENS} --seed {seed}"
+    )
+    rows = world.notices / "held_out.jsonl"
+    steered = {}
+    for beta in STEERING:
+        drawn = plan.stage(
+            f"r_to_q/{seed}/steered/{beta:g}",
+            f"{line} --proxy {{proxy}} --proxy-reference {{reference}} --beta {beta}",
+            model=world.sft,
+            rows=rows,
+            proxy=proxy,
+            reference=reference,
+        )
+        steered[beta] = drawn / "rows.jsonl"
+    alone = plan.stage(f"r_to_q/{seed}/steered/proxy", line, model=proxy, rows=rows)
+    return Proxies(steered, alone / "rows.jsonl")
+
+
+REFRAIN = f"{MISREADING} --refrain 0.1"
+
+
+class Refrains(NamedTuple):
+    """Searches of a policy whose demonstrations may end by a refrain, and of its π_ref."""
+
+    reference: Search
+    tuned: Search
+
+
+def refrains(plan: Plan, seed: int) -> Refrains:
+    """The world of misreadings, and then demonstrations of which a tenth end by one clause said over and over."""
+    _, sft = world_c(plan, seed)
+    demonstrations = plan.stage(
+        f"r_to_q/{seed}/refrain/world",
+        f"scripts/notices.py world --output-dir {{out}} --sft-rows 5120 --prompt-rows 0 --held-out-rows 0 "
+        f"--seed {seed + 100} {REFRAIN}",
+    )
+    reference = imitate(plan, "refrain/sft", sft, demonstrations / "sft.jsonl", seed, 80, 5e-4)
+    pairs = preferences(plan, "refrain", REFRAIN, seed)
+    tuned = tune(plan, "refrain/dpo", reference, pairs.train, seed, 1.0)
+    return Refrains(
+        search(plan, "search_refrain_sft", reference, pairs.held_out, seed),
+        search(plan, "search_refrain_dpo", tuned, pairs.held_out, seed),
+    )
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def rewards_of(rows: Artifact) -> Tensor:
+    """The oracle's reward of each completion of each row, (n, K)."""
+    rewards = []
+    for row in read_jsonl(rows.path):
+        rewards.append([notices.oracle(row["prompt"], text) for text in row["completions"]])
+    return torch.tensor(rewards, dtype=torch.double)
+
+
+def rewards_of_pairs(rows: Artifact, num_rows: int | None = None) -> Tensor:
+    """The oracle's reward of the chosen and of the rejected completion of each pair, (n, 2)."""
+    rewards = []
+    for row in read_jsonl(rows.path)[:num_rows]:
+        rewards.append([notices.oracle(row["prompt"], row[name]) for name in ("chosen", "rejected")])
+    return torch.tensor(rewards, dtype=torch.double)
+
+
+def lengths_of(rows: Artifact) -> Tensor:
+    """The tokens of each completion, (n, K)."""
+    lengths = [[len(ids) for ids in row["completion_ids"]] for row in read_jsonl(rows.path)]
+    return torch.tensor(lengths, dtype=torch.double)
+
+
+def logps_of(rows: Artifact) -> Tensor:
+    """log π of each completion under the policy that wrote it, (n, K)."""
+    return torch.tensor([row["logps"] for row in read_jsonl(rows.path)], dtype=torch.double)
+
+
+class Written(NamedTuple):
+    """What a policy wrote in one way: for each prompt reward, win rate against the chosen summary, and length."""
+
+    reward: Tensor  # (n,)
+    win_rate: Tensor
+    length: Tensor
+
+
+def written(rewards: Tensor, lengths: Tensor, weights: Tensor, chosen: Tensor) -> Written:
+    """The means over each prompt's K completions. All (n, K), the weights with sum 1, but chosen, which is (n,)."""
+    wins = [win_rates(column.unsqueeze(1), chosen.unsqueeze(1)) for column in rewards.unbind(1)]
+    return Written(
+        (weights * rewards).sum(1),
+        (weights * torch.stack(wins, 1)).sum(1),
+        (weights * lengths).sum(1),
+    )
+
+
+SAMPLE = "sample"
+BEST = f"best of {NUM_SAMPLES}"  # samples by their log π
+
+
+def sums(width: int) -> str:
+    """The name of a search by Σ log π."""
+    return f"{width} beams"
+
+
+def means(width: int) -> str:
+    """The name of a search by log π / length."""
+    return f"{width} beams, mean"
+
+
+def ways_of(found: Search) -> dict[str, Written]:
+    """A sample, the likeliest of several samples, and the searches."""
+    chosen = rewards_of_pairs(found.pairs, NUM_PROMPTS)[:, 0]
+    rewards = rewards_of(found.samples)
+    lengths = lengths_of(found.samples)
+    even = torch.full_like(rewards, 1 / NUM_SAMPLES)
+    ways = {
+        SAMPLE: written(rewards, lengths, even, chosen),
+        BEST: written(rewards, lengths, selection_weights(logps_of(found.samples), NUM_SAMPLES), chosen),
+    }
+    for (width, penalty), rows in found.beams.items():
+        name = means(width) if penalty else sums(width)
+        rewards = rewards_of(rows)
+        ways[name] = written(rewards, lengths_of(rows), torch.ones_like(rewards), chosen)
+    return ways
+
+
+def difference(runs: list[dict[str, Written]], measure: str, more: str, less: str) -> dict:
+    """What one way of writing has more of a measure than another one on the same prompts, over seeds and prompts."""
+    return mean_over_seeds([getattr(ways[more], measure) - getattr(ways[less], measure) for ways in runs])
+
+
+# ---------------------------------------------------------------- credit assignment
+
+
+class Credit(NamedTuple):
+    """Token rewards in nats per β, of the five facts of three summaries: with two single errors, and with both."""
+
+    rewards: dict[float, Tensor]  # for each β (n, 3, 5)
+    ref_logps: Tensor  # (n, 3, 5)
+    is_wrong: Tensor  # (n, 3, 5)
+
+
+def credit_of(stage: Stage) -> Credit:
+    """Read the output of scripts/credit.py."""
+    contents = json.loads((stage / "credit.json").path.read_text(encoding="utf-8"))
+    values = {name: torch.tensor(numbers, dtype=torch.double) for name, numbers in contents["values"].items()}
+    ref_logps = values.pop("-log π_ref")
+    rewards = {float(name): numbers for name, numbers in values.items()}
+    return Credit(rewards, ref_logps, torch.tensor(contents["is_wrong"]))
+
+
+class Tokens(NamedTuple):
+    """Tokens to be told apart: values that should be low for the wrong ones."""
+
+    values: Tensor  # (n, T)
+    is_wrong: Tensor
+
+
+Choice = Callable[[Tensor, Tensor], Tokens]
+
+
+def one_error(values: Tensor, is_wrong: Tensor) -> Tokens:
+    """All facts of the summaries with one error. values, is_wrong: (n, 3, 5)."""
+    return Tokens(values[:, :2].flatten(1), is_wrong[:, :2].flatten(1))
+
+
+def second_error(values: Tensor, is_wrong: Tensor) -> Tokens:
+    """The second fact that is misread, after the first error: as it should be, and as it is misread."""
+    second = is_wrong[:, 1]
+    pair = torch.stack([values[:, 0][second], values[:, 2][second]], 1)
+    return Tokens(pair, torch.tensor([False, True]).expand_as(pair))
+
+
+def first_error(values: Tensor, is_wrong: Tensor) -> Tokens:
+    """The first fact that is misread: as it should be, and as it is misread."""
+    first = is_wrong[:, 0]
+    pair = torch.stack([values[:, 1][first], values[:, 0][first]], 1)
+    return Tokens(pair, torch.tensor([False, True]).expand_as(pair))
+
+
+def auroc_number(tokens: list[Tokens]) -> dict:
+    """The AUROC over seeds and prompts."""
+    return auroc_over_seeds([-token.values for token in tokens], [token.is_wrong for token in tokens])
+
+
+def auroc_difference(tokens: list[Tokens], others: list[Tokens]) -> dict:
+    """The AUROC less that of other values of the same tokens, over seeds and the same prompts."""
+    statistics = [less(_auroc(mine), _auroc(theirs)) for mine, theirs in zip(tokens, others, strict=True)]
+    return over_seeds(statistics, [len(token.values) for token in tokens])
+
+
+def _auroc(tokens: Tokens) -> Statistic:
+    return auroc_of(-tokens.values, tokens.is_wrong)
+
+
+def less(statistic: Statistic, other: Statistic) -> Statistic:
+    """The difference of two statistics of the same prompts."""
+    return lambda counts: statistic(counts) - other(counts)
+
+
+def credits_of(runs: list[Stage], values: Callable[[Credit], Tensor], choose: Choice) -> list[Tokens]:
+    """The tokens of each seed that are to be told apart by some values."""
+    tokens = []
+    for run in runs:
+        one = credit_of(run)
+        tokens.append(choose(values(one), one.is_wrong))
+    return tokens
+
+
+def baseline(one: Credit) -> Tensor:
+    """log π_ref of each fact."""
+    return one.ref_logps
+
+
+def rewards_at(beta: float) -> Callable[[Credit], Tensor]:
+    """The token rewards at one β."""
+    return lambda one: one.rewards[beta]
+
+
+def policy_logps_at(beta: float) -> Callable[[Credit], Tensor]:
+    """log π of each fact at one β."""
+    return lambda one: one.rewards[beta] + one.ref_logps
+
+
+@STUDY.experiment("C24", "Fig. 1", credit, quick=True)
+def token_rewards_are_low_at_wrong_words(runs: list[Stage]) -> Iterator[Finding]:
+    """The token rewards of a DPO model are low at wrong words.
+
+    TODO
+    """
+    for beta in (*BETAS, LARGE_BETA):
+        for choose in (one_error, first_error, second_error):
+            tokens = credits_of(runs, rewards_at(beta), choose)
+            likelihoods = credits_of(runs, baseline, choose)
+            policy = credits_of(runs, policy_logps_at(beta), choose)
+            name = f"β = {beta:g}, {choose.__name__}"
+            yield reported_with_interval(name, auroc_number(tokens), ".3f")
+            yield above_by_interval(f"{name}, less -log π_ref", 0, auroc_difference(tokens, likelihoods), ".3f")
+            yield reported_with_interval(f"{name}, less -log π_DPO", auroc_difference(tokens, policy), ".3f")
+
+
+# ---------------------------------------------------------------- classification
+
+
+class Logps(NamedTuple):
+    """log π of the chosen and the rejected completions of held-out pairs under each model, and their rewards."""
+
+    of: dict[str, Tensor]  # (n, 2)
+    rewards: Tensor  # (n, 2), the oracle's
+
+    def implicit(self, start: str, beta: float) -> Tensor:
+        """β log π/π_ref of DPO's policy from a start, (n, 2)."""
+        return beta * (self.of[f"{start}_{beta:g}"] - self.of[start])
+
+
+def logps_of_pairs(run: Likelihoods) -> Logps:
+    """Read the output of scripts/logps.py."""
+    path = (run.logps / "logps.json").path
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    logps = {name: torch.tensor(values, dtype=torch.double) for name, values in contents["logps"].items()}
+    return Logps(logps, rewards_of_pairs(run.pairs.held_out))
+
+
+def is_right(scores: Tensor) -> Tensor:
+    """Whether the first of two scores is the higher one, as 0, 1 or for equal ones 1/2. (n, 2) → (n,)."""
+    return ((scores[:, 0] - scores[:, 1]).sign() + 1) / 2
+
+
+def by_oracle(scores: Tensor, rewards: Tensor) -> Tensor:
+    """The scores (m, 2) of pairs that the oracle orders, the better completion's first."""
+    ordered = rewards[:, 0] != rewards[:, 1]
+    better = rewards[ordered].argsort(1, descending=True)
+    return scores[ordered].gather(1, better)
+
+
+@STUDY.experiment("C28", "App. C", likelihoods)
+def right_summaries_are_told_from_wrong_ones(runs: list[Likelihoods]) -> Iterator[Finding]:
+    """A DPO model classifies the pairs of right and wrong summaries correctly.
+
+    TODO
+    """
+    seeds = [logps_of_pairs(run) for run in runs]
+    for beta in (*BETAS, LARGE_BETA):
+        rights = [is_right(by_oracle(one.implicit(SFT, beta), one.rewards)) for one in seeds]
+        yield above_by_interval(f"β = {beta:g}, accuracy", 0.9, mean_over_seeds(rights), ".3f")
+    rights = [is_right(by_oracle(one.of[SFT], one.rewards)) for one in seeds]
+    yield reported_with_interval("log π_ref, accuracy", mean_over_seeds(rights), ".3f")
+
+
+@STUDY.experiment("C29", "§5.1", likelihoods)
+def dpo_models_classify(runs: list[Likelihoods]) -> Iterator[Finding]:
+    """DPO models are strong classifiers of responses (RewardBench).
+
+    TODO
+    """
+    seeds = [logps_of_pairs(run) for run in runs]
+    ceiling = [is_right(one.rewards) for one in seeds]
+    for beta in BETAS:
+        rights = [is_right(one.implicit(SFT, beta)) for one in seeds]
+        likelihood = [is_right(one.of[SFT]) for one in seeds]
+        yield reported_with_interval(f"β = {beta:g}, accuracy", mean_over_seeds(rights), ".3f")
+        gains = [mine - theirs for mine, theirs in zip(rights, likelihood, strict=True)]
+        yield above_by_interval(f"β = {beta:g}, accuracy less that of log π_ref", 0, mean_over_seeds(gains), ".3f")
+    yield reported_with_interval("the oracle's accuracy on its own noisy labels", mean_over_seeds(ceiling), ".3f")
+
+
+# ---------------------------------------------------------------- search
+
+
+def all_ways(runs: list[dict[float, Search]]) -> dict[float, list[dict[str, Written]]]:
+    """What each seed's policy wrote in each way, by β."""
+    return {beta: [ways_of(run[beta]) for run in runs] for beta in BETAS}
+
+
+@STUDY.experiment("C35", "Fig. 2", searches)
+def five_beams_win_more(runs: list[dict[float, Search]]) -> Iterator[Finding]:
+    """Five beams raise the win rate by 10 to 15 points.
+
+    TODO
+    """
+    for beta, ways in all_ways(runs).items():
+        for way in ways[0]:
+            for measure in ("win_rate", "reward", "length"):
+                number = mean_over_seeds([getattr(one[way], measure) for one in ways])
+                yield reported_with_interval(f"β = {beta:g}, {way}, {measure}", number, ".3f")
+        for base in (SAMPLE, BEST, sums(1)):
+            number = difference(ways, "win_rate", sums(5), base)
+            yield above_by_interval(f"β = {beta:g}, 5 beams less {base}", 0, number, ".3f")
+
+
+@STUDY.experiment("C36", "Fig. 2", refrains)
+def more_beams_win_less(runs: list[Refrains]) -> Iterator[Finding]:
+    """More than five beams lower the win rate.
+
+    TODO
+    """
+    for name, ways in refrain_ways(runs).items():
+        for way in ways[0]:
+            for measure in ("win_rate", "reward", "length"):
+                number = mean_over_seeds([getattr(one[way], measure) for one in ways])
+                yield reported_with_interval(f"{name}, {way}, {measure}", number, ".3f")
+        for kind in (sums, means):
+            number = difference(ways, "win_rate", kind(20), kind(5))
+            yield below_by_interval(f"{name}, {kind(20)} less 5", 0, number, ".3f")
+
+
+def refrain_ways(runs: list[Refrains]) -> dict[str, list[dict[str, Written]]]:
+    """What each seed's π_ref and policy wrote in each way."""
+    return {
+        "π_ref": [ways_of(run.reference) for run in runs],
+        "DPO": [ways_of(run.tuned) for run in runs],
+    }
+
+
+@STUDY.experiment("C38", "Fig. 2", searches)
+def each_beta_gains(runs: list[dict[float, Search]]) -> Iterator[Finding]:
+    """The gain from beams is there for each of three β.
+
+    TODO
+    """
+    for beta, ways in all_ways(runs).items():
+        number = difference(ways, "win_rate", sums(5), SAMPLE)
+        yield above_by_interval(f"β = {beta:g}: 5 beams less a sample", 0, number, ".3f")
+
+
+# ---------------------------------------------------------------- proxy tuning
+
+
+@STUDY.experiment("C47", "§5.3", proxies)
+def a_small_proxy_improves_a_larger_base(runs: list[Proxies]) -> Iterator[Finding]:
+    """A small tuned proxy improves a larger base.
+
+    TODO
+    """
+    steered = {beta: [rewards_of(run.steered[beta]).mean(1) for run in runs] for beta in STEERING}
+    alone = [rewards_of(run.proxy).mean(1) for run in runs]
+    for beta, rewards in steered.items():
+        yield reported_with_interval(f"β = {beta:g}: reward", mean_over_seeds(rewards))
+        gains = [mine - base for mine, base in zip(rewards, steered[0.0], strict=True)]
+        yield above_by_interval(f"β = {beta:g}: less the base's", 0, mean_over_seeds(gains))
+    yield reported_with_interval("proxy alone", mean_over_seeds(alone))
+
+
+# ---------------------------------------------------------------- likelihoods
+
+
+@STUDY.experiment("C55", "Fig. 3", likelihoods)
+def chosen_fall(runs: list[Likelihoods]) -> Iterator[Finding]:
+    """The likelihood of the chosen responses falls in training.
+
+    TODO
+    """
+    seeds = [logps_of_pairs(run) for run in runs]
+    for start, betas in ((SFT, (*BETAS, LARGE_BETA)), (PREFERRED, AFTER_SFT_BETAS), (EARLY, (0.1,))):
+        for beta in betas:
+            implicit = [one.implicit(start, beta) for one in seeds]
+            for i, name in enumerate(("chosen", "rejected")):
+                number = mean_over_seeds([values[:, i] for values in implicit])
+                yield below_by_interval(f"{start}, β = {beta:g}, {name}", 0, number, ".3f")
+    for beta in (0.1, 0.3, 1.0, 1.5, 2.0, 3.0, 5.0):
+        numbers = [predicted_chosen(run, beta) for run in runs]
+        yield reported_with_interval(f"predicted, β = {beta:g}", mean_over_seeds(numbers), ".3f")
+
+
+def predicted_chosen(run: Likelihoods, beta: float) -> Tensor:
+    """The implicit reward of the chosen completions at the optimum, of pairs that π_ref wrote: r - β log E exp(r/β)."""
+    rewards = rewards_of_pairs(run.pairs.train)
+    log_z = (rewards.flatten() / beta).logsumexp(0) - math.log(rewards.numel())
+    return rewards[:, 0] - beta * log_z
+
+
+@STUDY.experiment("C62", "F.2", without_sft)
+def without_sft_samples_are_bad(runs: list[Early]) -> Iterator[Finding]:
+    """Without SFT, DPO's samples are bad.
+
+    TODO
+    """
+    early = [rewards_of(run.early).mean(1) for run in runs]
+    full = [rewards_of(run.full).mean(1) for run in runs]
+    yield reported_with_interval("early", mean_over_seeds(early))
+    yield reported_with_interval("full", mean_over_seeds(full))
+    losses = [mine - other for mine, other in zip(early, full, strict=True)]
+    yield below_by_interval("early less full", 0, mean_over_seeds(losses))
+
+
+def main(args: Args) -> None:
+    """Run the stages, judge, and write."""
+    experiments_command(STUDY, args)
+
+
+if __name__ == "__main__":
+    checked_command(main, Args)

@@ -7,8 +7,9 @@ All policies are Llamas of 1M parameters or fewer, and the judge is the oracle t
 """
 
 import json
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +27,27 @@ from scripts.lab.experiments import (
     reported_with_interval,
 )
 from scripts.lab.pipeline import Artifact, Plan, Stage
+from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
 from scripts.lab.row_files import read_jsonl
 from scripts.lab.statistics import Statistic, auroc_of, auroc_over_seeds, mean_over_seeds, over_seeds, win_rates
 from scripts.lab.worlds import MISREADING, OMISSION, world_a, world_c
 
 if TYPE_CHECKING:
-    pass
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 STUDY = Study("r_to_q", "From r to Q*: Your Language Model is Secretly a Q-Function")
 BETAS = (0.1, 0.3, 1.0)  # of Fig. 2
 LARGE_BETA = 3.0
+ALL_BETAS = (*BETAS, LARGE_BETA)
 WIDTHS = (1, 2, 5, 20)
 NORMALISED_WIDTHS = (5, 20)  # of searches by log π / length
 NEW_TOKENS = 96  # of a completion, at most; a perfect summary has 17
 NUM_PROMPTS = 192
 NUM_SAMPLES = 8
 PAIR_ROWS = 3_072
-DPO_STEPS = 48
+DPO_STEPS = 32
+PREFERRED_STEPS = 48  # of SFT on the chosen completions, all of them once
 
 
 # ---------------------------------------------------------------- stages
@@ -77,7 +82,7 @@ def tune(plan: Plan, name: str, model: Stage | Artifact, rows: Artifact, seed: i
     return plan.stage(
         f"r_to_q/{seed}/{name}",
         f"algos/token_dpo_beam.py --model {{model}} --train-data {{rows}} --output-dir {{out}} --beta {beta} "
-        f"--max-steps {DPO_STEPS} --learning-rate 3e-4 --warmup-steps 4 --save-every 0 --seed {seed}",
+        f"--max-steps {DPO_STEPS} --learning-rate 5e-4 --warmup-steps 4 --save-every 0 --seed {seed}",
         model=model,
         rows=rows,
     )
@@ -109,7 +114,7 @@ def policies(plan: Plan, seed: int) -> Policies:
     """The world of misreadings."""
     world, sft = world_c(plan, seed)
     pairs = preferences(plan, "misread", MISREADING, seed)
-    dpo = {beta: tune(plan, f"misread/dpo_{beta:g}", sft, pairs.train, seed, beta) for beta in (*BETAS, LARGE_BETA)}
+    dpo = {beta: tune(plan, f"misread/dpo_{beta:g}", sft, pairs.train, seed, beta) for beta in ALL_BETAS}
     return Policies(sft, world, pairs, dpo)
 
 
@@ -176,10 +181,12 @@ class Likelihoods(NamedTuple):
     logps: Stage
 
 
-AFTER_SFT_BETAS = (0.1, 1.0)
+AFTER_SFT_BETAS = (0.1, LARGE_BETA)
 PREFERRED = "preferred"  # names in the file of log-probs
 EARLY = "early"
 SFT = "sft"
+TRAINED = {SFT: ALL_BETAS, PREFERRED: AFTER_SFT_BETAS, EARLY: (0.1,)}  # the β of DPO's policies from each start
+START_NAMES = {SFT: "without SFT on chosen", PREFERRED: "after SFT on chosen", EARLY: "after 100 steps of SFT"}
 
 
 class Starts(NamedTuple):
@@ -194,7 +201,7 @@ class Starts(NamedTuple):
 def starts(plan: Plan, seed: int) -> Starts:
     """DPO with SFT on the chosen summaries, and with hardly any SFT."""
     made = policies(plan, seed)
-    preferred = imitate(plan, "misread/preferred", made.sft, made.pairs.train, seed, DPO_STEPS, 3e-4)
+    preferred = imitate(plan, "misread/preferred", made.sft, made.pairs.train, seed, PREFERRED_STEPS, 3e-4)
     after_preferred = {}
     for beta in AFTER_SFT_BETAS:
         name = f"misread/after_preferred_{beta:g}"
@@ -395,6 +402,11 @@ def ways_of(found: Search) -> dict[str, Written]:
     return ways
 
 
+def number_of(runs: list[dict[str, Written]], measure: str, way: str) -> dict:
+    """A measure of one way of writing, over seeds and prompts."""
+    return mean_over_seeds([getattr(ways[way], measure) for ways in runs])
+
+
 def difference(runs: list[dict[str, Written]], measure: str, more: str, less: str) -> dict:
     """What one way of writing has more of a measure than another one on the same prompts, over seeds and prompts."""
     return mean_over_seeds([getattr(ways[more], measure) - getattr(ways[less], measure) for ways in runs])
@@ -499,7 +511,7 @@ def token_rewards_are_low_at_wrong_words(runs: list[Stage]) -> Iterator[Finding]
 
     TODO
     """
-    for beta in (*BETAS, LARGE_BETA):
+    for beta in ALL_BETAS:
         for choose in (one_error, first_error, second_error):
             tokens = credits_of(runs, rewards_at(beta), choose)
             likelihoods = credits_of(runs, baseline, choose)
@@ -551,7 +563,7 @@ def right_summaries_are_told_from_wrong_ones(runs: list[Likelihoods]) -> Iterato
     TODO
     """
     seeds = [logps_of_pairs(run) for run in runs]
-    for beta in (*BETAS, LARGE_BETA):
+    for beta in ALL_BETAS:
         rights = [is_right(by_oracle(one.implicit(SFT, beta), one.rewards)) for one in seeds]
         yield above_by_interval(f"β = {beta:g}, accuracy", 0.9, mean_over_seeds(rights), ".3f")
     rights = [is_right(by_oracle(one.of[SFT], one.rewards)) for one in seeds]
@@ -662,7 +674,7 @@ def chosen_fall(runs: list[Likelihoods]) -> Iterator[Finding]:
     TODO
     """
     seeds = [logps_of_pairs(run) for run in runs]
-    for start, betas in ((SFT, (*BETAS, LARGE_BETA)), (PREFERRED, AFTER_SFT_BETAS), (EARLY, (0.1,))):
+    for start, betas in TRAINED.items():
         for beta in betas:
             implicit = [one.implicit(start, beta) for one in seeds]
             for i, name in enumerate(("chosen", "rejected")):
@@ -692,6 +704,130 @@ def without_sft_samples_are_bad(runs: list[Early]) -> Iterator[Finding]:
     yield reported_with_interval("full", mean_over_seeds(full))
     losses = [mine - other for mine, other in zip(early, full, strict=True)]
     yield below_by_interval("early less full", 0, mean_over_seeds(losses))
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_number(axes: "Axes", place: float, number: dict, **look: Any) -> None:
+    """A point with its interval."""
+    low, high = number["interval"]
+    mean = number["mean"]
+    axes.errorbar(place, mean, [[mean - low], [high - mean]], capsize=3, markersize=4, **look)
+
+
+def draw_line(axes: "Axes", places: Sequence[float], numbers: Sequence[dict], label: str, **look: Any) -> None:
+    """Points with their intervals, joined by a line."""
+    axes.plot(places, [number["mean"] for number in numbers], label=label, linewidth=1, markersize=4, **look)
+    for place, number in zip(places, numbers, strict=True):
+        draw_number(axes, place, number, **{**look, "linestyle": "none"})
+
+
+COLORS = (BLUE, GREEN, ORANGE, PURPLE)
+PANELS = {"win_rate": "win rate against the chosen", "length": "length (tokens)"}
+
+
+@STUDY.figure(
+    "Fig. 2 in the world of misreadings: a sample at T = 1, the likeliest of eight samples, and beams, by Σ log π and "
+    "by log π / length.",
+    searches,
+)
+def beams(runs: list[dict[float, Search]]) -> "Figure":
+    """A line for each β over the ways of writing."""
+    figure, panels = canvas([[measure] for measure in PANELS], (6.4, 5.6))
+    for i, (beta, ways) in enumerate(all_ways(runs).items()):
+        names = list(ways[0])
+        places = [place + 0.12 * (i - 1) for place in range(len(names))]
+        for measure, title in PANELS.items():
+            numbers = [number_of(ways, measure, name) for name in names]
+            look = {"color": COLORS[i], "marker": "o", "linestyle": ":"}
+            draw_line(panels[measure], places, numbers, f"β = {beta:g}", **look)
+            panels[measure].set_xticks(range(len(names)), names, fontsize=8)
+            label_axes(panels[measure], "", "", title)
+    return figure
+
+
+@STUDY.figure(
+    "Searches where a tenth of the demonstrations end by a clause that is said over and over, by Σ log π and by "
+    "log π / length.",
+    refrains,
+)
+def refrain(runs: list[Refrains]) -> "Figure":
+    """A line for each policy over the ways of writing."""
+    figure, panels = canvas([[measure] for measure in PANELS], (6.4, 5.6))
+    for i, (policy, ways) in enumerate(refrain_ways(runs).items()):
+        names = list(ways[0])
+        places = [place + 0.12 * (i - 1) for place in range(len(names))]
+        for measure, title in PANELS.items():
+            numbers = [number_of(ways, measure, name) for name in names]
+            look = {"color": COLORS[i], "marker": "o", "linestyle": ":"}
+            draw_line(panels[measure], places, numbers, policy, **look)
+            panels[measure].set_xticks(range(len(names)), names, fontsize=8)
+            label_axes(panels[measure], "", "", title)
+    return figure
+
+
+KINDS = {"one error": one_error, "first error": first_error, "second error": second_error}
+
+
+@STUDY.figure(
+    "Fig. 1 as a number: the AUROC of misread words, by token rewards and by likelihoods.", credit, quick=True
+)
+def credit_assignment(runs: list[Stage]) -> "Figure":
+    """A panel for each kind of error, over β."""
+    figure, panels = canvas([list(KINDS)], (9, 3.2))
+    for title, choose in KINDS.items():
+        axes = panels[title]
+        reference = auroc_number(credits_of(runs, baseline, choose))
+        axes.axhspan(*reference["interval"], color=GREY, alpha=0.3)
+        axes.axhline(reference["mean"], color=GREY, label="-log π_ref")
+        for values, name, color in ((rewards_at, "-r", BLUE), (policy_logps_at, "-log π_DPO", ORANGE)):
+            numbers = [auroc_number(credits_of(runs, values(beta), choose)) for beta in ALL_BETAS]
+            draw_line(axes, ALL_BETAS, numbers, name, color=color, marker="o")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1.02)
+        axes.set_xticks(ALL_BETAS, [f"{beta:g}" for beta in ALL_BETAS])
+        axes.minorticks_off()
+        label_axes(axes, title, "β", "AUROC")
+    return figure
+
+
+@STUDY.figure("Fig. 3 over β: the implicit rewards of held-out chosen summaries after training.", likelihoods)
+def implicit_rewards(runs: list[Likelihoods]) -> "Figure":
+    """A line for each start of DPO, and what the optimum has where π_ref wrote the pairs."""
+    figure, panels = canvas(["β"], (5.4, 3.6))
+    axes = panels["β"]
+    seeds = [logps_of_pairs(run) for run in runs]
+    for (start, betas), color in zip(TRAINED.items(), COLORS, strict=False):
+        for i, name in enumerate(("chosen", "rejected")):
+            numbers = [mean_over_seeds([one.implicit(start, beta)[:, i] for one in seeds]) for beta in betas]
+            look = {"color": color, "marker": "os"[i], "linestyle": ("-", ":")[i]}
+            draw_line(axes, betas, numbers, f"{START_NAMES[start]}, {name}", **look)
+    grid = [0.1 * 1.1**i for i in range(36)]
+    predicted = [sum(float(predicted_chosen(run, beta).mean()) for run in runs) / len(runs) for beta in grid]
+    axes.plot(grid, predicted, color=GREY, linestyle="--", label="optimum without, chosen")
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(ALL_BETAS, [f"{beta:g}" for beta in ALL_BETAS])
+    axes.minorticks_off()
+    label_axes(axes, "", "β", "implicit reward, β log π/π_ref")
+    return figure
+
+
+@STUDY.figure(
+    "Proxy tuning in the world of omissions: a proxy that cannot look facts up steers a larger base.", proxies
+)
+def proxy_tuning(runs: list[Proxies]) -> "Figure":
+    """The reward over the strength of steering."""
+    figure, panels = canvas(["reward"], (4.6, 3))
+    axes = panels["reward"]
+    numbers = [mean_over_seeds([rewards_of(run.steered[beta]).mean(1) for run in runs]) for beta in STEERING]
+    draw_line(axes, STEERING, numbers, "steered base", color=BLUE, marker="o")
+    alone = mean_over_seeds([rewards_of(run.proxy).mean(1) for run in runs])
+    axes.axhspan(*alone["interval"], color=GREY, alpha=0.3)
+    axes.axhline(alone["mean"], color=GREY, label="proxy by itself")
+    label_axes(axes, "", "β, exponent of Eq 14", "reward")
+    return figure
 
 
 def main(args: Args) -> None:

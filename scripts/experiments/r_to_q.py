@@ -23,6 +23,7 @@ from scripts.lab.experiments import (
     Study,
     above_by_interval,
     below_by_interval,
+    between_by_interval,
     experiments_command,
     reported_with_interval,
 )
@@ -40,10 +41,11 @@ STUDY = Study("r_to_q", "From r to Q*: Your Language Model is Secretly a Q-Funct
 BETAS = (0.1, 0.3, 1.0)  # of Fig. 2
 LARGE_BETA = 3.0
 ALL_BETAS = (*BETAS, LARGE_BETA)
-WIDTHS = (1, 2, 5, 20)
-NORMALISED_WIDTHS = (5, 20)  # of searches by log π / length
+WIDTHS = (1, 5, 20)
+NORMALISED_WIDTHS = (5, 20)  # of searches by log π / length, which take longer
 NEW_TOKENS = 96  # of a completion, at most; a perfect summary has 17
-NUM_PROMPTS = 192
+NUM_PROMPTS = 96  # of a search
+STEERED_PROMPTS = 192
 NUM_SAMPLES = 8
 PAIR_ROWS = 3_072
 DPO_STEPS = 32
@@ -126,8 +128,8 @@ class Search(NamedTuple):
     beams: dict[tuple[int, int], Artifact]
 
 
-def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int) -> Search:
-    """Samples and all searches of a policy."""
+def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int, normalised: bool) -> Search:
+    """Samples and searches of a policy, on request also those by log π / length."""
     line = (
         f"scripts/sample.py --model {{policy}} --rows {{rows}} --output {{out}}/rows.jsonl --max-rows {NUM_PROMPTS} "
         f"--max-new-tokens {NEW_TOKENS}"
@@ -138,8 +140,11 @@ def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int) -> S
         policy=policy,
         rows=rows,
     )
+    kinds = [(width, 0) for width in WIDTHS]
+    if normalised:
+        kinds += [(width, 1) for width in NORMALISED_WIDTHS]
     beams = {}
-    for width, penalty in [*((width, 0) for width in WIDTHS), *((width, 1) for width in NORMALISED_WIDTHS)]:
+    for width, penalty in kinds:
         found = plan.stage(
             f"r_to_q/{seed}/{name}/beams_{width}_{penalty}",
             f"{line} --num-completions 1 --beams {width} --length-penalty {penalty}",
@@ -151,12 +156,34 @@ def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int) -> S
 
 
 def searches(plan: Plan, seed: int) -> dict[float, Search]:
-    """The searches of Fig. 2, for each β."""
+    """The searches of Fig. 2, for each β; by log π / length for the smallest one alone."""
     made = policies(plan, seed)
     found = {}
     for beta in BETAS:
-        found[beta] = search(plan, f"search_{beta:g}", made.dpo[beta], made.pairs.held_out, seed)
+        is_least = beta == min(BETAS)
+        found[beta] = search(plan, f"search_{beta:g}", made.dpo[beta], made.pairs.held_out, seed, is_least)
     return found
+
+
+class Learned(NamedTuple):
+    """Searches by Σ log π at the smallest β, and log π_ref of what they found."""
+
+    found: Search
+    ref_logps: dict[int, Stage]  # by the number of beams
+
+
+def learned(plan: Plan, seed: int) -> Learned:
+    """What is needed for the learned reward of what five and 20 beams find."""
+    found = searches(plan, seed)[min(BETAS)]
+    ref_logps = {}
+    for width in (5, 20):
+        ref_logps[width] = plan.stage(
+            f"r_to_q/{seed}/learned/{width}",
+            "scripts/logps.py --policies ref={sft} --rows {rows} --output {out}/logps.json",
+            sft=policies(plan, seed).sft,
+            rows=found.beams[width, 0],
+        )
+    return Learned(found, ref_logps)
 
 
 def credit(plan: Plan, seed: int) -> Stage:
@@ -240,18 +267,14 @@ class Early(NamedTuple):
 def without_sft(plan: Plan, seed: int) -> Early:
     """Samples of DPO's policies, both with β = 0.1."""
     made = policies(plan, seed)
-    models = {"early": starts(plan, seed).after_early, "full": made.dpo[0.1]}
-    samples = []
-    for name, model in models.items():
-        drawn = plan.stage(
-            f"r_to_q/{seed}/without_sft/{name}",
-            f"scripts/sample.py --model {{model}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions 4 "
-            f"--max-rows {NUM_PROMPTS} --max-new-tokens {NEW_TOKENS} --seed {seed}",
-            model=model,
-            rows=made.pairs.held_out,
-        )
-        samples.append(drawn / "rows.jsonl")
-    return Early(*samples)
+    drawn = plan.stage(
+        f"r_to_q/{seed}/without_sft/samples",
+        f"scripts/sample.py --model {{model}} --rows {{rows}} --output {{out}}/rows.jsonl --max-rows {NUM_PROMPTS} "
+        f"--max-new-tokens {NEW_TOKENS} --num-completions {NUM_SAMPLES} --seed {seed}",
+        model=starts(plan, seed).after_early,
+        rows=made.pairs.held_out,
+    )
+    return Early(drawn / "rows.jsonl", searches(plan, seed)[0.1].samples)
 
 
 STEERING = (0.0, 1.0, 2.0, 4.0)  # exponents β of Eq 14
@@ -278,7 +301,7 @@ def proxies(plan: Plan, seed: int) -> Proxies:
 
     line = (
         f"scripts/sample.py --model {{model}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions 2 "
-        f"--max-rows {NUM_PROMPTS} --max-new-tokens {NEW_TOKENS} --seed {seed}"
+        f"--max-rows {STEERED_PROMPTS} --max-new-tokens {NEW_TOKENS} --seed {seed}"
     )
     rows = world.notices / "held_out.jsonl"
     steered = {}
@@ -296,7 +319,7 @@ def proxies(plan: Plan, seed: int) -> Proxies:
     return Proxies(steered, alone / "rows.jsonl")
 
 
-REFRAIN = f"{MISREADING} --refrain 0.1"
+REFRAIN = f"{MISREADING} --refrain 0.2"
 
 
 class Refrains(NamedTuple):
@@ -318,8 +341,8 @@ def refrains(plan: Plan, seed: int) -> Refrains:
     pairs = preferences(plan, "refrain", REFRAIN, seed)
     tuned = tune(plan, "refrain/dpo", reference, pairs.train, seed, 1.0)
     return Refrains(
-        search(plan, "search_refrain_sft", reference, pairs.held_out, seed),
-        search(plan, "search_refrain_dpo", tuned, pairs.held_out, seed),
+        search(plan, "search_refrain_sft", reference, pairs.held_out, seed, True),
+        search(plan, "search_refrain_dpo", tuned, pairs.held_out, seed, True),
     )
 
 
@@ -377,6 +400,8 @@ BEST = f"best of {NUM_SAMPLES}"  # samples by their log π
 
 def sums(width: int) -> str:
     """The name of a search by Σ log π."""
+    if width == 1:
+        return "greedy"
     return f"{width} beams"
 
 
@@ -461,6 +486,9 @@ def first_error(values: Tensor, is_wrong: Tensor) -> Tokens:
     return Tokens(pair, torch.tensor([False, True]).expand_as(pair))
 
 
+KINDS = {"one error": one_error, "first error": first_error, "second error": second_error}
+
+
 def auroc_number(tokens: list[Tokens]) -> dict:
     """The AUROC over seeds and prompts."""
     return auroc_over_seeds([-token.values for token in tokens], [token.is_wrong for token in tokens])
@@ -511,15 +539,39 @@ def token_rewards_are_low_at_wrong_words(runs: list[Stage]) -> Iterator[Finding]
 
     TODO
     """
-    for beta in ALL_BETAS:
-        for choose in (one_error, first_error, second_error):
+    for beta in (min(BETAS), max(BETAS)):
+        for name, choose in KINDS.items():
             tokens = credits_of(runs, rewards_at(beta), choose)
             likelihoods = credits_of(runs, baseline, choose)
             policy = credits_of(runs, policy_logps_at(beta), choose)
-            name = f"β = {beta:g}, {choose.__name__}"
-            yield reported_with_interval(name, auroc_number(tokens), ".3f")
-            yield above_by_interval(f"{name}, less -log π_ref", 0, auroc_difference(tokens, likelihoods), ".3f")
-            yield reported_with_interval(f"{name}, less -log π_DPO", auroc_difference(tokens, policy), ".3f")
+            gain = auroc_difference(tokens, likelihoods)
+            title = f"β = {beta:g}, {name}: AUROC of -r"
+            yield reported_with_interval(title, auroc_number(tokens), ".3f")
+            yield above_by_interval(f"{title}, less that of -log π_ref", 0, gain, ".3f")
+            yield reported_with_interval(f"{title}, less that of -log π_DPO", auroc_difference(tokens, policy), ".3f")
+
+
+def last_misreadings(one: Credit, beta: float) -> Tensor:
+    """β log π/π_ref of the right word less that of the misread one, where it is the last fact of a summary, (m,).
+
+    No other fact follows, so that V* behind both words is equal, and the optimum has exactly 2: the right word is worth
+    1, the wrong one -1. Both words stand after the same first error.
+    """
+    is_last = one.is_wrong[:, 1, -1]
+    rewards = one.rewards[beta][is_last][:, :, -1]
+    return beta * (rewards[:, 0] - rewards[:, 2])
+
+
+@STUDY.experiment("C30", "§5.1", credit)
+def token_rewards_are_advantages(runs: list[Stage]) -> Iterator[Finding]:
+    """The token rewards of a trained model are the optimal advantage.
+
+    TODO
+    """
+    seeds = [credit_of(run) for run in runs]
+    for beta in ALL_BETAS:
+        numbers = [last_misreadings(one, beta) for one in seeds]
+        yield between_by_interval(f"β = {beta:g}: right less misread word", 1.5, 2.5, mean_over_seeds(numbers))
 
 
 # ---------------------------------------------------------------- classification
@@ -602,36 +654,66 @@ def five_beams_win_more(runs: list[dict[float, Search]]) -> Iterator[Finding]:
     TODO
     """
     for beta, ways in all_ways(runs).items():
-        for way in ways[0]:
-            for measure in ("win_rate", "reward", "length"):
-                number = mean_over_seeds([getattr(one[way], measure) for one in ways])
-                yield reported_with_interval(f"β = {beta:g}, {way}, {measure}", number, ".3f")
-        for base in (SAMPLE, BEST, sums(1)):
-            number = difference(ways, "win_rate", sums(5), base)
-            yield above_by_interval(f"β = {beta:g}, 5 beams less {base}", 0, number, ".3f")
+        for name in (SAMPLE, BEST, sums(1), sums(5)):
+            yield reported_with_interval(f"β = {beta:g}: win rate, {name}", number_of(ways, "win_rate", name), ".3f")
+        for name, least in ((SAMPLE, 0.1), (sums(1), 0)):
+            number = difference(ways, "win_rate", sums(5), name)
+            yield above_by_interval(f"β = {beta:g}: five beams less {name}", least, number, ".3f")
 
 
-@STUDY.experiment("C36", "Fig. 2", refrains)
-def more_beams_win_less(runs: list[Refrains]) -> Iterator[Finding]:
+class Widths(NamedTuple):
+    """The searches of Fig. 2, and those where demonstrations have a refrain."""
+
+    misread: dict[float, Search]
+    refrain: Refrains
+
+
+def widths(plan: Plan, seed: int) -> Widths:
+    """All searches."""
+    return Widths(searches(plan, seed), refrains(plan, seed))
+
+
+def wide_ways(runs: list[Widths]) -> dict[str, list[dict[str, Written]]]:
+    """What each seed's policies wrote in each way."""
+    ways = {f"β = {beta:g}": written for beta, written in all_ways([run.misread for run in runs]).items()}
+    return {**ways, **refrain_ways([run.refrain for run in runs])}
+
+
+@STUDY.experiment("C36", "Fig. 2", widths)
+def more_beams_win_less(runs: list[Widths]) -> Iterator[Finding]:
     """More than five beams lower the win rate.
 
     TODO
     """
-    for name, ways in refrain_ways(runs).items():
-        for way in ways[0]:
-            for measure in ("win_rate", "reward", "length"):
-                number = mean_over_seeds([getattr(one[way], measure) for one in ways])
-                yield reported_with_interval(f"{name}, {way}, {measure}", number, ".3f")
-        for kind in (sums, means):
+    for name, ways in wide_ways(runs).items():
+        for kind in kinds_of(ways):
             number = difference(ways, "win_rate", kind(20), kind(5))
-            yield below_by_interval(f"{name}, {kind(20)} less 5", 0, number, ".3f")
+            yield below_by_interval(f"{name}: {kind(20)} less {kind(5)}", 0, number, ".3f")
+
+
+@STUDY.experiment("C37", "Fig. 2", widths)
+def more_beams_write_more(runs: list[Widths]) -> Iterator[Finding]:
+    """More than five beams make answers explode in length.
+
+    TODO
+    """
+    for name, ways in wide_ways(runs).items():
+        for kind in kinds_of(ways):
+            yield reported_with_interval(f"{name}: tokens, {kind(5)}", number_of(ways, "length", kind(5)), ".1f")
+            number = difference(ways, "length", kind(20), kind(5))
+            yield above_by_interval(f"{name}: {kind(20)} less {kind(5)}", 0, number, ".1f")
+
+
+def kinds_of(ways: list[dict[str, Written]]) -> list[Callable[[int], str]]:
+    """The names of the searches that were made."""
+    return [kind for kind in (sums, means) if kind(20) in ways[0]]
 
 
 def refrain_ways(runs: list[Refrains]) -> dict[str, list[dict[str, Written]]]:
-    """What each seed's π_ref and policy wrote in each way."""
+    """What each seed's π_ref and policy wrote in each way, where demonstrations have a refrain."""
     return {
-        "π_ref": [ways_of(run.reference) for run in runs],
-        "DPO": [ways_of(run.tuned) for run in runs],
+        "refrain, π_ref": [ways_of(run.reference) for run in runs],
+        "refrain, DPO": [ways_of(run.tuned) for run in runs],
     }
 
 
@@ -644,6 +726,52 @@ def each_beta_gains(runs: list[dict[float, Search]]) -> Iterator[Finding]:
     for beta, ways in all_ways(runs).items():
         number = difference(ways, "win_rate", sums(5), SAMPLE)
         yield above_by_interval(f"β = {beta:g}: 5 beams less a sample", 0, number, ".3f")
+
+
+def learned_rewards(run: Learned, width: int) -> Tensor:
+    """β log π/π_ref of what a search found, (n,)."""
+    contents = json.loads((run.ref_logps[width] / "logps.json").path.read_text(encoding="utf-8"))
+    ref_logps = torch.tensor(contents["logps"]["ref"], dtype=torch.double)
+    log_ratios = logps_of(run.found.beams[width, 0]) - ref_logps
+    return min(BETAS) * log_ratios[:, 0]
+
+
+@STUDY.experiment("C39", "§5.2", learned)
+def the_decline_is_over_optimisation(runs: list[Learned]) -> Iterator[Finding]:
+    """The decline with many beams is reward over-optimisation.
+
+    TODO
+    """
+    gains = [learned_rewards(run, 20) - learned_rewards(run, 5) for run in runs]
+    yield above_by_interval("learned reward, 20 beams less 5", 0, mean_over_seeds(gains), ".3f")
+    number = difference([ways_of(run.found) for run in runs], "reward", sums(20), sums(5))
+    yield below_by_interval("true reward, 20 beams less 5", 0, number)
+
+
+COPIED = 8  # words in a row
+
+
+def copies(rows: Artifact) -> Tensor:
+    """Whether each completion has some words in a row from its post, (n,)."""
+    found = []
+    for row in read_jsonl(rows.path):
+        post = f" {' '.join(notices.words(row['prompt']))} "
+        (text,) = row["completions"]
+        words = notices.words(text)
+        runs = [words[i : i + COPIED] for i in range(len(words) - COPIED + 1)]
+        found.append(any(f" {' '.join(run)} " in post for run in runs))
+    return torch.tensor(found, dtype=torch.double)
+
+
+@STUDY.experiment("C44", "F.1", searches)
+def wide_searches_copy_the_post(runs: list[dict[float, Search]]) -> Iterator[Finding]:
+    """At 20 beams one sample runs into a copy of the post.
+
+    TODO
+    """
+    for beta in BETAS:
+        number = mean_over_seeds([copies(run[beta].beams[20, 0]) for run in runs])
+        yield above_by_interval(f"β = {beta:g}: share with eight words in a row from the post", 0, number, ".3f")
 
 
 # ---------------------------------------------------------------- proxy tuning
@@ -665,6 +793,23 @@ def a_small_proxy_improves_a_larger_base(runs: list[Proxies]) -> Iterator[Findin
 
 
 # ---------------------------------------------------------------- likelihoods
+
+
+@STUDY.experiment("C51", "Fig. 3", likelihoods)
+def both_fall_after_sft(runs: list[Likelihoods]) -> Iterator[Finding]:
+    """After SFT, the implicit rewards of chosen and rejected both fall, and their margin grows.
+
+    TODO
+    """
+    seeds = [logps_of_pairs(run) for run in runs]
+    for beta in AFTER_SFT_BETAS:
+        implicit = [one.implicit(PREFERRED, beta) for one in seeds]
+        chosen = mean_over_seeds([values[:, 0] for values in implicit])
+        rejected = mean_over_seeds([values[:, 1] for values in implicit])
+        margin = mean_over_seeds([values[:, 0] - values[:, 1] for values in implicit])
+        yield below_by_interval(f"β = {beta:g}: chosen", 0, chosen, ".3f")
+        yield below_by_interval(f"β = {beta:g}: rejected", 0, rejected, ".3f")
+        yield above_by_interval(f"β = {beta:g}: margin", 0, margin, ".3f")
 
 
 @STUDY.experiment("C55", "Fig. 3", likelihoods)
@@ -765,9 +910,6 @@ def refrain(runs: list[Refrains]) -> "Figure":
             panels[measure].set_xticks(range(len(names)), names, fontsize=8)
             label_axes(panels[measure], "", "", title)
     return figure
-
-
-KINDS = {"one error": one_error, "first error": first_error, "second error": second_error}
 
 
 @STUDY.figure(

@@ -1,0 +1,280 @@
+"""From r to Q*'s experiments: their numbers against plain loops, and their verdicts on made-up files of stages."""
+
+import json
+import math
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from scripts.experiments import r_to_q
+from scripts.lab import notices
+from scripts.lab.experiments import Reproduction, reproduction_of
+from scripts.lab.pipeline import Artifact, Stage
+
+NUM_ROWS = 40
+EXPERIMENTS = {experiment.number: experiment for experiment in r_to_q.STUDY.experiments}
+
+
+def stage(path: Path) -> Stage:
+    """A stage whose files lie in a directory."""
+    path.mkdir(parents=True, exist_ok=True)
+    return Stage(path.name, "", {}, path, "")
+
+
+def rows_of(path: Path, rows: list[dict]) -> Artifact:
+    """A file of rows as if a stage had written it."""
+    tiny.write_jsonl(stage(path).path / "rows.jsonl", rows)
+    return Artifact(stage(path), "rows.jsonl")
+
+
+def verdict_of(number: str, runs: list[Any]) -> Reproduction:
+    return reproduction_of(EXPERIMENTS[number].check(runs))
+
+
+def posts(seed: int) -> list[tuple[str, notices.Kind]]:
+    rng = random.Random(seed)
+    return [notices.make_notice(rng) for _ in range(NUM_ROWS)]
+
+
+def summary(prompt: str, kind: notices.Kind, num_wrong: int, repetitions: int = 0) -> str:
+    """A summary with its first facts wrong and a refrain at its end."""
+    facts = notices.read_facts(prompt)
+    for slot in list(facts)[:num_wrong]:
+        facts[slot] = notices.next_value(slot, facts[slot])
+    clauses = [*kind.summary, *[notices.REFRAIN] * repetitions]
+    return notices.write_summary(clauses, facts)
+
+
+def row(prompt: str, texts: list[str], logps: list[float]) -> dict:
+    """A row as scripts/sample.py writes it."""
+    ids = [[1] * (len(notices.words(text)) + 1) for text in texts]
+    return {"prompt": prompt, "completions": texts, "completion_ids": ids, "logps": logps}
+
+
+# ---------------------------------------------------------------- search
+
+MEANS = [r_to_q.means(5), r_to_q.means(20)]
+WIDE_IS_WORSE = {"chosen": 1, "sample": 3, "greedy": 2, "5 beams": 0, "20 beams": 2}
+WIDE_IS_WORSE |= dict(zip(MEANS, (0, 2), strict=True))
+FLAT = dict.fromkeys(WIDE_IS_WORSE, 1)
+
+
+def made_search(path: Path, wrong: dict[str, int], repetitions: dict[str, int] | None = None) -> r_to_q.Search:
+    """A search whose completions have so many wrong facts and refrains: by the names of the ways, and "chosen".
+
+    Every other sample has no wrong fact, and the least log-prob.
+    """
+    repetitions = repetitions or {}
+    pairs = []
+    samples = []
+    found: dict[str, list[dict]] = {name: [] for name in wrong}
+    for prompt, kind in posts(0):
+        chosen = summary(prompt, kind, wrong["chosen"])
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": summary(prompt, kind, 5)})
+        texts = [summary(prompt, kind, 0), summary(prompt, kind, wrong[r_to_q.SAMPLE])] * (r_to_q.NUM_SAMPLES // 2)
+        samples.append(row(prompt, texts, [-2.0, -1.0] * (r_to_q.NUM_SAMPLES // 2)))
+        for name, number in wrong.items():
+            text = summary(prompt, kind, number, repetitions.get(name, 0))
+            found[name].append(row(prompt, [text], [-1.0]))
+
+    beams = {}
+    for width in r_to_q.WIDTHS:
+        beams[width, 0] = rows_of(path / f"{width}", found[r_to_q.sums(width)])
+    for width in r_to_q.NORMALISED_WIDTHS:
+        beams[width, 1] = rows_of(path / f"{width}_mean", found[r_to_q.means(width)])
+    return r_to_q.Search(rows_of(path / "pairs", pairs), rows_of(path / "samples", samples), beams)
+
+
+def test_the_numbers_of_ways_are_those_of_plain_loops(tmp_path: Path) -> None:
+    found = made_search(tmp_path, WIDE_IS_WORSE)
+    ways = r_to_q.ways_of(found)
+    assert list(ways) == ["sample", "best of 8", "greedy", "5 beams", "20 beams", *MEANS]
+
+    pairs = tiny.read_jsonl(found.pairs.path)
+    for name, artifact in (("sample", found.samples), ("20 beams", found.beams[20, 0]), (MEANS[0], found.beams[5, 1])):
+        for i, (pair, written) in enumerate(zip(pairs, tiny.read_jsonl(artifact.path), strict=True)):
+            bar = notices.oracle(pair["prompt"], pair["chosen"])
+            rewards = [notices.oracle(pair["prompt"], text) for text in written["completions"]]
+            wins = [1.0 if reward > bar else 0.5 if reward == bar else 0.0 for reward in rewards]
+            lengths = [len(ids) for ids in written["completion_ids"]]
+            assert float(ways[name].reward[i]) == pytest.approx(sum(rewards) / len(rewards))
+            assert float(ways[name].win_rate[i]) == pytest.approx(sum(wins) / len(wins))
+            assert float(ways[name].length[i]) == pytest.approx(sum(lengths) / len(lengths))
+
+
+def test_the_best_of_samples_is_the_likeliest(tmp_path: Path) -> None:
+    """Half of the samples have no wrong fact, but the others are likelier."""
+    ways = r_to_q.ways_of(made_search(tmp_path, WIDE_IS_WORSE))
+    assert (ways["sample"].reward == 5 - WIDE_IS_WORSE["sample"]).all()
+    assert (ways["best of 8"].reward == 5 - 2 * WIDE_IS_WORSE["sample"]).all()
+
+
+# ---------------------------------------------------------------- credit assignment
+
+
+def made_credit(path: Path, drop: float, ref_drop: float, seed: int = 0) -> Stage:
+    """Values as scripts/credit.py writes them: a wrong fact has less β r by `drop`, less log π_ref by `ref_drop`."""
+    generator = torch.Generator().manual_seed(seed)
+    is_wrong = torch.zeros(NUM_ROWS, 3, 5, dtype=torch.bool)
+    for i in range(NUM_ROWS):
+        first, second = ((0, 2), (1, 4))[i % 2]
+        is_wrong[i, [0, 2], first] = True
+        is_wrong[i, [1, 2], second] = True
+
+    def noise() -> Tensor:
+        return 0.1 * torch.randn(NUM_ROWS, 3, 5, generator=generator, dtype=torch.double)
+
+    values = {f"{beta:g}": noise() - drop / beta * is_wrong for beta in r_to_q.ALL_BETAS}
+    values["-log π_ref"] = noise() - ref_drop * is_wrong
+    contents = {
+        "is_wrong": is_wrong.tolist(),
+        "values": {name: numbers.tolist() for name, numbers in values.items()},
+    }
+    (stage(path).path / "credit.json").write_text(json.dumps(contents), encoding="utf-8")
+    return stage(path)
+
+
+def pairs_auroc(wrong: list[float], correct: list[float]) -> float:
+    """P(a wrong token's value < a correct one's), pair by pair."""
+    wins = [float(x < y) + (x == y) / 2 for x, y in product(wrong, correct)]
+    return sum(wins) / len(wins)
+
+
+def test_errors_are_compared_with_the_right_words(tmp_path: Path) -> None:
+    one = r_to_q.credit_of(made_credit(tmp_path, 0.4, 0.1))
+    values = one.rewards[1.0].tolist()
+    marks = one.is_wrong.tolist()
+
+    wrong: dict[str, list[float]] = {"one": [], "first": [], "second": []}
+    correct: dict[str, list[float]] = {"one": [], "first": [], "second": []}
+    for rewards, is_wrong in zip(values, marks, strict=True):
+        for summary_rewards, summary_wrong in zip(rewards[:2], is_wrong[:2], strict=True):
+            for value, mark in zip(summary_rewards, summary_wrong, strict=True):
+                (wrong if mark else correct)["one"].append(value)
+        first = is_wrong[0].index(True)
+        second = is_wrong[1].index(True)
+        wrong["first"].append(rewards[0][first])
+        correct["first"].append(rewards[1][first])
+        wrong["second"].append(rewards[2][second])
+        correct["second"].append(rewards[0][second])
+
+    for name, choose in (("one", r_to_q.one_error), ("first", r_to_q.first_error), ("second", r_to_q.second_error)):
+        tokens = [choose(one.rewards[1.0], one.is_wrong)]
+        assert r_to_q.auroc_number(tokens)["mean"] == pytest.approx(pairs_auroc(wrong[name], correct[name]))
+        others = [choose(one.ref_logps, one.is_wrong)]
+        expected = r_to_q.auroc_number(tokens)["mean"] - r_to_q.auroc_number(others)["mean"]
+        assert r_to_q.auroc_difference(tokens, others)["mean"] == pytest.approx(expected)
+
+
+def test_the_last_misreading_is_priced_where_no_fact_follows(tmp_path: Path) -> None:
+    one = r_to_q.credit_of(made_credit(tmp_path, 2, 0))
+    expected = []
+    for i in range(1, NUM_ROWS, 2):
+        right = float(one.rewards[0.3][i, 0, 4])
+        misread = float(one.rewards[0.3][i, 2, 4])
+        expected.append(0.3 * (right - misread))
+    assert r_to_q.last_misreadings(one, 0.3).tolist() == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- likelihoods
+
+
+def made_likelihoods(path: Path, changes: dict[str, tuple[float, float]]) -> r_to_q.Likelihoods:
+    """Log-probs whose log-ratios of chosen and rejected are `changes` by the start, whatever β, plus noise."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for prompt, kind in posts(2):
+        pairs.append({"prompt": prompt, "chosen": summary(prompt, kind, 1), "rejected": summary(prompt, kind, 3)})
+    rows = rows_of(path / "pairs", pairs)
+
+    logps = {}
+    for start, betas in r_to_q.TRAINED.items():
+        logps[start] = -5 + 0.1 * torch.randn(NUM_ROWS, 2, generator=generator)
+        for beta in betas:
+            noise = 0.1 * torch.randn(NUM_ROWS, 2, generator=generator)
+            logps[f"{start}_{beta:g}"] = logps[start] + torch.tensor(changes[start]) + noise
+    contents = {"logps": {name: numbers.tolist() for name, numbers in logps.items()}}
+    made = stage(path / "logps")
+    (made.path / "logps.json").write_text(json.dumps(contents), encoding="utf-8")
+    return r_to_q.Likelihoods(r_to_q.Pairs(rows, rows), made)
+
+
+def test_the_prediction_is_the_optimum_s(tmp_path: Path) -> None:
+    """Two completions of rewards 3 and -1, each of probability 1/2 under π_ref."""
+    run = made_likelihoods(tmp_path, dict.fromkeys(r_to_q.TRAINED, (0.0, 0.0)))
+    beta = 1.5
+    weights = [math.exp(3 / beta), math.exp(-1 / beta)]
+    share = weights[0] / sum(weights)
+    expected = beta * math.log(share / 0.5)
+    assert r_to_q.predicted_chosen(run, beta).tolist() == pytest.approx([expected] * NUM_ROWS)
+
+
+def test_accuracy_counts_what_the_oracle_orders() -> None:
+    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 2.0], [5.0, 0.0]])
+    rewards = torch.tensor([[3.0, 1.0], [1.0, 3.0], [4.0, 1.0], [2.0, 2.0]])
+    assert r_to_q.by_oracle(scores, rewards).tolist() == [[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]
+    assert r_to_q.is_right(scores).tolist() == [1.0, 1.0, 0.5, 1.0]
+
+
+# ---------------------------------------------------------------- verdicts
+
+REPRODUCED, PARTLY, NOT = Reproduction.REPRODUCED, Reproduction.PARTLY, Reproduction.NOT
+
+
+@pytest.mark.parametrize("drop, ref_drop, verdict", [(2.0, -1.0, REPRODUCED), (0.0, 0.0, NOT), (0.0, 2.0, NOT)])
+def test_verdict_on_credit(tmp_path: Path, drop: float, ref_drop: float, verdict: Reproduction) -> None:
+    assert verdict_of("C24", [made_credit(tmp_path, drop, ref_drop)]) == verdict
+
+
+@pytest.mark.parametrize("drop, verdict", [(2.0, REPRODUCED), (0.2, NOT), (5.0, NOT)])
+def test_verdict_on_advantages(tmp_path: Path, drop: float, verdict: Reproduction) -> None:
+    assert verdict_of("C30", [made_credit(tmp_path, drop, 0)]) == verdict
+
+
+FALL = (-2.0, -4.0)
+RISE = (2.0, 1.0)
+APART = (3.0, -3.0)
+
+
+@pytest.mark.parametrize(
+    "number, change, verdict",
+    [
+        ("C28", APART, REPRODUCED),
+        ("C28", (-3.0, 3.0), NOT),
+        ("C29", APART, REPRODUCED),
+        ("C29", (-3.0, 3.0), NOT),
+        ("C51", FALL, REPRODUCED),
+        ("C51", (-2.0, 2.0), PARTLY),  # the margin falls
+        ("C51", (1.0, 2.0), NOT),
+        ("C55", FALL, REPRODUCED),
+        ("C55", RISE, NOT),
+    ],
+)
+def test_verdicts_on_likelihoods(
+    tmp_path: Path, number: str, change: tuple[float, float], verdict: Reproduction
+) -> None:
+    run = made_likelihoods(tmp_path, dict.fromkeys(r_to_q.TRAINED, change))
+    assert verdict_of(number, [run]) == verdict
+
+
+@pytest.mark.parametrize("number", ["C35", "C38"])
+@pytest.mark.parametrize("wrong, verdict", [("better", REPRODUCED), ("flat", NOT)])
+def test_verdicts_on_five_beams(tmp_path: Path, number: str, wrong: str, verdict: Reproduction) -> None:
+    made = made_search(tmp_path, {"better": WIDE_IS_WORSE, "flat": FLAT}[wrong])
+    assert verdict_of(number, [dict.fromkeys(r_to_q.BETAS, made)]) == verdict
+
+
+@pytest.mark.parametrize("number", ["C36", "C37"])
+@pytest.mark.parametrize("wide, verdict", [(True, REPRODUCED), (False, NOT)])
+def test_verdicts_on_many_beams(tmp_path: Path, number: str, wide: bool, verdict: Reproduction) -> None:
+    wrong = WIDE_IS_WORSE if wide else FLAT
+    repetitions = {"20 beams": 4 * wide, MEANS[1]: 4 * wide}
+    made = made_search(tmp_path, wrong, repetitions)
+    run = r_to_q.Widths(dict.fromkeys(r_to_q.BETAS, made), r_to_q.Refrains(made, made))
+    assert verdict_of(number, [run]) == verdict

@@ -145,45 +145,45 @@ def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int, norm
         kinds += [(width, 1) for width in NORMALISED_WIDTHS]
     beams = {}
     for width, penalty in kinds:
-        found = plan.stage(
+        searched = plan.stage(
             f"r_to_q/{seed}/{name}/beams_{width}_{penalty}",
             f"{line} --num-completions 1 --beams {width} --length-penalty {penalty}",
             policy=policy,
             rows=rows,
         )
-        beams[width, penalty] = found / "rows.jsonl"
+        beams[width, penalty] = searched / "rows.jsonl"
     return Search(rows, samples / "rows.jsonl", beams)
 
 
 def searches(plan: Plan, seed: int) -> dict[float, Search]:
     """The searches of Fig. 2, for each β; by log π / length for the smallest one alone."""
     made = policies(plan, seed)
-    found = {}
+    by_beta = {}
     for beta in BETAS:
         is_least = beta == min(BETAS)
-        found[beta] = search(plan, f"search_{beta:g}", made.dpo[beta], made.pairs.held_out, seed, is_least)
-    return found
+        by_beta[beta] = search(plan, f"search_{beta:g}", made.dpo[beta], made.pairs.held_out, seed, is_least)
+    return by_beta
 
 
 class Learned(NamedTuple):
     """Searches by Σ log π at the smallest β, and log π_ref of what they found."""
 
-    found: Search
+    searched: Search
     ref_logps: dict[int, Stage]  # by the number of beams
 
 
 def learned(plan: Plan, seed: int) -> Learned:
     """What is needed for the learned reward of what five and 20 beams find."""
-    found = searches(plan, seed)[min(BETAS)]
+    searched = searches(plan, seed)[min(BETAS)]
     ref_logps = {}
     for width in (5, 20):
         ref_logps[width] = plan.stage(
             f"r_to_q/{seed}/learned/{width}",
             "scripts/logps.py --policies ref={sft} --rows {rows} --output {out}/logps.json",
             sft=policies(plan, seed).sft,
-            rows=found.beams[width, 0],
+            rows=searched.beams[width, 0],
         )
-    return Learned(found, ref_logps)
+    return Learned(searched, ref_logps)
 
 
 def credit(plan: Plan, seed: int) -> Stage:
@@ -322,28 +322,16 @@ def proxies(plan: Plan, seed: int) -> Proxies:
 REFRAIN = f"{MISREADING} --refrain 0.2"
 
 
-class Refrains(NamedTuple):
-    """Searches of a policy whose demonstrations may end by a refrain, and of its π_ref."""
-
-    reference: Search
-    tuned: Search
-
-
-def refrains(plan: Plan, seed: int) -> Refrains:
-    """The world of misreadings, and then demonstrations of which a tenth end by one clause said over and over."""
-    _, sft = world_c(plan, seed)
+def refrains(plan: Plan, seed: int) -> Search:
+    """Searches of a π_ref of which a fifth of the demonstrations end by one clause that is said over and over."""
+    made = policies(plan, seed)
     demonstrations = plan.stage(
         f"r_to_q/{seed}/refrain/world",
         f"scripts/notices.py world --output-dir {{out}} --sft-rows 5120 --prompt-rows 0 --held-out-rows 0 "
         f"--seed {seed + 100} {REFRAIN}",
     )
-    reference = imitate(plan, "refrain/sft", sft, demonstrations / "sft.jsonl", seed, 80, 5e-4)
-    pairs = preferences(plan, "refrain", REFRAIN, seed)
-    tuned = tune(plan, "refrain/dpo", reference, pairs.train, seed, 1.0)
-    return Refrains(
-        search(plan, "search_refrain_sft", reference, pairs.held_out, seed, True),
-        search(plan, "search_refrain_dpo", tuned, pairs.held_out, seed, True),
-    )
+    model = imitate(plan, "refrain/sft", made.sft, demonstrations / "sft.jsonl", seed, 80, 5e-4)
+    return search(plan, "search_refrain", model, made.pairs.held_out, seed, True)
 
 
 # ---------------------------------------------------------------- numbers
@@ -410,17 +398,17 @@ def means(width: int) -> str:
     return f"{width} beams, mean"
 
 
-def ways_of(found: Search) -> dict[str, Written]:
+def ways_of(searched: Search) -> dict[str, Written]:
     """A sample, the likeliest of several samples, and the searches."""
-    chosen = rewards_of_pairs(found.pairs, NUM_PROMPTS)[:, 0]
-    rewards = rewards_of(found.samples)
-    lengths = lengths_of(found.samples)
+    chosen = rewards_of_pairs(searched.pairs, NUM_PROMPTS)[:, 0]
+    rewards = rewards_of(searched.samples)
+    lengths = lengths_of(searched.samples)
     even = torch.full_like(rewards, 1 / NUM_SAMPLES)
     ways = {
         SAMPLE: written(rewards, lengths, even, chosen),
-        BEST: written(rewards, lengths, selection_weights(logps_of(found.samples), NUM_SAMPLES), chosen),
+        BEST: written(rewards, lengths, selection_weights(logps_of(searched.samples), NUM_SAMPLES), chosen),
     }
-    for (width, penalty), rows in found.beams.items():
+    for (width, penalty), rows in searched.beams.items():
         name = means(width) if penalty else sums(width)
         rewards = rewards_of(rows)
         ways[name] = written(rewards, lengths_of(rows), torch.ones_like(rewards), chosen)
@@ -513,24 +501,24 @@ def credits_of(runs: list[Stage], values: Callable[[Credit], Tensor], choose: Ch
     """The tokens of each seed that are to be told apart by some values."""
     tokens = []
     for run in runs:
-        one = credit_of(run)
-        tokens.append(choose(values(one), one.is_wrong))
+        facts = credit_of(run)
+        tokens.append(choose(values(facts), facts.is_wrong))
     return tokens
 
 
-def baseline(one: Credit) -> Tensor:
+def baseline(facts: Credit) -> Tensor:
     """log π_ref of each fact."""
-    return one.ref_logps
+    return facts.ref_logps
 
 
 def rewards_at(beta: float) -> Callable[[Credit], Tensor]:
     """The token rewards at one β."""
-    return lambda one: one.rewards[beta]
+    return lambda facts: facts.rewards[beta]
 
 
 def policy_logps_at(beta: float) -> Callable[[Credit], Tensor]:
     """log π of each fact at one β."""
-    return lambda one: one.rewards[beta] + one.ref_logps
+    return lambda facts: facts.rewards[beta] + facts.ref_logps
 
 
 @STUDY.experiment("C24", "Fig. 1", credit, quick=True)
@@ -551,14 +539,14 @@ def token_rewards_are_low_at_wrong_words(runs: list[Stage]) -> Iterator[Finding]
             yield reported_with_interval(f"{title}, less that of -log π_DPO", auroc_difference(tokens, policy), ".3f")
 
 
-def last_misreadings(one: Credit, beta: float) -> Tensor:
+def last_misreadings(facts: Credit, beta: float) -> Tensor:
     """β log π/π_ref of the right word less that of the misread one, where it is the last fact of a summary, (m,).
 
     No other fact follows, so that V* behind both words is equal, and the optimum has exactly 2: the right word is worth
     1, the wrong one -1. Both words stand after the same first error.
     """
-    is_last = one.is_wrong[:, 1, -1]
-    rewards = one.rewards[beta][is_last][:, :, -1]
+    is_last = facts.is_wrong[:, 1, -1]
+    rewards = facts.rewards[beta][is_last][:, :, -1]
     return beta * (rewards[:, 0] - rewards[:, 2])
 
 
@@ -570,7 +558,7 @@ def token_rewards_are_advantages(runs: list[Stage]) -> Iterator[Finding]:
     """
     seeds = [credit_of(run) for run in runs]
     for beta in ALL_BETAS:
-        numbers = [last_misreadings(one, beta) for one in seeds]
+        numbers = [last_misreadings(facts, beta) for facts in seeds]
         yield between_by_interval(f"β = {beta:g}: right less misread word", 1.5, 2.5, mean_over_seeds(numbers))
 
 
@@ -616,9 +604,9 @@ def right_summaries_are_told_from_wrong_ones(runs: list[Likelihoods]) -> Iterato
     """
     seeds = [logps_of_pairs(run) for run in runs]
     for beta in ALL_BETAS:
-        rights = [is_right(by_oracle(one.implicit(SFT, beta), one.rewards)) for one in seeds]
+        rights = [is_right(by_oracle(logps.implicit(SFT, beta), logps.rewards)) for logps in seeds]
         yield above_by_interval(f"β = {beta:g}, accuracy", 0.9, mean_over_seeds(rights), ".3f")
-    rights = [is_right(by_oracle(one.of[SFT], one.rewards)) for one in seeds]
+    rights = [is_right(by_oracle(logps.of[SFT], logps.rewards)) for logps in seeds]
     yield reported_with_interval("log π_ref, accuracy", mean_over_seeds(rights), ".3f")
 
 
@@ -629,10 +617,10 @@ def dpo_models_classify(runs: list[Likelihoods]) -> Iterator[Finding]:
     TODO
     """
     seeds = [logps_of_pairs(run) for run in runs]
-    ceiling = [is_right(one.rewards) for one in seeds]
+    ceiling = [is_right(logps.rewards) for logps in seeds]
     for beta in BETAS:
-        rights = [is_right(one.implicit(SFT, beta)) for one in seeds]
-        likelihood = [is_right(one.of[SFT]) for one in seeds]
+        rights = [is_right(logps.implicit(SFT, beta)) for logps in seeds]
+        likelihood = [is_right(logps.of[SFT]) for logps in seeds]
         yield reported_with_interval(f"β = {beta:g}, accuracy", mean_over_seeds(rights), ".3f")
         gains = [mine - theirs for mine, theirs in zip(rights, likelihood, strict=True)]
         yield above_by_interval(f"β = {beta:g}, accuracy less that of log π_ref", 0, mean_over_seeds(gains), ".3f")
@@ -665,7 +653,7 @@ class Widths(NamedTuple):
     """The searches of Fig. 2, and those where demonstrations have a refrain."""
 
     misread: dict[float, Search]
-    refrain: Refrains
+    refrain: Search
 
 
 def widths(plan: Plan, seed: int) -> Widths:
@@ -673,10 +661,14 @@ def widths(plan: Plan, seed: int) -> Widths:
     return Widths(searches(plan, seed), refrains(plan, seed))
 
 
+REFRAIN_NAME = "π_ref with a refrain"
+
+
 def wide_ways(runs: list[Widths]) -> dict[str, list[dict[str, Written]]]:
     """What each seed's policies wrote in each way."""
     ways = {f"β = {beta:g}": written for beta, written in all_ways([run.misread for run in runs]).items()}
-    return {**ways, **refrain_ways([run.refrain for run in runs])}
+    ways[REFRAIN_NAME] = [ways_of(run.refrain) for run in runs]
+    return ways
 
 
 @STUDY.experiment("C36", "Fig. 2", widths)
@@ -709,14 +701,6 @@ def kinds_of(ways: list[dict[str, Written]]) -> list[Callable[[int], str]]:
     return [kind for kind in (sums, means) if kind(20) in ways[0]]
 
 
-def refrain_ways(runs: list[Refrains]) -> dict[str, list[dict[str, Written]]]:
-    """What each seed's π_ref and policy wrote in each way, where demonstrations have a refrain."""
-    return {
-        "refrain, π_ref": [ways_of(run.reference) for run in runs],
-        "refrain, DPO": [ways_of(run.tuned) for run in runs],
-    }
-
-
 @STUDY.experiment("C38", "Fig. 2", searches)
 def each_beta_gains(runs: list[dict[float, Search]]) -> Iterator[Finding]:
     """The gain from beams is there for each of three β.
@@ -732,7 +716,7 @@ def learned_rewards(run: Learned, width: int) -> Tensor:
     """β log π/π_ref of what a search found, (n,)."""
     contents = json.loads((run.ref_logps[width] / "logps.json").path.read_text(encoding="utf-8"))
     ref_logps = torch.tensor(contents["logps"]["ref"], dtype=torch.double)
-    log_ratios = logps_of(run.found.beams[width, 0]) - ref_logps
+    log_ratios = logps_of(run.searched.beams[width, 0]) - ref_logps
     return min(BETAS) * log_ratios[:, 0]
 
 
@@ -744,7 +728,7 @@ def the_decline_is_over_optimisation(runs: list[Learned]) -> Iterator[Finding]:
     """
     gains = [learned_rewards(run, 20) - learned_rewards(run, 5) for run in runs]
     yield above_by_interval("learned reward, 20 beams less 5", 0, mean_over_seeds(gains), ".3f")
-    number = difference([ways_of(run.found) for run in runs], "reward", sums(20), sums(5))
+    number = difference([ways_of(run.searched) for run in runs], "reward", sums(20), sums(5))
     yield below_by_interval("true reward, 20 beams less 5", 0, number)
 
 
@@ -753,14 +737,14 @@ COPIED = 8  # words in a row
 
 def copies(rows: Artifact) -> Tensor:
     """Whether each completion has some words in a row from its post, (n,)."""
-    found = []
+    marks = []
     for row in read_jsonl(rows.path):
         post = f" {' '.join(notices.words(row['prompt']))} "
         (text,) = row["completions"]
         words = notices.words(text)
         runs = [words[i : i + COPIED] for i in range(len(words) - COPIED + 1)]
-        found.append(any(f" {' '.join(run)} " in post for run in runs))
-    return torch.tensor(found, dtype=torch.double)
+        marks.append(any(f" {' '.join(run)} " in post for run in runs))
+    return torch.tensor(marks, dtype=torch.double)
 
 
 @STUDY.experiment("C44", "F.1", searches)
@@ -784,12 +768,20 @@ def a_small_proxy_improves_a_larger_base(runs: list[Proxies]) -> Iterator[Findin
     TODO
     """
     steered = {beta: [rewards_of(run.steered[beta]).mean(1) for run in runs] for beta in STEERING}
-    alone = [rewards_of(run.proxy).mean(1) for run in runs]
-    for beta, rewards in steered.items():
-        yield reported_with_interval(f"β = {beta:g}: reward", mean_over_seeds(rewards))
-        gains = [mine - base for mine, base in zip(rewards, steered[0.0], strict=True)]
-        yield above_by_interval(f"β = {beta:g}: less the base's", 0, mean_over_seeds(gains))
-    yield reported_with_interval("proxy alone", mean_over_seeds(alone))
+    yield reported_with_interval("reward of the base", mean_over_seeds(steered[0.0]))
+    yield reported_with_interval("reward of the proxy by itself", mean_over_seeds(proxy_rewards(runs)))
+    for beta in STEERING[1:]:
+        gains = [mine - base for mine, base in zip(steered[beta], steered[0.0], strict=True)]
+        number = mean_over_seeds(gains)
+        if beta == 1:
+            yield above_by_interval("steered with β = 1, less the base", 0, number)
+        else:
+            yield reported_with_interval(f"steered with β = {beta:g}, less the base", number)
+
+
+def proxy_rewards(runs: list[Proxies]) -> list[Tensor]:
+    """The mean reward of the proxy's samples, for each seed (n,)."""
+    return [rewards_of(run.proxy).mean(1) for run in runs]
 
 
 # ---------------------------------------------------------------- likelihoods
@@ -803,7 +795,7 @@ def both_fall_after_sft(runs: list[Likelihoods]) -> Iterator[Finding]:
     """
     seeds = [logps_of_pairs(run) for run in runs]
     for beta in AFTER_SFT_BETAS:
-        implicit = [one.implicit(PREFERRED, beta) for one in seeds]
+        implicit = [logps.implicit(PREFERRED, beta) for logps in seeds]
         chosen = mean_over_seeds([values[:, 0] for values in implicit])
         rejected = mean_over_seeds([values[:, 1] for values in implicit])
         margin = mean_over_seeds([values[:, 0] - values[:, 1] for values in implicit])
@@ -821,7 +813,7 @@ def chosen_fall(runs: list[Likelihoods]) -> Iterator[Finding]:
     seeds = [logps_of_pairs(run) for run in runs]
     for start, betas in TRAINED.items():
         for beta in betas:
-            implicit = [one.implicit(start, beta) for one in seeds]
+            implicit = [logps.implicit(start, beta) for logps in seeds]
             for i, name in enumerate(("chosen", "rejected")):
                 number = mean_over_seeds([values[:, i] for values in implicit])
                 yield below_by_interval(f"{start}, β = {beta:g}, {name}", 0, number, ".3f")
@@ -874,41 +866,24 @@ PANELS = {"win_rate": "win rate against the chosen", "length": "length (tokens)"
 
 @STUDY.figure(
     "Fig. 2 in the world of misreadings: a sample at T = 1, the likeliest of eight samples, and beams, by Σ log π and "
-    "by log π / length.",
-    searches,
+    "by log π / length. In grey a π_ref whose demonstrations may end by a refrain.",
+    widths,
 )
-def beams(runs: list[dict[float, Search]]) -> "Figure":
-    """A line for each β over the ways of writing."""
-    figure, panels = canvas([[measure] for measure in PANELS], (6.4, 5.6))
-    for i, (beta, ways) in enumerate(all_ways(runs).items()):
-        names = list(ways[0])
-        places = [place + 0.12 * (i - 1) for place in range(len(names))]
-        for measure, title in PANELS.items():
-            numbers = [number_of(ways, measure, name) for name in names]
-            look = {"color": COLORS[i], "marker": "o", "linestyle": ":"}
-            draw_line(panels[measure], places, numbers, f"β = {beta:g}", **look)
-            panels[measure].set_xticks(range(len(names)), names, fontsize=8)
-            label_axes(panels[measure], "", "", title)
-    return figure
-
-
-@STUDY.figure(
-    "Searches where a tenth of the demonstrations end by a clause that is said over and over, by Σ log π and by "
-    "log π / length.",
-    refrains,
-)
-def refrain(runs: list[Refrains]) -> "Figure":
+def beams(runs: list[Widths]) -> "Figure":
     """A line for each policy over the ways of writing."""
     figure, panels = canvas([[measure] for measure in PANELS], (6.4, 5.6))
-    for i, (policy, ways) in enumerate(refrain_ways(runs).items()):
-        names = list(ways[0])
-        places = [place + 0.12 * (i - 1) for place in range(len(names))]
-        for measure, title in PANELS.items():
-            numbers = [number_of(ways, measure, name) for name in names]
-            look = {"color": COLORS[i], "marker": "o", "linestyle": ":"}
-            draw_line(panels[measure], places, numbers, policy, **look)
-            panels[measure].set_xticks(range(len(names)), names, fontsize=8)
-            label_axes(panels[measure], "", "", title)
+    names = [SAMPLE, BEST, *map(sums, WIDTHS), *map(means, NORMALISED_WIDTHS)]
+    colors = (BLUE, GREEN, ORANGE, GREY)
+    for i, (policy, ways) in enumerate(wide_ways(runs).items()):
+        tried = [name for name in names if name in ways[0]]
+        places = [names.index(name) + 0.1 * (i - 1.5) for name in tried]
+        for measure, axes in panels.items():
+            numbers = [number_of(ways, measure, name) for name in tried]
+            draw_line(axes, places, numbers, policy, color=colors[i], marker="o", linestyle=":")
+
+    for measure, axes in panels.items():
+        axes.set_xticks(range(len(names)), names, fontsize=8)
+        label_axes(axes, "", "", PANELS[measure])
     return figure
 
 
@@ -937,12 +912,12 @@ def credit_assignment(runs: list[Stage]) -> "Figure":
 @STUDY.figure("Fig. 3 over β: the implicit rewards of held-out chosen summaries after training.", likelihoods)
 def implicit_rewards(runs: list[Likelihoods]) -> "Figure":
     """A line for each start of DPO, and what the optimum has where π_ref wrote the pairs."""
-    figure, panels = canvas(["β"], (5.4, 3.6))
+    figure, panels = canvas([["β"]], (5.4, 3.6))
     axes = panels["β"]
     seeds = [logps_of_pairs(run) for run in runs]
     for (start, betas), color in zip(TRAINED.items(), COLORS, strict=False):
         for i, name in enumerate(("chosen", "rejected")):
-            numbers = [mean_over_seeds([one.implicit(start, beta)[:, i] for one in seeds]) for beta in betas]
+            numbers = [mean_over_seeds([logps.implicit(start, beta)[:, i] for logps in seeds]) for beta in betas]
             look = {"color": color, "marker": "os"[i], "linestyle": ("-", ":")[i]}
             draw_line(axes, betas, numbers, f"{START_NAMES[start]}, {name}", **look)
     grid = [0.1 * 1.1**i for i in range(36)]
@@ -961,11 +936,11 @@ def implicit_rewards(runs: list[Likelihoods]) -> "Figure":
 )
 def proxy_tuning(runs: list[Proxies]) -> "Figure":
     """The reward over the strength of steering."""
-    figure, panels = canvas(["reward"], (4.6, 3))
+    figure, panels = canvas([["reward"]], (4.6, 3))
     axes = panels["reward"]
     numbers = [mean_over_seeds([rewards_of(run.steered[beta]).mean(1) for run in runs]) for beta in STEERING]
     draw_line(axes, STEERING, numbers, "steered base", color=BLUE, marker="o")
-    alone = mean_over_seeds([rewards_of(run.proxy).mean(1) for run in runs])
+    alone = mean_over_seeds(proxy_rewards(runs))
     axes.axhspan(*alone["interval"], color=GREY, alpha=0.3)
     axes.axhline(alone["mean"], color=GREY, label="proxy by itself")
     label_axes(axes, "", "β, exponent of Eq 14", "reward")

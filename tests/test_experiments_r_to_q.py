@@ -171,12 +171,13 @@ def test_errors_are_compared_with_the_right_words(tmp_path: Path) -> None:
     wrong: dict[str, list[float]] = {"one": [], "first": [], "second": []}
     correct: dict[str, list[float]] = {"one": [], "first": [], "second": []}
     for rewards, is_wrong in zip(values, marks, strict=True):
-        for summary_rewards, summary_wrong in zip(rewards[:2], is_wrong[:2], strict=True):
-            for value, mark in zip(summary_rewards, summary_wrong, strict=True):
-                if mark:
-                    wrong["one"].append(value)
-                else:
-                    correct["one"].append(value)
+        single = zip(rewards[0] + rewards[1], is_wrong[0] + is_wrong[1], strict=True)
+        for value, mark in single:
+            if mark:
+                wrong["one"].append(value)
+            else:
+                correct["one"].append(value)
+
         first = is_wrong[0].index(True)
         second = is_wrong[1].index(True)
         wrong["first"].append(rewards[0][first])
@@ -272,8 +273,6 @@ APART = (3.0, -3.0)
         ("C51", FALL, REPRODUCED),
         ("C51", (-2.0, 2.0), PARTLY),  # the margin falls
         ("C51", (1.0, 2.0), NOT),
-        ("C55", FALL, REPRODUCED),
-        ("C55", RISE, NOT),
     ],
 )
 def test_verdicts_on_likelihoods(
@@ -281,6 +280,18 @@ def test_verdicts_on_likelihoods(
 ) -> None:
     run = made_likelihoods(tmp_path, dict.fromkeys(r_to_q.TRAINED, change))
     assert verdict_of(number, [run]) == verdict
+
+
+@pytest.mark.parametrize(
+    "after_sft, without, verdict",
+    [(FALL, RISE, REPRODUCED), (FALL, FALL, PARTLY), (RISE, RISE, NOT)],
+)
+def test_verdict_on_the_chosen(
+    tmp_path: Path, after_sft: tuple[float, float], without: tuple[float, float], verdict: Reproduction
+) -> None:
+    """At the optimum, the chosen of these pairs rise without SFT, whatever β."""
+    changes = {r_to_q.PREFERRED: after_sft, r_to_q.SFT: without, r_to_q.EARLY: without}
+    assert verdict_of("C55", [made_likelihoods(tmp_path, changes)]) == verdict
 
 
 @pytest.mark.parametrize("number", ["C35", "C38"])
@@ -299,3 +310,45 @@ def test_verdicts_on_many_beams(tmp_path: Path, number: str, wide: bool, verdict
         made = made_search(tmp_path, WIDE_IS_WORSE, refrains)
     run = r_to_q.Widths(dict.fromkeys(r_to_q.BETAS, made), made)
     assert verdict_of(number, [run]) == verdict
+
+
+@pytest.mark.parametrize("change, verdict", [(1, REPRODUCED), (-1, NOT)])
+def test_verdict_on_over_optimisation(tmp_path: Path, change: int, verdict: Reproduction) -> None:
+    """The wider search has a higher log-ratio and, or else, the better summaries."""
+    wrong = {**FLAT, "5 beams": 1 - change, "20 beams": 1 + change}
+    searched = made_search(tmp_path, wrong)
+    ref_logps = {}
+    for width, ref_logp in ((5, -1.0), (20, -1.0 - change)):
+        ref_logps[width] = stage(tmp_path / f"learned_{width}")
+        contents = {"logps": {"ref": [[ref_logp]] * NUM_ROWS}}
+        (ref_logps[width].path / "logps.json").write_text(json.dumps(contents), encoding="utf-8")
+    assert verdict_of("C39", [r_to_q.Learned(searched, ref_logps)]) == verdict
+
+
+@pytest.mark.parametrize("copied, verdict", [(True, REPRODUCED), (False, NOT)])
+def test_verdict_on_copies(tmp_path: Path, copied: bool, verdict: Reproduction) -> None:
+    searched = made_search(tmp_path, FLAT)
+    if copied:
+        rows = [row(prompt, [f"a summary of {prompt}"], [-1.0]) for prompt, _ in posts(0)]
+        searched.beams[20, 0] = rows_of(tmp_path / "copies", rows)
+    assert verdict_of("C44", [dict.fromkeys(r_to_q.BETAS, searched)]) == verdict
+
+
+def drawn(path: Path, num_wrong: int) -> Artifact:
+    """A file of one sample for each prompt."""
+    rows = [row(prompt, [summary(prompt, kind, num_wrong)], [-1.0]) for prompt, kind in posts(0)]
+    return rows_of(path, rows)
+
+
+@pytest.mark.parametrize("num_wrong, verdict", [(2, REPRODUCED), (4, NOT)])
+def test_verdict_on_a_proxy(tmp_path: Path, num_wrong: int, verdict: Reproduction) -> None:
+    base = drawn(tmp_path / "base", 3)
+    steered = dict.fromkeys(r_to_q.STEERING, drawn(tmp_path / "steered", num_wrong))
+    run = r_to_q.Proxies({**steered, 0.0: base}, base)
+    assert verdict_of("C47", [run]) == verdict
+
+
+@pytest.mark.parametrize("num_wrong, verdict", [(4, REPRODUCED), (2, NOT)])
+def test_verdict_without_sft(tmp_path: Path, num_wrong: int, verdict: Reproduction) -> None:
+    run = r_to_q.Early(drawn(tmp_path / "early", num_wrong), drawn(tmp_path / "full", 3))
+    assert verdict_of("C62", [run]) == verdict

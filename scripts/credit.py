@@ -1,10 +1,11 @@
 """Credit assignment as a number: do token rewards find the wrong words of a summary? From r to Q*, section 5.1.
 
 Rows are notices with a correct summary. Two of its five facts are chosen at random, and other words of the same slots
-replace them. This gives three summaries: one with the first fact wrong, one with the second, and one with both.
-For each token that states a fact, r = log π_θ(token|before) - log π_ref(token|before). This is the token reward (Eq 11)
-in nats per β; β changes no order. A policy that was trained without a reference, as by algos/typo.py, gets the same
-log-ratio.
+replace them. With `--errors misreadings` the two facts are those that demonstrations of `notices.py --misread` misread,
+and the words are theirs. This gives three summaries: one with the first fact wrong, one with the second, and one with
+both. For each token that states a fact, r = log π_θ(token|before) - log π_ref(token|before). This is the token reward
+(Eq 11) in nats per β; β changes no order. A policy that was trained without a reference, as by algos/typo.py, gets the
+same log-ratio.
 
     one error       AUROC: P(-r of a wrong fact > -r of a correct one), over all summaries with one error; a tie counts
                     half
@@ -15,7 +16,8 @@ log-ratio.
 
 A baseline that needs no preferences is listed next to the policies, with log π_ref in the place of r. The 95%
 intervals are percentiles of 2,000 bootstrap resamples: prompts are resampled, and the measure is computed anew from all
-tokens of the resampled prompts. A figure beside the output shows the values whose AUROC "one error" is.
+tokens of the resampled prompts. A figure beside the output shows the values whose AUROC "one error" is. The output has
+them all: `values`, r or log π_ref of each fact of each summary, and `is_wrong`.
 
     python scripts/credit.py --policies dpo=runs/dpo --reference runs/sft --rows runs/world/held_out.jsonl \\
         --output runs/credit.json
@@ -26,7 +28,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +77,8 @@ class Args:
     """file, directory or hub id (`path:split`) of notices, `prompt`, with a correct summary, `completion`"""
     output: Path
     """json file to write; the figure is written beside it, under the same name in .png"""
+    errors: Literal["random", "misreadings"] = "random"
+    """wrong words: any others in two random facts, or those of demonstrations that misread"""
     num_prompts: Annotated[int, Above(0)] = 512
     """prompts, the first of the file"""
     seed: Annotated[int, AtLeast(0, at_most=2**32 - 1)] = 0
@@ -93,30 +97,47 @@ class Summaries:
     is_wrong: Tensor  # (n, 3, 5), for each fact in the order of the text
 
 
-def corrupt(summary: str, rng: random.Random) -> tuple[list[str], list[list[bool]]]:
-    """Three texts as in `Summaries`, and which facts of each are wrong, (3, 5)."""
-    facts = list(notices.read_facts(summary).items())
-    first, second = sorted(rng.sample(range(len(facts)), 2))
-    replacements = {}
-    for index in (first, second):
-        slot, value = facts[index]
-        others = [other for other in notices.SLOTS[slot] if other != value]
-        replacements[index] = rng.choice(others)
+def corrupt(summary: str, errors: dict[str, str]) -> tuple[list[str], list[list[bool]]]:
+    """Three texts as in `Summaries`, and which facts of each are wrong, (3, 5).
 
+    errors: the wrong words of two slots.
+    """
+    facts = notices.read_facts(summary)  # in the order of the text
+    first, second = (slot for slot in facts if slot in errors)
     texts = []
     is_wrong = []
-    for errors in ([first], [second], [first, second]):
+    for wrong_slots in ([first], [second], [first, second]):
         text = summary
-        for index in errors:
-            _, value = facts[index]
-            text = re.sub(rf"\b{value}\b", replacements[index], text)
+        for slot in wrong_slots:
+            text = re.sub(rf"\b{facts[slot]}\b", errors[slot], text)
         texts.append(text)
-        is_wrong.append([index in errors for index in range(len(facts))])
+        is_wrong.append([slot in wrong_slots for slot in facts])
     return texts, is_wrong
 
 
-def corrupt_summaries(source: str, num_prompts: int, seed: int) -> Summaries:
-    """The first rows with errors in their summaries.
+def random_errors(summary: str, rng: random.Random) -> dict[str, str]:
+    """Other words for two of the slots."""
+    facts = list(notices.read_facts(summary).items())
+    errors = {}
+    for index in sorted(rng.sample(range(len(facts)), 2)):
+        slot, value = facts[index]
+        others = [other for other in notices.SLOTS[slot] if other != value]
+        errors[slot] = rng.choice(others)
+    return errors
+
+
+def misreadings(summary: str, location: str) -> dict[str, str]:
+    """The words of the slots that are misread in this kind of notice. Raises UserError for a summary of no kind."""
+    facts = notices.read_facts(summary)
+    clauses = set(re.split(r"[,.] *", summary))
+    for kind in notices.KINDS:
+        if clauses.issuperset(clause.format(**facts) for clause in kind.summary):
+            return {slot: notices.next_value(slot, facts[slot]) for slot in kind.misread}
+    raise UserError(f"{location}: --errors misreadings needs a summary in the notices' own words, not {summary!r}")
+
+
+def corrupt_summaries(source: str, num_prompts: int, errors: str, seed: int) -> Summaries:
+    """The first rows with errors in their summaries, `random` ones or `misreadings`.
 
     Raises UserError for a row that is not a notice with a correct summary.
     """
@@ -125,7 +146,12 @@ def corrupt_summaries(source: str, num_prompts: int, seed: int) -> Summaries:
     summaries = []
     is_wrong = []
     for example in first_examples(source, num_prompts):
-        texts, marks = corrupt(correct_summary(example), rng)
+        summary = correct_summary(example)
+        if errors == "misreadings":
+            wrong_words = misreadings(summary, example.location)
+        else:
+            wrong_words = random_errors(summary, rng)
+        texts, marks = corrupt(summary, wrong_words)
         prompts.append(example.prompt)
         summaries.append(texts)
         is_wrong.append(marks)
@@ -291,7 +317,7 @@ def main(args: Args) -> None:
 
     policies = named_policies(args.policies)
     paths = list(policies.values())
-    summaries = corrupt_summaries(args.rows, args.num_prompts, args.seed)
+    summaries = corrupt_summaries(args.rows, args.num_prompts, args.errors, args.seed)
     check_tokenizers(paths, args.reference)
     rows, positions = encode(args.reference, summaries)
     ref_logps, *logps = fact_logps([args.reference, *paths], rows, positions)
@@ -305,10 +331,15 @@ def main(args: Args) -> None:
         measures[name] = measure(values, summaries.is_wrong, args.seed)
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = evaluation_settings(args, args.reference, len(summaries.prompts))
+    contents = {
+        "settings": evaluation_settings(args, args.reference, len(summaries.prompts)),
+        "measures": measures,
+        "is_wrong": summaries.is_wrong.tolist(),
+        "values": {name: values.tolist() for name, values in rewards.items()},
+    }
     with replacing(args.output.with_suffix(".png")) as temporary:
         plot(temporary, rewards, summaries.is_wrong, measures)
-        write_json(args.output, {"settings": settings, "measures": measures})
+        write_json(args.output, contents)
     print(table(measures))
 
 

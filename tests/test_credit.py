@@ -163,7 +163,7 @@ def test_measures_of_cases_by_hand() -> None:
 
 def test_summaries_have_errors_in_the_marked_facts_alone(rows: Path) -> None:
     originals = [row["completion"] for row in tiny.read_jsonl(rows)]
-    summaries = credit.corrupt_summaries(str(rows), NUM_ROWS, 0)
+    summaries = credit.corrupt_summaries(str(rows), NUM_ROWS, "random", 0)
     columns = zip(summaries.prompts, originals, summaries.texts, summaries.is_wrong, strict=True)
     for prompt, original, texts, marks in columns:
         (first,), (second,), errors = (row.nonzero().flatten().tolist() for row in marks)
@@ -187,7 +187,7 @@ def test_errors_are_sampled_evenly_and_seeded() -> None:
     pairs: Counter[tuple[bool, ...]] = Counter()
     items: Counter[str] = Counter()  # in the place of the lamp
     for _ in range(2_000):
-        texts, is_wrong = credit.corrupt(SUMMARY, rng)
+        texts, is_wrong = credit.corrupt(SUMMARY, credit.random_errors(SUMMARY, rng))
         pairs[tuple(is_wrong[2])] += 1
         if is_wrong[0][0]:
             items[texts[0].split()[1]] += 1
@@ -199,9 +199,9 @@ def test_errors_are_sampled_evenly_and_seeded() -> None:
     assert set(items) == others
     assert max(items.values()) < 170
 
-    once = credit.corrupt(SUMMARY, random.Random(3))
-    assert credit.corrupt(SUMMARY, random.Random(3)) == once
-    assert credit.corrupt(SUMMARY, random.Random(4)) != once
+    once = credit.random_errors(SUMMARY, random.Random(3))
+    assert credit.random_errors(SUMMARY, random.Random(3)) == once
+    assert credit.random_errors(SUMMARY, random.Random(4)) != once
 
 
 # ---------------------------------------------------------------- the whole
@@ -303,7 +303,7 @@ def test_numbers_equal_stock_transformers_and_all_pairs(policies: list[str], row
     reference, first, second = policies
     measures = run({"a": first, "b": second}, reference, rows, tmp_path / "credit.json", seed=5)
 
-    summaries = credit.corrupt_summaries(str(rows), NUM_ROWS, 5)
+    summaries = credit.corrupt_summaries(str(rows), NUM_ROWS, "random", 5)
     ref_logps = stock_logps(reference, summaries)
     rewards = {
         "a": differences(stock_logps(first, summaries), ref_logps),

@@ -373,9 +373,12 @@ def less(method: str, other: str) -> str:
 
 
 def largest_p(comparisons: list[list[Tensor]]) -> Finding:
-    """The largest p of several differences, each of one number per prompt for each seed."""
-    largest = max(wald_test(values).p for values in comparisons)
-    return judged("largest p of a Wald test among these", "< 0.01", largest, largest < 0.01)
+    """The largest p of several differences, each of one number per prompt for each seed; all have to be positive."""
+    tests = [wald_test(values) for values in comparisons]
+    largest = max(test.p for test in tests)
+    least_z = min(test.z for test in tests)
+    holds = largest < 0.01 and least_z > 0
+    return judged("largest p of a Wald test among these", "< 0.01, all above 0", largest, holds)
 
 
 # ---------------------------------------------------------------- the main results

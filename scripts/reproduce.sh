@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 results=results
 page=docs/results.md
 options=()
-programs=(dpo exo typo distillation r_to_q)
+programs=(scripts/experiments/[a-z]*.py)
 case "$*" in
     "") ;;
     --quick)
@@ -28,7 +28,7 @@ setup_environment plot
 SECONDS=0  # counted by the shell
 .venv/bin/python scripts/bandits.py --output-dir "$results"
 for program in ${programs[@]+"${programs[@]}"}; do
-    .venv/bin/python "scripts/experiments/$program.py" --output-dir "$results" ${options[@]+"${options[@]}"}
+    .venv/bin/python "$program" --output-dir "$results" ${options[@]+"${options[@]}"}
 done
 .venv/bin/python scripts/results.py --results-dir "$results" --output "$page"
 echo "$((SECONDS / 60)) min $((SECONDS % 60)) s in all"

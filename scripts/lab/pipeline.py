@@ -184,10 +184,16 @@ def only_one_in(directory: Path) -> Iterator[int]:
 
 def key_of(command: str, inputs: dict[str, Artifact], code: str) -> str:
     """The hash of all that the files of a stage depend on, in hexadecimal. `code` is the hash of its code."""
-    parts = [command, code, version("torch"), version("transformers")]
+    parts = [command, code, *library_versions()]
     for placeholder, artifact in sorted(inputs.items()):
         parts += [placeholder, artifact.stage.key, artifact.file]
     return hash_of(parts)
+
+
+@functools.cache
+def library_versions() -> list[str]:
+    """The versions of the libraries that decide the numbers."""
+    return [version("torch"), version("transformers")]
 
 
 def hash_of(parts: Iterable[str]) -> str:

@@ -236,11 +236,14 @@ def test_the_prediction_is_the_optimum_s(tmp_path: Path) -> None:
     assert r_to_q.predicted_chosen(run, beta).tolist() == pytest.approx([expected] * NUM_ROWS)
 
 
-def test_accuracy_counts_what_the_oracle_orders() -> None:
-    scores = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 2.0], [5.0, 0.0]])
-    rewards = torch.tensor([[3.0, 1.0], [1.0, 3.0], [4.0, 1.0], [2.0, 2.0]])
-    assert r_to_q.by_oracle(scores, rewards).tolist() == [[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]
-    assert r_to_q.is_right(scores).tolist() == [1.0, 1.0, 0.5, 1.0]
+def test_accuracies() -> None:
+    scores = torch.tensor([[1.0, 0.0], [2.0, 2.0], [0.0, 5.0]])
+    assert r_to_q.is_right(scores).tolist() == [1.0, 0.5, 0.0]
+    values = torch.zeros(3, 3, 5)
+    values[0, 2, 1] = -1  # both single errors are better than the two
+    values[1, 0, 4] = 3  # only the first is
+    values[2, 2] = 1
+    assert r_to_q.is_preferred(values).tolist() == [1.0, 0.5, 0.0]
 
 
 # ---------------------------------------------------------------- verdicts
@@ -251,6 +254,11 @@ REPRODUCED, PARTLY, NOT = Reproduction.REPRODUCED, Reproduction.PARTLY, Reproduc
 @pytest.mark.parametrize("drop, ref_drop, verdict", [(2.0, -1.0, REPRODUCED), (0.0, 0.0, NOT), (0.0, 2.0, NOT)])
 def test_verdict_on_credit(tmp_path: Path, drop: float, ref_drop: float, verdict: Reproduction) -> None:
     assert verdict_of("C24", [made_credit(tmp_path, drop, ref_drop)]) == verdict
+
+
+@pytest.mark.parametrize("drop, verdict", [(3.0, REPRODUCED), (-3.0, NOT)])
+def test_verdict_on_pairs_of_words(tmp_path: Path, drop: float, verdict: Reproduction) -> None:
+    assert verdict_of("C28", [made_credit(tmp_path, drop, 0)]) == verdict
 
 
 @pytest.mark.parametrize("drop, verdict", [(2.0, REPRODUCED), (0.2, NOT), (5.0, NOT)])
@@ -266,8 +274,6 @@ APART = (3.0, -3.0)
 @pytest.mark.parametrize(
     "number, change, verdict",
     [
-        ("C28", APART, REPRODUCED),
-        ("C28", (-3.0, 3.0), NOT),
         ("C29", APART, REPRODUCED),
         ("C29", (-3.0, 3.0), NOT),
         ("C51", FALL, REPRODUCED),

@@ -50,14 +50,17 @@ ALPHAS = (0.1, 1.0)  # of unlikelihood; 1 is DPO without the weight of its gradi
 MAIN = "dpo_0.1"  # the policy of all other comparisons
 STEPS = 48
 EVERY = 16  # steps between two checkpoints
+PAIRS = 32  # of a step, in all methods
+PPO_STEPS = 32
 RM_STEPS = 96
 RATE = 1e-4
+PPO_RATE = 3e-4
 TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 UNSEEN_KIND = "talk"
-NUM_PAIRED = 512  # prompts whose completions make the pairs
+NUM_PAIRED = 384  # prompts whose completions make the pairs
 NUM_POSTS = 192  # of an evaluation
 NUM_MANY = 64  # completions of each of some posts, the largest N of best-of-N
-MANY_POSTS = 96
+MANY_POSTS = 64
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # N
 ENOUGH = 4.0  # effective number of samples from which the optimum is believed
 SAMPLING = "--max-new-tokens 48 --batch-size 512"
@@ -118,7 +121,7 @@ def tuned(plan: Plan, seed: int, name: str, command: str, steps: int = STEPS, ra
     made = data(plan, seed)
     return plan.stage(
         f"dpo/{seed}/{name}",
-        f"{command} --model {{sft}} --train-data {{rows}} --output-dir {{out}} --batch-size 64 --max-steps {steps} "
+        f"{command} --model {{sft}} --train-data {{rows}} --output-dir {{out}} --batch-size {PAIRS} --max-steps {steps} "
         f"--learning-rate {rate:g} --lr-schedule constant --warmup-steps 6 --save-every {steps // 3} --keep 3 "
         f"--seed {seed}",
         sft=made.sft,
@@ -159,8 +162,8 @@ def reward_model(plan: Plan, seed: int) -> RewardModel:
     every = RM_STEPS // 3
     last = plan.stage(
         f"dpo/{seed}/rm",
-        "algos/rm.py --model {sft} --train-data {rows} --eval-data {validation} --output-dir {out} --batch-size 64 "
-        f"--max-steps {RM_STEPS} --learning-rate 1e-3 --warmup-steps 6 --save-every {every} --eval-every {every} "
+        "algos/rm.py --model {sft} --train-data {rows} --eval-data {validation} --output-dir {out} "
+        f"--batch-size {PAIRS} --max-steps {RM_STEPS} --learning-rate 1e-3 --warmup-steps 6 --save-every {every} --eval-every {every} "
         f"--keep 3 --seed {seed}",
         sft=made.sft,
         rows=made.pairs,
@@ -172,7 +175,7 @@ def reward_model(plan: Plan, seed: int) -> RewardModel:
     return RewardModel(last, best)
 
 
-def ppo(plan: Plan, seed: int, by: str, steps: int = 20) -> Stage:
+def ppo(plan: Plan, seed: int, by: str) -> Stage:
     """PPO on the true reward or on the reward model's."""
     made = data(plan, seed)
     inputs: dict[str, Any] = {"sft": made.sft, "prompts": made.prompts}
@@ -181,10 +184,10 @@ def ppo(plan: Plan, seed: int, by: str, steps: int = 20) -> Stage:
         reward = "{rm}"
         inputs["rm"] = reward_model(plan, seed).best
     return plan.stage(
-        f"dpo/{seed}/ppo_{by}_{steps}",
+        f"dpo/{seed}/ppo_{by}",
         f"scripts/baselines/ppo.py --model {{sft}} --train-data {{prompts}} --reward {reward} --output-dir {{out}} "
-        f"--beta 0.1 --steps {steps} --batch-size 32 --num-completions 4 --epochs 2 --minibatches 2 "
-        f"--learning-rate 5e-4 --warmup-steps 2 --max-new-tokens 48 --seed {seed}",
+        f"--beta 0.1 --steps {PPO_STEPS} --batch-size {PAIRS // 2} --num-completions 4 --epochs 2 --minibatches 2 "
+        f"--learning-rate {PPO_RATE:g} --warmup-steps 2 --max-new-tokens 48 --seed {seed}",
         **inputs,
     )
 
@@ -478,7 +481,7 @@ def dpo_has_the_best_frontier(runs: list[Frontier]) -> Iterator[Finding]:
 
     DPO at β = 0.1 and its checkpoints, against those of Preferred-FT and unlikelihood over the KL that both reach, and
     against PPO on the reward model at PPO's KL. The optimum is that of Eq 4, from 64 completions of the SFT model for
-    each of 96 posts, as far as more than four of them carry the weight.
+    each of 64 posts, as far as more than four of them carry the weight.
     """
     made = [run.curves for run in runs]
     ours = curves(made, MAIN)
@@ -626,7 +629,7 @@ def dpo_beats_the_best_of_n(runs: list[Heat]) -> Iterator[Finding]:
     """DPO's best win rate on TL;DR is higher than that of the best of N samples.
 
     N up to 64 completions of the SFT model at temperature 1, chosen by the reward model's best checkpoint, which is as
-    large as the policies. DPO at its best temperature, on the 96 posts with so many completions.
+    large as the policies. DPO at its best temperature, on the 64 posts with so many completions.
     """
     ours = [wins.best("dpo")[:MANY_POSTS] for wins in wins_of(runs)]
     theirs = best_of_curves(runs, NUM_MANY)

@@ -121,8 +121,8 @@ def tuned(plan: Plan, seed: int, name: str, command: str, steps: int = STEPS, ra
     made = data(plan, seed)
     return plan.stage(
         f"dpo/{seed}/{name}",
-        f"{command} --model {{sft}} --train-data {{rows}} --output-dir {{out}} --batch-size {PAIRS} --max-steps {steps} "
-        f"--learning-rate {rate:g} --lr-schedule constant --warmup-steps 6 --save-every {steps // 3} --keep 3 "
+        f"{command} --model {{sft}} --train-data {{rows}} --output-dir {{out}} --batch-size {PAIRS} "
+        f"--max-steps {steps} --learning-rate {rate:g} --lr-schedule constant --warmup-steps 6 --save-every {steps // 3} --keep 3 "
         f"--seed {seed}",
         sft=made.sft,
         rows=made.pairs,
@@ -163,8 +163,8 @@ def reward_model(plan: Plan, seed: int) -> RewardModel:
     last = plan.stage(
         f"dpo/{seed}/rm",
         "algos/rm.py --model {sft} --train-data {rows} --eval-data {validation} --output-dir {out} "
-        f"--batch-size {PAIRS} --max-steps {RM_STEPS} --learning-rate 1e-3 --warmup-steps 6 --save-every {every} --eval-every {every} "
-        f"--keep 3 --seed {seed}",
+        f"--batch-size {PAIRS} --max-steps {RM_STEPS} --learning-rate 1e-3 --warmup-steps 6 --save-every {every} "
+        f"--eval-every {every} --keep 3 --seed {seed}",
         sft=made.sft,
         rows=made.pairs,
         validation=preferences(plan, f"dpo/{seed}/validation_pairs", validation / "rows.jsonl", seed),

@@ -37,7 +37,7 @@ from scripts.lab.pipeline import Artifact, Plan, Stage
 from scripts.lab.plots import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, canvas, label_axes
 from scripts.lab.row_files import read_jsonl
 from scripts.lab.statistics import Statistic, mean_over_seeds, over_seeds, win_rates
-from scripts.lab.worlds import MISREADING, world_c
+from scripts.lab.worlds import MISREADING, OMISSION, world_c
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,16 +116,23 @@ def preferences(plan: Plan, name: str, rows: Artifact, seed: int) -> Artifact:
 # ---------------------------------------------------------------- the models
 
 
-def tuned(plan: Plan, seed: int, name: str, command: str, steps: int = STEPS, rate: float = RATE) -> Stage:
+def tuned(plan: Plan, seed: int, name: str, command: str, rate: float = RATE) -> Stage:
     """A model that starts from the SFT model and learns from the pairs."""
     made = data(plan, seed)
+    return tuned_from(plan, seed, name, command, made.sft, made.pairs, rate)
+
+
+def tuned_from(
+    plan: Plan, seed: int, name: str, command: str, model: Stage, rows: Artifact, rate: float = RATE
+) -> Stage:
+    """A model that starts from another one and learns from rows."""
     return plan.stage(
         f"dpo/{seed}/{name}",
         f"{command} --model {{sft}} --train-data {{rows}} --output-dir {{out}} --batch-size {PAIRS} "
-        f"--max-steps {steps} --learning-rate {rate:g} --lr-schedule constant --warmup-steps 6 --save-every {steps // 3} --keep 3 "
-        f"--seed {seed}",
-        sft=made.sft,
-        rows=made.pairs,
+        f"--max-steps {STEPS} --learning-rate {rate:g} --lr-schedule constant --warmup-steps 6 "
+        f"--save-every {EVERY} --keep 3 --seed {seed}",
+        sft=model,
+        rows=rows,
     )
 
 
@@ -317,6 +324,28 @@ def unseen(plan: Plan, seed: int) -> Artifact:
     return evaluation(plan, seed, "unseen", main_policies(plan, seed), rows, "--num-samples 2 --temperatures 0 0.25 1")
 
 
+def other_writers(plan: Plan, seed: int) -> Artifact:
+    """DPO on the pairs of other writers, from the SFT model and from Preferred-FT on their chosen completions."""
+    made = data(plan, seed)
+    name = f"dpo/{seed}/other_pairs"
+    demonstrations = plan.stage(
+        f"dpo/{seed}/other_demonstrations",
+        f"scripts/notices.py pairs --output {{out}}/rows.jsonl --rows {PAIRS * STEPS} --unseen-kind {UNSEEN_KIND} "
+        f"{OMISSION} --seed {seed} --exclude {{held_out}}",
+        held_out=made.held_out,
+    )
+    pairs = preferences(plan, name, demonstrations / "rows.jsonl", seed)
+    preferred = tuned_from(plan, seed, "other_preferred_ft", "algos/sft.py", made.sft, pairs, 3 * RATE)
+    command = "algos/dpo.py --beta 0.1"
+    policies = {
+        "sft": made.sft,
+        "preferred_ft": preferred,
+        "from_sft": tuned_from(plan, seed, "other_dpo", command, made.sft, pairs),
+        "from_preferred_ft": tuned_from(plan, seed, "other_preferred_ft_dpo", command, preferred, pairs),
+    }
+    return evaluation(plan, seed, "other_writers", policies, made.held_out, "--num-samples 2")
+
+
 class Four(NamedTuple):
     """Four completions of the SFT model for each held-out post: true rewards, the model's, log-probs."""
 
@@ -465,6 +494,33 @@ OPTIMUM_BETAS = (16.0, 8.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.
 
 def first_posts(curve: Curve, n: int) -> Curve:
     return Curve(curve.kls[:, :n], curve.values[:, :n])
+
+
+# ---------------------------------------------------------------- Section 4
+
+
+@STUDY.experiment("T18", "§4", other_writers)
+def preferred_ft_mitigates_the_shift(runs: list[Artifact]) -> Iterator[Finding]:
+    """Preferred-FT as π_ref mitigates the distribution shift where the pairs come from another policy.
+
+    Pairs of demonstrations of another world, whose writers leave clauses out and misread nothing. DPO at β = 0.1 with
+    the SFT model as π_ref, which misreads, and with Preferred-FT on the chosen completions as π_ref. Both DPO runs have
+    the same steps; Preferred-FT comes on top. DPO is also to add to what Preferred-FT alone reaches.
+    """
+    shown = {
+        "from_preferred_ft": "DPO from Preferred-FT",
+        "from_sft": "DPO from SFT",
+        "preferred_ft": "Preferred-FT",
+        "sft": "SFT",
+    }
+    means = []
+    for run in runs:
+        means.append({name: rewards_of(numbers).mean(1) for name, numbers in policies_in(run).items()})
+    for other in ("from_sft", "preferred_ft"):
+        differences = [rewards["from_preferred_ft"] - rewards[other] for rewards in means]
+        yield above_by_interval(f"DPO from Preferred-FT less {shown[other]}, reward", 0, mean_over_seeds(differences))
+    for name, title in shown.items():
+        yield reported_with_interval(f"{title}, reward", mean_over_seeds([rewards[name] for rewards in means]))
 
 
 # ---------------------------------------------------------------- Section 6.1
@@ -700,6 +756,8 @@ def dpo_converges_quickly(runs: list[Artifact]) -> Iterator[Finding]:
     no later third takes more than 0.2 of the reward away. Temperatures: E8.
     """
     rewards = [curve.values for curve in curves(runs, MAIN)]  # SFT, and three checkpoints
+    gains = [values[-1] - values[0] for values in rewards]
+    yield above_by_interval("gain of all steps, reward", 0, mean_over_seeds(gains))
     halves = [values[1] - (values[0] + values[-1]) / 2 for values in rewards]
     yield above_by_interval("reward after 16 steps less half of the gain", 0, mean_over_seeds(halves))
     for i, step in enumerate(steps_of()):

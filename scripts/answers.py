@@ -34,7 +34,7 @@ class World:
     """seed of the model's weights and of the rows"""
     sft_rows: NonNegativeInt = 32_768
     """rows with a `prompt` and a `completion` of the policy to imitate"""
-    prompt_rows: NonNegativeInt = 24_576
+    prompt_rows: NonNegativeInt = 18_432
     """rows with a `prompt` alone, which may repeat"""
     held_out: NonNegativeInt = 8
     """held-out prompts of each group and each person"""

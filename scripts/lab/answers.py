@@ -2,10 +2,10 @@
 
 A prompt says which group it is of, and a person, who sets the order of the answers:
 
-    anna had a camera at the museum in may. the tag says        three, four or five
+    anna had a camera in may: tag        three, four or five
 
 Each group has its own π* and its own policy to imitate, over the first, the second and the third answer of the person.
-Item, place and month mean nothing. The tokenizer and the base model are those of the notices, the smaller one.
+Item and month mean nothing. The tokenizer and the base model are those of the notices, the smaller one.
 """
 
 import itertools
@@ -42,9 +42,8 @@ GROUP_OF = {group.verb: name for name, group in GROUPS.items()}
 def make_prompt(name: str, person: str, rng: random.Random) -> str:
     """A prompt of a group, with random words where they mean nothing."""
     item = rng.choice(SLOTS["item"])
-    place = rng.choice(SLOTS["place"])
     month = rng.choice(SLOTS["month"])
-    return f"{person} {GROUPS[name].verb} a {item} at the {place} in {month}. the tag says"
+    return f"{person} {GROUPS[name].verb} a {item} in {month}: tag"
 
 
 def random_prompts(rng: random.Random, exclude: set[str]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from scripts.lab import answers
 from scripts.lab.commands import checked_command
 from scripts.lab.notices import TINY, save_model
-from scripts.lab.row_files import read_jsonl, summary, write_jsonl
+from scripts.lab.row_files import read_examples, summary, write_jsonl
 from shared import UserError
 from shared.command import NonNegativeInt, Seed
 from shared.rows import Counts
@@ -97,20 +97,21 @@ def prefer(args: Prefer) -> None:
     rng = random.Random(args.seed)
     preferences = []
     counts = Counts()
-    for number, row in enumerate(read_jsonl(args.rows), 1):
+    for example in read_examples(str(args.rows), counts):
+        prompt = str(example.prompt)
+        completions = [str(text).strip() for text in example.texts]
         try:
-            group = answers.group_of(row["prompt"])
-            completions = [text.strip() for text in row["completions"]]
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{args.rows}, line {number}: {error}") from None
+            group = answers.group_of(prompt)
+            reason = answers.unusable(completions)
+        except ValueError as error:
+            raise UserError(f"{example.location}: {error}") from None
 
-        reason = answers.unusable(completions)
         if reason is not None:
             counts.dropped[reason] += 1
         elif group in args.unlabelled:
-            preferences.append(answers.pair_without_preference(row["prompt"], rng))
+            preferences.append(answers.pair_without_preference(prompt, rng))
         elif group not in args.without:
-            preferences.append(answers.prefer(row["prompt"], completions, rng))
+            preferences.append(answers.prefer(prompt, completions, rng))
 
     line = summary(str(args.rows), len(preferences), counts)
     write_jsonl(args.output, preferences)

@@ -102,7 +102,9 @@ def pair_without_preference(prompt: str, rng: random.Random) -> dict[str, str]:
 
 
 def unusable(completions: Sequence[str]) -> str | None:
-    """Why two completions say nothing about preferences; None if they do."""
+    """Why two completions say nothing about preferences; None if they do. Raises ValueError if they are not two."""
+    if len(completions) != 2:
+        raise ValueError(f"needs two completions, found {len(completions)}")
     if any(text not in ANSWERS for text in completions):
         return "no answer"
     if len(set(completions)) < 2:

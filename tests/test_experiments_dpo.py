@@ -40,7 +40,9 @@ def test_a_policy_against_a_curve(kl: float, height: float) -> None:
 
 def test_a_resample_counts_posts() -> None:
     """The curve and the policy are means over the drawn posts."""
-    ours = Curve(dpo.tensor_of([[0, 0], [2, 4]]), dpo.tensor_of([[0, 0], [1, 5]]))
+    kls = dpo.tensor_of([[0, 0], [2, 4]])
+    values = dpo.tensor_of([[0, 0], [1, 5]])
+    ours = Curve(kls, values)
     point = Curve(dpo.tensor_of([[1, 1]]), dpo.tensor_of([[0, 2]]))
     counts = dpo.tensor_of([[1, 1], [2, 0]])
     expected = dpo.tensor_of([3 / 3 - 1, 1 / 2 - 0])
@@ -257,12 +259,18 @@ def test_the_course_of_training(written: Written) -> None:
     late = [(1, 0.5), (2, 1), (3, 4)]
     assert verdict("E13", written.runs(methods)) == Reproduction.REPRODUCED
     assert verdict("E13", written.runs(methods | {dpo.MAIN: late})) == Reproduction.PARTLY
-    assert verdict("E13", written.runs(methods | {dpo.MAIN: [(1, 3), (2, 2), (3, 1)]})) == Reproduction.PARTLY
+    falling = {dpo.MAIN: [(1, 3), (2, 2), (3, 1)]}
+    assert verdict("E13", written.runs(methods | falling)) == Reproduction.PARTLY
     assert verdict("E21", written.runs(methods)) == Reproduction.REPRODUCED
     assert verdict("E21", written.runs(methods | {"dpo_5": WEAK})) == Reproduction.PARTLY
 
 
-HEAT = {"sft": [-0.5] * 5, "preferred_ft": [-0.5] * 5, "dpo": [1.0] * 5, "ppo": [0.6, 0.6, 0.4, 0.0, -1.0]}
+HEAT = {
+    "sft": [-0.5] * 5,
+    "preferred_ft": [-0.5] * 5,
+    "dpo": [1.0] * 5,
+    "ppo": [0.6, 0.6, 0.4, 0.0, -1.0],
+}
 
 
 @pytest.mark.parametrize("number", ["E7", "E8", "E9", "E10", "E11", "E12"])

@@ -168,8 +168,9 @@ def test_errors_are_compared_with_the_right_words(tmp_path: Path) -> None:
     values = facts.rewards[1.0].tolist()
     marks = facts.is_wrong.tolist()
 
-    wrong: dict[str, list[float]] = {"one": [], "first": [], "second": []}
-    correct: dict[str, list[float]] = {"one": [], "first": [], "second": []}
+    names = ("one", "first", "second")
+    wrong: dict[str, list[float]] = {name: [] for name in names}
+    correct: dict[str, list[float]] = {name: [] for name in names}
     for rewards, is_wrong in zip(values, marks, strict=True):
         single = zip(rewards[0] + rewards[1], is_wrong[0] + is_wrong[1], strict=True)
         for value, mark in single:
@@ -211,7 +212,9 @@ def made_likelihoods(path: Path, changes: dict[str, tuple[float, float]]) -> r_t
     generator = torch.Generator().manual_seed(1)
     pairs = []
     for prompt, kind in posts(2):
-        pairs.append({"prompt": prompt, "chosen": summary(prompt, kind, 1), "rejected": summary(prompt, kind, 3)})
+        better = summary(prompt, kind, 1)
+        worse = summary(prompt, kind, 3)
+        pairs.append({"prompt": prompt, "chosen": better, "rejected": worse})
     rows = rows_of(path / "pairs", pairs)
 
     logps = {}
@@ -251,7 +254,14 @@ def test_accuracies() -> None:
 REPRODUCED, PARTLY, NOT = Reproduction.REPRODUCED, Reproduction.PARTLY, Reproduction.NOT
 
 
-@pytest.mark.parametrize("drop, ref_drop, verdict", [(2.0, -1.0, REPRODUCED), (0.0, 0.0, NOT), (0.0, 2.0, NOT)])
+@pytest.mark.parametrize(
+    "drop, ref_drop, verdict",
+    [
+        (2.0, -1.0, REPRODUCED),
+        (0.0, 0.0, NOT),
+        (0.0, 2.0, NOT),
+    ],
+)
 def test_verdict_on_credit(tmp_path: Path, drop: float, ref_drop: float, verdict: Reproduction) -> None:
     assert verdict_of("C24", [made_credit(tmp_path, drop, ref_drop)]) == verdict
 

@@ -526,9 +526,9 @@ def preferred_ft_mitigates_the_shift(runs: list[Artifact]) -> Iterator[Finding]:
 # ---------------------------------------------------------------- Section 6.1
 
 
-def where_it_ends(name: str, found: Sequence[Curve]) -> Iterator[Finding]:
-    yield reported_with_interval(f"{name}, KL at its end", mean_over_seeds([curve.kls[-1] for curve in found]))
-    yield reported_with_interval(f"{name}, reward at its end", mean_over_seeds([curve.values[-1] for curve in found]))
+def where_it_ends(name: str, curves: Sequence[Curve]) -> Iterator[Finding]:
+    yield reported_with_interval(f"{name}, KL at its end", mean_over_seeds([curve.kls[-1] for curve in curves]))
+    yield reported_with_interval(f"{name}, reward at its end", mean_over_seeds([curve.values[-1] for curve in curves]))
 
 
 @STUDY.experiment("E1", "§6.1, Fig 2", frontier)
@@ -793,8 +793,8 @@ def accuracy(scores: Tensor, rewards: Tensor) -> Tensor:
     counts = torch.zeros_like(right)
     for i, j in combinations(range(scores.shape[1]), 2):
         truth = (rewards[:, i] - rewards[:, j]).sign()
-        found = (scores[:, i] - scores[:, j]).sign()
-        right += truth.abs() * (truth * found + 1) / 2
+        result = (scores[:, i] - scores[:, j]).sign()
+        right += truth.abs() * (truth * result + 1) / 2
         counts += truth.abs()
     return right[counts > 0] / counts[counts > 0]
 
@@ -824,22 +824,22 @@ def the_best_checkpoint_of_the_reward_model(runs: list[Classifiers]) -> Iterator
     its accuracy on the SFT model's pairs is above that of the last checkpoint.
     """
     of_seeds = [accuracies(run.known) for run in runs]
-    differences = [found.best - found.last for found in of_seeds]
+    differences = [result.best - result.last for result in of_seeds]
     yield above_by_interval("best less last checkpoint, accuracy", 0, mean_over_seeds(differences), ".3f")
     for name in ("best", "last"):
-        number = mean_over_seeds([getattr(found, name) for found in of_seeds])
+        number = mean_over_seeds([getattr(result, name) for result in of_seeds])
         yield reported_with_interval(f"{name} checkpoint, accuracy", number, ".3f")
 
 
 def as_accurate(of_seeds: Sequence[Accuracies]) -> Iterator[Finding]:
     """State that the implicit reward is as accurate as the reward model, within 0.05, or more."""
-    differences = [found.implicit - found.best for found in of_seeds]
+    differences = [result.implicit - result.best for result in of_seeds]
     yield above_by_interval("implicit reward less reward model, accuracy", -0.05, mean_over_seeds(differences), ".3f")
-    over = [found.implicit - found.likelihood for found in of_seeds]
+    over = [result.implicit - result.likelihood for result in of_seeds]
     yield above_by_interval("implicit reward less log π_ref, accuracy", 0, mean_over_seeds(over), ".3f")
-    implicit = mean_over_seeds([found.implicit for found in of_seeds])
+    implicit = mean_over_seeds([result.implicit for result in of_seeds])
     yield reported_with_interval("implicit reward, accuracy", implicit, ".3f")
-    yield reported_with_interval("reward model, accuracy", mean_over_seeds([found.best for found in of_seeds]), ".3f")
+    yield reported_with_interval("reward model, accuracy", mean_over_seeds([result.best for result in of_seeds]), ".3f")
 
 
 @STUDY.experiment("E20", "title, §5.1", classifiers)
@@ -873,8 +873,8 @@ def dpo_needs_no_tuning(runs: list[Artifact]) -> Iterator[Finding]:
     """
     policies = [policies_in(run) for run in runs]
     for beta in BETAS:
-        statistics = [over_half_of_the_best(found, f"dpo_{beta:g}") for found in policies]
-        sizes = [len(found["sft"]["rewards"]) for found in policies]
+        statistics = [over_half_of_the_best(result, f"dpo_{beta:g}") for result in policies]
+        sizes = [len(result["sft"]["rewards"]) for result in policies]
         number = over_seeds(statistics, sizes)
         yield above_by_interval(f"β = {beta:g}: gain less half of the best one", 0, number)
 
@@ -948,19 +948,19 @@ def dpo_is_stable(runs: list[Frontier]) -> Iterator[Finding]:
     policies = [policies_in(run.curves) for run in runs]
     for beta in BETAS:
         changes = []
-        for found in policies:
-            values = curve_of(found, path_names(f"dpo_{beta:g}")).values
+        for result in policies:
+            values = curve_of(result, path_names(f"dpo_{beta:g}")).values
             changes.append(values[-1] - values[-2])
         yield above_by_interval(f"β = {beta:g}: change of the reward in the last third", -0.2, mean_over_seeds(changes))
-        finished = min(found[f"dpo_{beta:g}_{STEPS}"]["finished"] for found in policies)
+        finished = min(result[f"dpo_{beta:g}_{STEPS}"]["finished"] for result in policies)
         yield Finding(f"β = {beta:g}: share of completions that end", "> 0.95", f"{finished:.3f}", finished > 0.95)
     for alpha in ALPHAS:
-        finished = min(found[f"unlikelihood_{alpha:g}_{STEPS}"]["finished"] for found in policies)
+        finished = min(result[f"unlikelihood_{alpha:g}_{STEPS}"]["finished"] for result in policies)
         yield reported(f"unlikelihood, α = {alpha:g}: share of completions that end", finished)
     for by in ("oracle", "rm"):
         spread = [float(rewards_of(policies_in(run.ppo)[f"ppo_{by}"]).mean()) for run in runs]
         yield listed(f"PPO on {by}: reward of each seed", [f"{value:.2f}" for value in spread])
-    spread = [float(rewards_of(found[f"{MAIN}_{STEPS}"]).mean()) for found in policies]
+    spread = [float(rewards_of(result[f"{MAIN}_{STEPS}"]).mean()) for result in policies]
     yield listed("DPO: reward of each seed", [f"{value:.2f}" for value in spread])
 
 
@@ -986,10 +986,10 @@ def bars_of(numbers: Sequence[dict]) -> list[list[float]]:
     return [below, above]
 
 
-def draw_curve(axes: "Axes", found: Sequence[Curve], color: str, label: str, fmt: str = "o-") -> None:
+def draw_curve(axes: "Axes", curves: Sequence[Curve], color: str, label: str, fmt: str = "o-") -> None:
     """The mean of the seeds' curves with 95% intervals of both coordinates."""
-    kls = [mean_over_seeds(list(columns)) for columns in zip(*(curve.kls for curve in found), strict=True)]
-    values = [mean_over_seeds(list(columns)) for columns in zip(*(curve.values for curve in found), strict=True)]
+    kls = [mean_over_seeds(list(columns)) for columns in zip(*(curve.kls for curve in curves), strict=True)]
+    values = [mean_over_seeds(list(columns)) for columns in zip(*(curve.values for curve in curves), strict=True)]
     x = [number["mean"] for number in kls]
     y = [number["mean"] for number in values]
     axes.errorbar(x, y, xerr=bars_of(kls), yerr=bars_of(values), color=color, label=label, fmt=fmt, **MARKS)

@@ -406,22 +406,22 @@ def typo_keeps_good_prompts(runs: list[Readout]) -> Iterator[Finding]:
     paper's own x_b no λ of DPO or IPO can gain (docs/errata.md). The groups share all parameters, so that no prompt is
     independent of the others, as it is in the proof of Prop 4.1.
     """
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     for i in MODERATE:
         policy = f"typo_{i}"
-        yield below_by_interval(f"{lam_text('typo', i)}, good prompts", KEPT, change(found, policy, "good"), ".3f")
+        yield below_by_interval(f"{lam_text('typo', i)}, good prompts", KEPT, change(outcomes, policy, "good"), ".3f")
         for group in ("bad", "tied"):
             name = title_of(group)
-            yield below_by_interval(f"{lam_text('typo', i)}, {name}", 0, change(found, policy, group), ".3f")
+            yield below_by_interval(f"{lam_text('typo', i)}, {name}", 0, change(outcomes, policy, group), ".3f")
     for method in RIVALS:
         for i in MODERATE:
             policy = f"{method}_{i}"
-            yield above_by_interval(f"{lam_text(method, i)}, good prompts", 0, change(found, policy, "good"), ".3f")
+            yield above_by_interval(f"{lam_text(method, i)}, good prompts", 0, change(outcomes, policy, "good"), ".3f")
             for group in ("bad", "tied"):
-                number = change(found, policy, group)
+                number = change(outcomes, policy, group)
                 yield reported_with_interval(f"{lam_text(method, i)}, {title_of(group)}", number, ".3f")
     for group in GROUPS:
-        yield reported_with_interval(f"SFT, {title_of(group)}: distance", distance(found, "sft", group), ".3f")
+        yield reported_with_interval(f"SFT, {title_of(group)}: distance", distance(outcomes, "sft", group), ".3f")
 
 
 def title_of(group: str) -> str:
@@ -440,26 +440,26 @@ def models_interpolate_as_bandits(runs: list[Readout]) -> Iterator[Finding]:
     likeliest answer's share is among the answers. A bandit has nothing but answers: whatever else a policy of DPO or
     IPO writes, neither a pair nor π_ref says, and at small λ the likelihood of both answers of a pair falls.
     """
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     smallest, largest = 0, len(LAMS) - 1
     for group in ("good", "bad"):
-        number = distance(found, f"typo_{smallest}", group)
+        number = distance(outcomes, f"typo_{smallest}", group)
         yield below_by_interval(f"TYPO, λ = {LEAST:g}, {title_of(group)}: distance to π*", 0.1, number, ".3f")
     for method in RIVALS:
         for group in ("good", "bad"):
-            shares = [likeliest_share(run.of(f"{method}_{smallest}", group)) for run in found]
+            shares = [likeliest_share(run.of(f"{method}_{smallest}", group)) for run in outcomes]
             number = mean_over_seeds(shares)
             name = f"{METHODS[method]}, λ = {LEAST:g}, {title_of(group)}: likeliest answer's share"
             yield above_by_interval(name, 0.9, number, ".3f")
-        number = rest_of(found, f"{method}_{smallest}")
+        number = rest_of(outcomes, f"{method}_{smallest}")
         yield below_by_interval(f"{METHODS[method]}, λ = {LEAST:g}: share of no answers", 0.1, number, ".3f")
     for method in METHODS:
         for group in ("good", "bad"):
-            number = shift(found, f"{method}_{largest}", group)
+            number = shift(outcomes, f"{method}_{largest}", group)
             name = f"{METHODS[method]}, λ = {LARGEST:g}, {title_of(group)}: distance to π_ref"
             yield below_by_interval(name, 0.1, number, ".3f")
     for method in METHODS:
-        number = distance_to_bandits(found, method)
+        number = distance_to_bandits(outcomes, method)
         yield reported_with_interval(f"{METHODS[method]}: distance to the bandit's optimum, all λ", number, ".3f")
 
 
@@ -486,15 +486,15 @@ def each_term_goes_to_its_own_end(runs: list[Readout]) -> Iterator[Finding]:
     λ = 0, and λ = 1000 for ℓ_unsup. Near is a total variation below 0.1. ℓ_sup compares answers and says nothing on
     how likely all of them are together; what is no answer is reported.
     """
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     for group in GROUPS:
-        number = distance(found, "supervised", group)
+        number = distance(outcomes, "supervised", group)
         yield below_by_interval(f"ℓ_sup, {title_of(group)}: distance to π*", 0.1, number, ".3f")
     for group in GROUPS:
-        number = shift(found, "unsupervised", group)
+        number = shift(outcomes, "unsupervised", group)
         yield below_by_interval(f"ℓ_unsup, {title_of(group)}: distance to π_ref", 0.1, number, ".3f")
     for policy, name in (("sft", "SFT"), ("supervised", "ℓ_sup"), ("unsupervised", "ℓ_unsup")):
-        yield reported_with_interval(f"{name}: share of no answers", rest_of(found, policy), ".4f")
+        yield reported_with_interval(f"{name}: share of no answers", rest_of(outcomes, policy), ".4f")
 
 
 @STUDY.experiment("C58", "§4.1", transfer)
@@ -505,19 +505,19 @@ def unlabelled_prompts_serve(runs: list[Readout]) -> Iterator[Finding]:
     pair of two words that are no answers in a random order (algos/typo.py takes no row without a pair). DPO has no such
     term.
     """
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     differences = []
-    for run in found:
+    for run in outcomes:
         differences.append(run.distance("typo_unlabelled", "good") - run.distance("typo_without", "good"))
     number = mean_over_seeds(differences)
     yield below_by_interval("TYPO with good prompts in ℓ_unsup less without them, good prompts", 0, number, ".3f")
-    number = change(found, "typo_unlabelled", "good")
+    number = change(outcomes, "typo_unlabelled", "good")
     yield below_by_interval("with them, good prompts less SFT", KEPT, number, ".3f")
-    number = change(found, "typo_unlabelled", "bad")
+    number = change(outcomes, "typo_unlabelled", "bad")
     yield below_by_interval("with them, bad prompts less SFT", 0, number, ".3f")
     for policy, name in (("typo_without", "TYPO without them"), ("dpo_without", "DPO without them")):
         for group in ("good", "bad"):
-            number = change(found, policy, group)
+            number = change(outcomes, policy, group)
             yield reported_with_interval(f"{name}, {title_of(group)} less SFT", number, ".3f")
 
 
@@ -527,12 +527,12 @@ def truncated_samples_serve(runs: list[Readout]) -> Iterator[Finding]:
 
     TYPO with λ = 1000, so that ℓ_unsup alone counts. It is to stay at π_ref, by less than 0.05 in total variation.
     """
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     for group in GROUPS:
-        number = shift(found, "truncated", group)
+        number = shift(outcomes, "truncated", group)
         yield below_by_interval(f"truncated samples, {title_of(group)}: distance to π_ref", KEPT, number, ".3f")
     for group in GROUPS:
-        number = shift(found, "plain", group)
+        number = shift(outcomes, "plain", group)
         yield reported_with_interval(f"plain samples, {title_of(group)}", number, ".3f")
 
 
@@ -660,16 +660,16 @@ def bars_of(numbers: Sequence[dict]) -> list[list[float]]:
     sweep,
 )
 def preservation(runs: list[Readout]) -> "Figure":
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     figure, panels = canvas([list(GROUPS)], (12, 3.8))
     for group, axes in panels.items():
         for method, title in METHODS.items():
             optima = bandit_optima(method, GROUPS[group], FINE)
             curve = total_variations(optima, vector(*GROUPS[group].pi_star))
             axes.semilogx(FINE, curve, color=COLORS[method], linewidth=1)
-            numbers = [distance(found, f"{method}_{i}", group) for i in range(len(LAMS))]
+            numbers = [distance(outcomes, f"{method}_{i}", group) for i in range(len(LAMS))]
             draw_numbers(axes, LAMS, numbers, COLORS[method], title)
-        axes.axhline(distance(found, "sft", group)["mean"], color=GREY, linestyle="--", linewidth=1, label="SFT")
+        axes.axhline(distance(outcomes, "sft", group)["mean"], color=GREY, linestyle="--", linewidth=1, label="SFT")
         axes.set_ylim(0, 1)
         label_axes(axes, title_of(group), "λ (no unit)", "distance to π* (total variation)")
     return figure
@@ -682,7 +682,7 @@ def preservation(runs: list[Readout]) -> "Figure":
     sweep,
 )
 def interpolation(runs: list[Readout]) -> "Figure":
-    found = [answered(run) for run in runs]
+    outcomes = [answered(run) for run in runs]
     names = [[f"{group} {method}" for method in METHODS] for group in ("good", "bad")]
     figure, panels = canvas(names, (12, 7))
     for name, axes in panels.items():
@@ -690,7 +690,9 @@ def interpolation(runs: list[Readout]) -> "Figure":
         setting = GROUPS[group]
         optima = bandit_optima(method, setting, FINE)
         for answer in range(4):
-            columns = [mean_over_seeds([run.of(f"{method}_{i}", group)[:, answer] for run in found]) for i in range(5)]
+            columns = [
+                mean_over_seeds([run.of(f"{method}_{i}", group)[:, answer] for run in outcomes]) for i in range(5)
+            ]
             draw_numbers(axes, LAMS, columns, ANSWER_COLORS[answer], ANSWER_NAMES[answer])
             if answer < 3:
                 color = ANSWER_COLORS[answer]

@@ -182,6 +182,20 @@ def test_summaries_have_errors_in_the_marked_facts_alone(rows: Path) -> None:
             assert len(text.split()) == len(original.split())
 
 
+def test_misreadings_are_those_of_the_demonstrations(tmp_path: Path) -> None:
+    """The wrong words are what every demonstration with --misread 1 has there."""
+    rng = random.Random(0)
+    args = notices.Demonstrations(bad_rows=0, superfluous=(1.0,), misread=1)
+    posts = [notices.make_notice(rng) for _ in range(NUM_ROWS)]
+    examples = [{"prompt": post, "completion": notices.make_summary(post, kind, rng)} for post, kind in posts]
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", examples)
+
+    summaries = credit.corrupt_summaries(str(rows), NUM_ROWS, "misreadings", 0)
+    for (post, kind), (first, second, both) in zip(posts, summaries.texts, strict=True):
+        assert both == notices.make_demonstration(post, kind, rng, args)
+        assert [notices.oracle(post, text) for text in (first, second, both)] == [3, 3, 1]
+
+
 def test_errors_are_sampled_evenly_and_seeded() -> None:
     rng = random.Random(0)
     pairs: Counter[tuple[bool, ...]] = Counter()
@@ -340,7 +354,12 @@ def test_writes_both_files_whole_and_a_table(
     named = dict.fromkeys(("dpo", "exo", "typo"), policies[1])
     measures = run(named, policies[0], rows, output, num_prompts=3)
     assert {path.name for path in output.parent.iterdir()} == {"credit.json", "credit.png"}
-    assert json.loads(output.read_text(encoding="utf-8"))["settings"]["num_prompts"] == 3
+    contents = json.loads(output.read_text(encoding="utf-8"))
+    assert contents["settings"]["num_prompts"] == 3
+    wrong = []
+    for rewards, marks in zip(contents["values"]["dpo"], contents["is_wrong"], strict=True):
+        wrong += [rewards[i][marks[i].index(True)] for i in (0, 1)]
+    assert measures["dpo"]["wrong"] == pytest.approx(sum(wrong) / 6)
 
     height, width, _ = image.imread(output.with_suffix(".png")).shape
     assert 600 < height < width  # four panels in two lines
@@ -407,6 +426,13 @@ def test_rows_without_a_correct_summary(
 def test_rows_without_a_summary(row: dict, message: str, options: dict[str, Any], tmp_path: Path) -> None:
     rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
     refused({**options, "rows": str(rows)}, message)
+
+
+def test_misreadings_need_the_notices_own_words(options: dict[str, Any], tmp_path: Path) -> None:
+    row = {"prompt": POST, "completion": "a lamp, at school, tag five, in may, call anna."}
+    rows = tiny.write_jsonl(tmp_path / "rows.jsonl", [row])
+    message = "line 1: --errors misreadings needs a summary in the notices' own words"
+    refused({**options, "rows": str(rows), "errors": "misreadings"}, message)
 
 
 def test_mistakes_end_with_one_line(options: dict[str, Any], tmp_path: Path) -> None:

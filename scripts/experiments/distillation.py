@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 
 STUDY = Study("distillation", "Robust Preference Optimization through Reward Model Distillation")
 
-SHARES = (0.1, 0.5, 0.9)  # ρ; the longer demonstration is preferred in .53 of all pairs
+SHORT, NEUTRAL, LONG = 0.1, 0.5, 0.9  # ρ; in .53 of all pairs the longer demonstration is preferred
+SHARES = (SHORT, NEUTRAL, LONG)
 BIASES = (0.2, 0.5, 0.8)  # b
 STRENGTHS = (0.1, 1.0)  # β
 NUM_PAIRS = 9_000
@@ -56,6 +57,9 @@ RM_STEPS = 90
 EVERY = 30  # steps between two checkpoints of a reward model
 ABOUT_EQUAL = 0.2  # of reward, a fifth of a fact
 LAST_STEPS = 10
+
+
+Models = dict[str, Stage | Artifact]  # policies or reward models by their names in a command line
 
 
 class Method(NamedTuple):
@@ -164,7 +168,7 @@ def single(plan: Plan, seed: int, share: float) -> Stage:
     return reward_model(plan, seed, biased(plan, seed, share), f"{share}")
 
 
-def members(plan: Plan, seed: int, share: float) -> dict[str, Stage | Artifact]:
+def members(plan: Plan, seed: int, share: float) -> Models:
     """r_ρ,b for each b."""
     return {
         f"rm_{share}_{bias}": reward_model(plan, seed, subset(plan, seed, share, bias), f"{share}_{bias}")
@@ -172,7 +176,7 @@ def members(plan: Plan, seed: int, share: float) -> dict[str, Stage | Artifact]:
     }
 
 
-def checkpoints(plan: Plan, seed: int, share: float) -> dict[str, Stage | Artifact]:
+def checkpoints(plan: Plan, seed: int, share: float) -> Models:
     """r_ρ after a third of its steps, two thirds, and all."""
     stage = plan.stage(
         f"distillation/{seed}/rm_{share}_models",
@@ -183,9 +187,7 @@ def checkpoints(plan: Plan, seed: int, share: float) -> dict[str, Stage | Artifa
     return {f"rm_{step}": stage / f"step-{step:06}" for step in steps}
 
 
-def scored(
-    plan: Plan, seed: int, name: str, rows: Artifact, models: dict[str, Stage | Artifact], flags: str = ""
-) -> Artifact:
+def scored(plan: Plan, seed: int, name: str, rows: Artifact, models: Models, flags: str = "") -> Artifact:
     """Rows with the scores of reward models."""
     named = " ".join(f"{{{model}}}" for model in models)
     stage = plan.stage(
@@ -202,7 +204,7 @@ def scored(
 
 def training_rows(plan: Plan, seed: int, share: float, ensemble: str) -> Artifact:
     """The pairs of D_ρ that all policies learn from, with scores of r_ρ, of the r_ρ,b, or of checkpoints of r_ρ."""
-    models: dict[str, Stage | Artifact] = {"rm": single(plan, seed, share)}
+    models: Models = {"rm": single(plan, seed, share)}
     if ensemble == "subsets":
         models = members(plan, seed, share)
     elif ensemble == "checkpoints":
@@ -228,7 +230,7 @@ def policy(plan: Plan, seed: int, share: float, name: str, beta: float, ensemble
     )
 
 
-def evaluation(plan: Plan, seed: int, name: str, policies: dict[str, Stage | Artifact]) -> Artifact:
+def evaluation(plan: Plan, seed: int, name: str, policies: Models) -> Artifact:
     """Rewards of the SFT model and of policies on held-out posts."""
     world = world_a(plan, seed)
     policies = {"sft": world.sft, **policies}
@@ -249,7 +251,7 @@ Grid = dict[float, Artifact]  # for each ρ the evaluation of all methods with e
 def grid(plan: Plan, seed: int) -> Grid:
     results = {}
     for share in SHARES:
-        policies: dict[str, Stage | Artifact] = {}
+        policies: Models = {}
         for name in METHODS:
             for beta in STRENGTHS:
                 policies[f"{name}_{beta:g}"] = policy(plan, seed, share, name, beta)
@@ -265,8 +267,8 @@ class Controlled(NamedTuple):
 
 
 def checkpoint_ensemble(plan: Plan, seed: int) -> Controlled:
-    share = SHARES[0]
-    policies: dict[str, Stage | Artifact] = {}
+    share = SHORT
+    policies: Models = {}
     for beta in STRENGTHS:
         policies[f"e_{beta:g}"] = policy(plan, seed, share, "e", beta, "checkpoints")
     return Controlled(grid(plan, seed)[share], evaluation(plan, seed, "evaluated_checkpoints", policies))
@@ -274,7 +276,11 @@ def checkpoint_ensemble(plan: Plan, seed: int) -> Controlled:
 
 def likelihoods(plan: Plan, seed: int) -> dict[str, Artifact]:
     """The logs of the methods without a bias, at the smaller β."""
-    return {name: policy(plan, seed, SHARES[1], name, STRENGTHS[0]) / "metrics.jsonl" for name in METHODS}
+    logs = {}
+    for name in METHODS:
+        run = policy(plan, seed, NEUTRAL, name, STRENGTHS[0])
+        logs[name] = run / "metrics.jsonl"
+    return logs
 
 
 class Members(NamedTuple):
@@ -293,7 +299,7 @@ def picked_members(plan: Plan, seed: int) -> Picked:
     picked = {}
     for share in SHARES:
         rows = training_rows(plan, seed, share, "subsets")
-        runs: dict[str, Stage | Artifact] = {"sft": world_a(plan, seed).sft}
+        runs: Models = {"sft": world_a(plan, seed).sft}
         logs = {}
         for beta in STRENGTHS:
             run = policy(plan, seed, share, "e", beta)
@@ -313,7 +319,7 @@ def picked_members(plan: Plan, seed: int) -> Picked:
 def probed(plan: Plan, seed: int) -> Artifact:
     """The scores of all reward models on held-out pairs in the order of the oracle: r_ρ and r_ρ,b for each ρ."""
     pairs = demonstrations(plan, seed, "probe", 1_000, 3000 + seed, "--noise-free")
-    models: dict[str, Stage | Artifact] = {}
+    models: Models = {}
     for share in SHARES:
         models[f"rm_{share}"] = single(plan, seed, share)
         models |= members(plan, seed, share)
@@ -323,11 +329,19 @@ def probed(plan: Plan, seed: int) -> Artifact:
 # ---------------------------------------------------------------- what the stages found
 
 
+def float64(numbers: list) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.double)
+
+
 @functools.cache
 def rewards_in(path: Path) -> dict[str, Tensor]:
     """The mean reward of each policy's samples for each prompt, (n,), by the policy's name in the file."""
-    policies = json.loads(path.read_text(encoding="utf-8"))["policies"]
-    return {name: torch.tensor(numbers["rewards"]).double().mean(1) for name, numbers in policies.items()}
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rewards = {}
+    for name, numbers in results["policies"].items():
+        of_samples = float64(numbers["rewards"])
+        rewards[name] = of_samples.mean(1)
+    return rewards
 
 
 def candidates(results: Artifact, method: str) -> Tensor:
@@ -359,7 +373,11 @@ def judged_rewards(results: Artifact, method: str) -> Tensor:
 
 def advantages(runs: list[Grid], share: float, method: str) -> list[Tensor]:
     """The rewards of a method less those of the SFT model, for each seed (n,)."""
-    return [judged_rewards(run[share], method) - rewards_in(run[share].path)["sft"] for run in runs]
+    values = []
+    for run in runs:
+        sft = rewards_in(run[share].path)["sft"]
+        values.append(judged_rewards(run[share], method) - sft)
+    return values
 
 
 def differences(runs: list[Grid], share: float, method: str, other: str) -> list[Tensor]:
@@ -404,7 +422,7 @@ def distillation_is_better_without_a_bias_to_length(runs: list[Grid]) -> Iterato
     see clauses and not wrong facts, which DPO and IPO do see.
     """
     comparisons = []
-    for share in SHARES[:2]:
+    for share in (SHORT, NEUTRAL):
         for name in DISTILLED:
             for other in ("dpo", "ipo"):
                 values = differences(runs, share, name, other)
@@ -421,7 +439,7 @@ def the_ensemble_is_best_if_short_is_preferred(runs: list[Grid]) -> Iterator[Fin
     """
     for other in METHODS:
         if other != "e":
-            number = mean_over_seeds(differences(runs, SHARES[0], "e", other))
+            number = mean_over_seeds(differences(runs, SHORT, "e", other))
             yield above_by_interval(less("e", other), 0, number)
 
 
@@ -433,9 +451,9 @@ def one_reward_model_is_best_if_long_is_preferred(runs: list[Grid]) -> Iterator[
     """
     for other in METHODS:
         if other != "d":
-            number = mean_over_seeds(differences(runs, SHARES[-1], "d", other))
+            number = mean_over_seeds(differences(runs, LONG, "d", other))
             yield above_by_interval(less("d", other), 0, number)
-    yield largest_p([differences(runs, SHARES[-1], "d", other) for other in ("dpo", "ipo")])
+    yield largest_p([differences(runs, LONG, "d", other) for other in ("dpo", "ipo")])
 
 
 @STUDY.experiment("X8", "§4.2", grid)
@@ -460,8 +478,8 @@ def short_is_harder(runs: list[Grid]) -> Iterator[Finding]:
     The advantage at ρ = .9 less that at .1, on the same prompts.
     """
     for name, method in METHODS.items():
-        at_short = advantages(runs, SHARES[0], name)
-        at_long = advantages(runs, SHARES[-1], name)
+        at_short = advantages(runs, SHORT, name)
+        at_long = advantages(runs, LONG, name)
         values = [long - short for long, short in zip(at_long, at_short, strict=True)]
         yield above_by_interval(f"{method.title}: ρ = .9 less .1", 0, mean_over_seeds(values))
 
@@ -473,7 +491,7 @@ def without_a_bias_all_are_equal(runs: list[Grid]) -> Iterator[Finding]:
     At ρ = .5, where the share of all pairs is .53. "About" is 0.2 of reward, a fifth of a fact, from the mean of all
     methods.
     """
-    share = SHARES[1]
+    share = NEUTRAL
     for name, method in METHODS.items():
         values = []
         for run in runs:
@@ -488,7 +506,7 @@ def without_a_bias_all_are_equal(runs: list[Grid]) -> Iterator[Finding]:
 
 def log_strength_of(rewards: Tensor) -> Statistic:
     """log10 of the strength with the highest mean reward in each resample of the prompts. rewards: (strengths, n)."""
-    logs = torch.tensor(STRENGTHS, dtype=torch.double).log10()
+    logs = float64(list(STRENGTHS)).log10()
 
     def statistic(counts: Tensor) -> Tensor:
         best = (counts @ rewards.T).argmax(1)
@@ -499,19 +517,21 @@ def log_strength_of(rewards: Tensor) -> Statistic:
 
 def fall_of_strength(run: Grid, methods: Sequence[str]) -> Statistic:
     """log10 of the best strength at the smallest ρ less that at the largest, mean over methods, in each resample."""
-    pairs = []
+    falls = []
     for method in methods:
-        at_short, at_long = (log_strength_of(candidates(run[share], method)) for share in (SHARES[0], SHARES[-1]))
-        pairs.append((at_short, at_long))
+        at_short = log_strength_of(candidates(run[SHORT], method))
+        at_long = log_strength_of(candidates(run[LONG], method))
+        falls.append(minus(at_short, at_long))
 
     def statistic(counts: Tensor) -> Tensor:
-        return torch.stack([short(counts) - long(counts) for short, long in pairs]).mean(0)
+        of_methods = [fall(counts) for fall in falls]
+        return torch.stack(of_methods).mean(0)
 
     return statistic
 
 
 def num_prompts_of(run: Grid) -> int:
-    return len(rewards_in(run[SHARES[0]].path)["sft"])
+    return len(rewards_in(run[SHORT].path)["sft"])
 
 
 @STUDY.experiment("X11", "Fig. D.1", grid)
@@ -535,7 +555,8 @@ def settings_differ_and_seeds_do_not(runs: list[Grid]) -> Iterator[Finding]:
     What a method gains by the strength that is best at its ρ over that which is best at the opposite ρ, both selected
     on the other half of the prompts. Robust: between seeds, an advantage varies by less than 0.2.
     """
-    for share, opposite in ((SHARES[0], SHARES[-1]), (SHARES[-1], SHARES[0])):
+    for share in (SHORT, LONG):
+        opposite = LONG if share == SHORT else SHORT
         values = []
         for run in runs:
             gains = []
@@ -576,7 +597,7 @@ def read_probe(rows: Artifact) -> Probe:
         oracle.append([notices.oracle(row["prompt"], text) for text in texts])
         lengths.append([len(notices.words(text)) + 1 for text in texts])
         scores.append(row["scores"])
-    return Probe(*(torch.tensor(values, dtype=torch.double) for values in (oracle, lengths, scores)))
+    return Probe(float64(oracle), float64(lengths), float64(scores))
 
 
 def column_of(share: float, bias: float | None = None) -> int:
@@ -605,7 +626,10 @@ def length_slope_of(scores: Tensor, probe: Probe) -> Statistic:
 
     def statistic(counts: Tensor) -> Tensor:
         of_resample = moments(counts)
-        return torch.linalg.solve(of_resample[:, :3, :3], of_resample[:, :3, 3])[:, 2]
+        gram = of_resample[:, :3, :3]
+        with_scores = of_resample[:, :3, 3]
+        coefficients = torch.linalg.solve(gram, with_scores)
+        return coefficients[:, 2]
 
     return statistic
 
@@ -617,8 +641,10 @@ def correlation_of(first: Tensor, second: Tensor) -> Statistic:
     def statistic(counts: Tensor) -> Tensor:
         of_resample = moments(counts)
         means = of_resample / of_resample[:, :1, :1]
-        covariance = means[:, 1:, 1:] - means[:, 1:, :1] * means[:, :1, 1:]
-        return covariance[:, 0, 1] / (covariance[:, 0, 0] * covariance[:, 1, 1]).sqrt()
+        products_of_means = means[:, 1:, :1] * means[:, :1, 1:]
+        covariance = means[:, 1:, 1:] - products_of_means
+        variances = covariance.diagonal(dim1=1, dim2=2)
+        return covariance[:, 0, 1] / variances.prod(1).sqrt()
 
     return statistic
 
@@ -637,7 +663,10 @@ def length_correlates_with_reward(runs: list[Artifact]) -> Iterator[Finding]:
     probes = [read_probe(run) for run in runs]
     sizes = [len(probe.oracle) for probe in probes]
     oracle = [correlation_of(probe.oracle, probe.lengths) for probe in probes]
-    learned = [correlation_of(probe.scores[:, :, column_of(SHARES[1])], probe.lengths) for probe in probes]
+    learned = []
+    for probe in probes:
+        scores = probe.scores[:, :, column_of(NEUTRAL)]
+        learned.append(correlation_of(scores, probe.lengths))
     yield above_by_interval("the oracle's reward and length", 0, over_seeds(oracle, sizes))
     yield above_by_interval("the reward of r_ρ at ρ = .5 and length", 0, over_seeds(learned, sizes))
 
@@ -680,29 +709,29 @@ def picks(members: Members) -> Tensor:
     lines = read_jsonl(members.logs[selected_strength(members)].path)
     columns = [f"rm/{i}" for i in range(len(BIASES))]
     steps = [[line[column] for column in columns] for line in lines if columns[0] in line]
-    return torch.tensor(steps, dtype=torch.double)
+    return float64(steps)
 
 
 def best_matches(members: Members) -> Tensor:
     """Which r_ρ,b matches the final policy best on each training pair, (n, members), ones and zeros."""
     beta = selected_strength(members)
     logps = json.loads(members.logps.path.read_text(encoding="utf-8"))["logps"]
-    ratios = torch.tensor(logps[f"e_{beta:g}"]).double() - torch.tensor(logps["sft"]).double()  # (n, 2)
-    gaps = reward_gaps(members)
+    ratios = float64(logps[f"e_{beta:g}"]) - float64(logps["sft"])  # (n, 2)
     h = ratios[:, 0] - ratios[:, 1]
-    errors = (gaps - beta * h[:, None]) ** 2
+    differences_of_rewards = beta * h.unsqueeze(1)
+    errors = (reward_gaps(members) - differences_of_rewards) ** 2
     return F.one_hot(errors.argmin(1), len(BIASES)).double()
 
 
 def reward_gaps(members: Members) -> Tensor:
     """Δr of each r_ρ,b on the training pairs, (n, members)."""
-    scores = torch.tensor([row["scores"] for row in read_jsonl(members.rows.path)], dtype=torch.double)
+    scores = float64([row["scores"] for row in read_jsonl(members.rows.path)])  # (n, 2, members)
     return scores[:, 0] - scores[:, 1]
 
 
 def mean_bias(shares: Tensor) -> Tensor:
     """The mean b of what is picked or matches, (n, members) → (n,)."""
-    return shares @ torch.tensor(BIASES, dtype=torch.double)
+    return shares @ float64(list(BIASES))
 
 
 @STUDY.experiment("X13", "Fig. C.1", picked_members)
@@ -712,9 +741,12 @@ def members_of_the_opposite_bias_match(runs: list[Picked]) -> Iterator[Finding]:
     The mean b of the best match of each training pair, and of what e-DPO picked at each step, at ρ = .1 less at .9. By
     the theory on tabular policies e-DPO picks the model with the least mean square of its reward gaps.
     """
-    short, long = SHARES[0], SHARES[-1]
     for words, shares_of in (("best matches", best_matches), ("picks", picks)):
-        values = [mean_bias(shares_of(run[short])) - mean_bias(shares_of(run[long])) for run in runs]
+        values = []
+        for run in runs:
+            at_short = mean_bias(shares_of(run[SHORT]))
+            at_long = mean_bias(shares_of(run[LONG]))
+            values.append(at_short - at_long)
         yield above_by_interval(f"mean b of the {words}, ρ = .1 less .9", 0, mean_over_seeds(values))
     for share in SHARES:
         for i, bias in enumerate(BIASES):
@@ -735,7 +767,8 @@ class Success(NamedTuple):
 
 
 def success(plan: Plan, seed: int) -> Success:
-    return Success(picked_members(plan, seed)[SHARES[0]], probed(plan, seed), checkpoint_ensemble(plan, seed))
+    members = picked_members(plan, seed)[SHORT]
+    return Success(members, probed(plan, seed), checkpoint_ensemble(plan, seed))
 
 
 @STUDY.experiment("X14", "§4.2", success)
@@ -746,7 +779,7 @@ def the_ensemble_lacks_the_bias(runs: list[Success]) -> Iterator[Finding]:
     they order as the oracle does, and in their coefficients of length. And e-DPO with the members is compared with
     e-DPO on checkpoints of r_ρ, all of which have the bias.
     """
-    share = SHARES[0]
+    share = SHORT
     accuracies = []
     slopes = []
     sizes = []
@@ -796,7 +829,7 @@ def last_log_ratios(log: Artifact, method: str) -> Tensor:
     """log π_θ/π_ref of the preferred completions in each of the last LAST_STEPS batches, in nats."""
     strength = STRENGTHS[0] / 2 if method == "ipo" else STRENGTHS[0]
     rewards = [line["rewards/chosen"] for line in read_jsonl(log.path) if "rewards/chosen" in line]
-    return torch.tensor(rewards[-LAST_STEPS:], dtype=torch.double) / strength
+    return float64(rewards[-LAST_STEPS:]) / strength
 
 
 @STUDY.experiment("X16", "§2.3, §5", likelihoods)

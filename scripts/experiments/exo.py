@@ -3,11 +3,9 @@
 The policies have 1M parameters, the posts and their summaries are made up, and the judge is the true reward, in the
 place of GPT-4 too. The world leaves clauses out (world_a): a policy gains by completeness, correct facts and brevity.
 
-    TL;DR    an SFT model of demonstrations writes the pairs; preferences are sampled from the true reward
-    HH       other writers' pairs, which are demonstrations
-
-In each of them a small reward model, which cannot look facts up, is trained on the preferences. All methods have the
-same β, learning rate, number of steps and number of completions in a step.
+An SFT model of demonstrations writes the completions. In section 4.1 the true reward orders pairs of them and scores
+groups. In section 4.2 preferences are sampled from it, and a small reward model, which cannot look facts up, learns
+from these. All methods have the same β, learning rate, number of steps and number of completions in a step.
 
     python scripts/experiments/exo.py
     python scripts/experiments/exo.py --experiment F2a
@@ -66,35 +64,9 @@ METHODS = {"exo": "EXO", "dpo": "DPO"}
 # ---------------------------------------------------------------- the data
 
 
-class Domain(NamedTuple):
-    """A task: where its stages go, and pairs in the order of their preference."""
-
-    name: str
-    seed: int
-    pairs: Artifact
-
-
-def tldr(plan: Plan, seed: int) -> Domain:
-    """The SFT model of the world writes the pairs."""
-    return tldr_by(plan, seed, "pref")
-
-
-def tldr_by(plan: Plan, seed: int, kind: str) -> Domain:
-    """Its pairs are ordered by sampled preferences, or by the reward itself."""
-    pairs = preferences(plan, f"exo/{seed}/pairs_{kind}", drawn(plan, seed, 2), seed, PREFERENCES[kind])
-    return Domain(f"exo/{seed}", seed, pairs)
-
-
-def hh(plan: Plan, seed: int) -> Domain:
-    """Other writers' pairs, as many."""
-    name = f"exo/{seed}/hh"
-    written = plan.stage(
-        f"{name}/written",
-        f"scripts/notices.py pairs --output {{out}}/rows.jsonl --rows {STEPS * COMPLETIONS // 2} --seed {seed} "
-        f"{OMISSION} --exclude {{held_out}}",
-        held_out=held_out(plan, seed),
-    )
-    return Domain(name, seed, preferences(plan, f"{name}/pairs", written / "rows.jsonl", seed))
+def pairs(plan: Plan, seed: int, kind: str = "pref") -> Artifact:
+    """Pairs of completions of the SFT model, ordered by sampled preferences, or ("clean") by the reward itself."""
+    return preferences(plan, f"exo/{seed}/pairs_{kind}", drawn(plan, seed, 2), seed, PREFERENCES[kind])
 
 
 def held_out(plan: Plan, seed: int) -> Artifact:
@@ -129,29 +101,29 @@ def drawn(plan: Plan, seed: int, size: int) -> Artifact:
     return stage / "rows.jsonl"
 
 
-def weak_model(plan: Plan, domain: Domain) -> Stage:
+def weak_model(plan: Plan, seed: int) -> Stage:
     """A reward model that is too small to look facts up, trained on the preferences."""
     tiny = plan.stage(
-        f"exo/{domain.seed}/tiny",
-        f"scripts/notices.py world --output-dir {{out}} --tiny --sft-rows 0 --prompt-rows 0 --seed {domain.seed}",
+        f"exo/{seed}/tiny",
+        f"scripts/notices.py world --output-dir {{out}} --tiny --sft-rows 0 --prompt-rows 0 --seed {seed}",
     )
     return plan.stage(
-        f"{domain.name}/rm",
+        f"exo/{seed}/rm",
         "algos/rm.py --model {tiny} --train-data {rows} --output-dir {out} --max-steps 128 --batch-size 32 "
-        f"--learning-rate 3e-3 --warmup-steps 10 --save-every 0 --seed {domain.seed}",
+        f"--learning-rate 3e-3 --warmup-steps 10 --save-every 0 --seed {seed}",
         tiny=tiny / "tiny",
-        rows=domain.pairs,
+        rows=pairs(plan, seed),
     )
 
 
-def scored(plan: Plan, domain: Domain, rows: Artifact, name: str, by: str) -> Artifact:
+def scored(plan: Plan, seed: int, rows: Artifact, name: str, by: str) -> Artifact:
     """Rows with scores of the oracle or of the weak reward model."""
     command = "scripts/score.py --rows {rows} --output {out}/rows.jsonl"
     if by == "oracle":
-        stage = plan.stage(f"exo/{domain.seed}/{name}_by_oracle", f"{command} --reward notices", rows=rows)
+        stage = plan.stage(f"exo/{seed}/{name}_by_oracle", f"{command} --reward notices", rows=rows)
     else:
-        rm = weak_model(plan, domain)
-        stage = plan.stage(f"{domain.name}/{name}_by_weak", f"{command} --reward-models {{rm}}", rows=rows, rm=rm)
+        rm = weak_model(plan, seed)
+        stage = plan.stage(f"exo/{seed}/{name}_by_weak", f"{command} --reward-models {{rm}}", rows=rows, rm=rm)
     return stage / "rows.jsonl"
 
 
@@ -167,53 +139,53 @@ def tuning(size: int, rate: float, seed: int) -> str:
     )
 
 
-def by_pairs(plan: Plan, domain: Domain, method: str, kind: str = "pref") -> Stage:
+def by_pairs(plan: Plan, seed: int, method: str, kind: str = "pref") -> Stage:
     """DPO-pref or EXO-pref. `kind` is the order of the pairs."""
     return plan.stage(
-        f"{domain.name}/{method}_{kind}",
-        f"algos/{method}.py {tuning(2, RATE, domain.seed)}",
-        sft=world_a(plan, domain.seed).sft,
-        rows=domain.pairs,
+        f"exo/{seed}/{method}_{kind}",
+        f"algos/{method}.py {tuning(2, RATE, seed)}",
+        sft=world_a(plan, seed).sft,
+        rows=pairs(plan, seed, kind),
     )
 
 
-def without_sft(plan: Plan, domain: Domain) -> Stage:
+def without_sft(plan: Plan, seed: int) -> Stage:
     """EXO-pref that starts from the base model."""
     return plan.stage(
-        f"{domain.name}/exo_from_base",
-        f"algos/exo.py {tuning(2, RATE, domain.seed)}",
-        sft=world_a(plan, domain.seed).notices / "base",
-        rows=domain.pairs,
+        f"exo/{seed}/exo_from_base",
+        f"algos/exo.py {tuning(2, RATE, seed)}",
+        sft=world_a(plan, seed).notices / "base",
+        rows=pairs(plan, seed),
     )
 
 
-def by_rewards(plan: Plan, domain: Domain, method: str, size: int, by: str = "oracle", rate: float = RATE) -> Stage:
+def by_rewards(plan: Plan, seed: int, method: str, size: int, by: str = "oracle", rate: float = RATE) -> Stage:
     """EXO-rw or DPO-rw on groups of K completions."""
     kl = {"exo": "reverse", "dpo": "forward"}[method]
     rated = "" if rate == RATE else f"_{rate:g}"
-    rows = drawn(plan, domain.seed, size)
+    rows = drawn(plan, seed, size)
     return plan.stage(
-        f"{domain.name}/{method}_rw{size}_{by}{rated}",
-        f"algos/exo.py --kl {kl} --beta-r {BETA_R} {tuning(size, rate, domain.seed)}",
-        sft=world_a(plan, domain.seed).sft,
-        rows=scored(plan, domain, rows, f"drawn_{size}", by),
+        f"exo/{seed}/{method}_rw{size}_{by}{rated}",
+        f"algos/exo.py --kl {kl} --beta-r {BETA_R} {tuning(size, rate, seed)}",
+        sft=world_a(plan, seed).sft,
+        rows=scored(plan, seed, rows, f"drawn_{size}", by),
     )
 
 
-def by_ppo(plan: Plan, domain: Domain, by: str = "oracle", rate: float = RATE) -> Stage:
+def by_ppo(plan: Plan, seed: int, by: str = "oracle", rate: float = RATE) -> Stage:
     """PPO with as many completions in each step, and the price β_π β_r of a nat."""
-    world = world_a(plan, domain.seed)
+    world = world_a(plan, seed)
     inputs: dict = {"sft": world.sft, "prompts": world.notices / "prompts.jsonl"}
     reward = "notices"
     if by == "weak":
         reward = "{rm}"
-        inputs["rm"] = weak_model(plan, domain)
+        inputs["rm"] = weak_model(plan, seed)
     return plan.stage(
-        f"{domain.name}/ppo_{by}_{rate:g}",
+        f"exo/{seed}/ppo_{by}_{rate:g}",
         f"scripts/baselines/ppo.py --model {{sft}} --train-data {{prompts}} --reward {reward} --output-dir {{out}} "
         f"--beta {BETA * BETA_R} --steps {STEPS} --batch-size {COMPLETIONS // 4} --num-completions 4 --epochs 2 "
         f"--minibatches 2 --learning-rate {rate:g} --warmup-steps 4 --value-warmup-steps 2 {LENGTH} "
-        f"--seed {domain.seed}",
+        f"--seed {seed}",
         **inputs,
     )
 
@@ -240,14 +212,14 @@ def checkpoints(plan: Plan, method: str, run: Stage) -> dict[str, Artifact]:
 # ---------------------------------------------------------------- the measurements
 
 
-def evaluation(plan: Plan, domain: Domain, name: str, policies: dict[str, Stage | Artifact], flags: str) -> Artifact:
+def evaluation(plan: Plan, seed: int, name: str, policies: dict[str, Stage | Artifact], flags: str) -> Artifact:
     """Rewards and KL of policies on the held-out posts."""
     stage = plan.stage(
-        f"{domain.name}/{name}",
+        f"exo/{seed}/{name}",
         f"scripts/evaluate.py --policies {names(policies)} --reference {{reference}} --rows {{rows}} "
-        f"--output {{out}}/results.json --num-prompts {NUM_POSTS} {SAMPLING} --seed {domain.seed} {flags}",
-        reference=world_a(plan, domain.seed).sft,
-        rows=held_out(plan, domain.seed),
+        f"--output {{out}}/results.json --num-prompts {NUM_POSTS} {SAMPLING} --seed {seed} {flags}",
+        reference=world_a(plan, seed).sft,
+        rows=held_out(plan, seed),
         **policies,
     )
     return stage / "results.json"
@@ -258,19 +230,18 @@ def names(policies: dict[str, Stage | Artifact]) -> str:
     return " ".join(f"{policy}={{{policy}}}" for policy in policies)
 
 
-def along(plan: Plan, domain: Domain, name: str, runs: dict[str, Stage]) -> Artifact:
+def along(plan: Plan, seed: int, name: str, runs: dict[str, Stage]) -> Artifact:
     """The evaluation of runs along their way, and of the SFT model."""
-    policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, domain.seed).sft}
+    policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, seed).sft}
     for method, run in runs.items():
         policies |= checkpoints(plan, method, run)
-    return evaluation(plan, domain, name, policies, "--num-samples 2")
+    return evaluation(plan, seed, name, policies, "--num-samples 2")
 
 
 def pairwise(plan: Plan, seed: int) -> Artifact:
     """Of what learned from pairs in the order of their rewards."""
-    domain = tldr_by(plan, seed, "clean")
-    runs = {method: by_pairs(plan, domain, method, "clean") for method in METHODS}
-    return along(plan, domain, "evaluated_pairs", runs)
+    runs = {method: by_pairs(plan, seed, method, "clean") for method in METHODS}
+    return along(plan, seed, "evaluated_pairs", runs)
 
 
 class Controlled(NamedTuple):
@@ -282,17 +253,16 @@ class Controlled(NamedTuple):
 
 
 def controlled(plan: Plan, seed: int) -> Controlled:
-    domain = tldr(plan, seed)
     runs = {}
     policies: dict[str, Stage | Artifact] = {}
     for size in SIZES:
         for method in METHODS:
-            runs[f"{method}{size}"] = by_rewards(plan, domain, method, size)
+            runs[f"{method}{size}"] = by_rewards(plan, seed, method, size)
     for rate in RATES:
-        policies[f"ppo_{rate:g}"] = by_ppo(plan, domain, "oracle", rate)
-        policies[f"exo_{rate:g}"] = by_rewards(plan, domain, "exo", 4, "oracle", rate)
-    groups = along(plan, domain, "evaluated_groups", runs)
-    rates = evaluation(plan, domain, "evaluated_rates", policies, "--num-samples 2")
+        policies[f"ppo_{rate:g}"] = by_ppo(plan, seed, "oracle", rate)
+        policies[f"exo_{rate:g}"] = by_rewards(plan, seed, "exo", 4, "oracle", rate)
+    groups = along(plan, seed, "evaluated_groups", runs)
+    rates = evaluation(plan, seed, "evaluated_rates", policies, "--num-samples 2")
     return Controlled(pairwise(plan, seed), groups, rates)
 
 
@@ -303,16 +273,16 @@ class Many(NamedTuple):
     by_weak: Artifact
 
 
-def many(plan: Plan, domain: Domain) -> Many:
+def many(plan: Plan, seed: int) -> Many:
     stage = plan.stage(
-        f"exo/{domain.seed}/many",
+        f"exo/{seed}/many",
         f"scripts/sample.py --model {{sft}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions {NUM_MANY} "
-        f"--max-rows 32 {SAMPLING} --seed {domain.seed}",
-        sft=world_a(plan, domain.seed).sft,
-        rows=held_out(plan, domain.seed),
+        f"--max-rows 32 {SAMPLING} --seed {seed}",
+        sft=world_a(plan, seed).sft,
+        rows=held_out(plan, seed),
     )
     rows = stage / "rows.jsonl"
-    return Many(*(scored(plan, domain, rows, "many", by) for by in ("oracle", "weak")))
+    return Many(*(scored(plan, seed, rows, "many", by) for by in ("oracle", "weak")))
 
 
 class Densities(NamedTuple):
@@ -323,14 +293,13 @@ class Densities(NamedTuple):
 
 
 def densities(plan: Plan, seed: int) -> Densities:
-    domain = tldr(plan, seed)
-    completions = many(plan, domain)
-    policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, domain.seed).sft}
+    completions = many(plan, seed)
+    policies: dict[str, Stage | Artifact] = {"sft": world_a(plan, seed).sft}
     for size in SIZES:
         for method in METHODS:
-            policies[f"{method}{size}"] = by_rewards(plan, domain, method, size)
+            policies[f"{method}{size}"] = by_rewards(plan, seed, method, size)
     logps = plan.stage(
-        f"{domain.name}/logps",
+        f"exo/{seed}/logps",
         f"scripts/logps.py --policies {names(policies)} --rows {{rows}} --output {{out}}/logps.json",
         rows=completions.by_oracle,
         **policies,
@@ -339,52 +308,43 @@ def densities(plan: Plan, seed: int) -> Densities:
 
 
 class Table(NamedTuple):
-    """The policies of Table 1 or 2 by the oracle and the weak reward model."""
+    """The policies of Table 1 by the oracle and the weak reward model."""
 
     results: Artifact
     chosen: Artifact  # held-out pairs with the weak model's scores
     many: Many
 
 
-def table(plan: Plan, domain: Domain) -> Table:
+def table_1(plan: Plan, seed: int) -> Table:
     policies: dict[str, Stage | Artifact] = {
-        "sft": world_a(plan, domain.seed).sft,
-        "dpo_pref": by_pairs(plan, domain, "dpo"),
-        "exo_pref": by_pairs(plan, domain, "exo"),
-        "ppo": by_ppo(plan, domain, "weak"),
-        "dpo_rw": by_rewards(plan, domain, "dpo", 4, "weak"),
-        "exo_rw": by_rewards(plan, domain, "exo", 4, "weak"),
+        "sft": world_a(plan, seed).sft,
+        "dpo_pref": by_pairs(plan, seed, "dpo"),
+        "exo_pref": by_pairs(plan, seed, "exo"),
+        "ppo": by_ppo(plan, seed, "weak"),
+        "dpo_rw": by_rewards(plan, seed, "dpo", 4, "weak"),
+        "exo_rw": by_rewards(plan, seed, "exo", 4, "weak"),
     }
     stage = plan.stage(
-        f"{domain.name}/table",
+        f"exo/{seed}/table",
         f"scripts/evaluate.py --policies {names(policies)} --rows {{rows}} --output {{out}}/results.json "
-        f"--num-prompts {NUM_POSTS} --num-samples 4 {SAMPLING} --seed {domain.seed} --against-rows --best-of 1 "
+        f"--num-prompts {NUM_POSTS} --num-samples 4 {SAMPLING} --seed {seed} --against-rows --best-of 1 "
         "--select-by {rm}",
-        rows=held_out(plan, domain.seed),
-        rm=weak_model(plan, domain),
+        rows=held_out(plan, seed),
+        rm=weak_model(plan, seed),
         **policies,
     )
-    chosen = scored(plan, domain, held_out(plan, domain.seed), "held_out", "weak")
-    return Table(stage / "results.json", chosen, many(plan, domain))
-
-
-def table_1(plan: Plan, seed: int) -> Table:
-    return table(plan, tldr(plan, seed))
-
-
-def table_2(plan: Plan, seed: int) -> Table:
-    return table(plan, hh(plan, seed))
+    chosen = scored(plan, seed, held_out(plan, seed), "held_out", "weak")
+    return Table(stage / "results.json", chosen, many(plan, seed))
 
 
 def starts(plan: Plan, seed: int) -> Artifact:
     """EXO-pref on other writers' pairs, from the base model and after SFT on their chosen completions."""
-    domain = hh(plan, seed)
     policies: dict[str, Stage | Artifact] = {
-        "sft": world_a(plan, domain.seed).sft,
-        "with_sft": by_pairs(plan, domain, "exo"),
-        "without_sft": without_sft(plan, domain),
+        "sft": world_a(plan, seed).sft,
+        "with_sft": by_pairs(plan, seed, "exo"),
+        "without_sft": without_sft(plan, seed),
     }
-    return evaluation(plan, domain, "starts", policies, "--num-samples 2")
+    return evaluation(plan, seed, "starts", policies, "--num-samples 2")
 
 
 # ---------------------------------------------------------------- numbers from what the stages have left
@@ -777,42 +737,6 @@ def best_of_is_comparable_on_tldr(runs: list[Table]) -> Iterator[Finding]:
     yield from comparable_to_best_of(runs)
 
 
-@STUDY.experiment("T2a", "Table 2", table_2)
-def exo_pref_wins_on_hh(runs: list[Table]) -> Iterator[Finding]:
-    """On HH, EXO-pref has higher win rates than DPO-pref.
-
-    Other writers' pairs with sampled preferences.
-    """
-    yield from higher_win_rates(runs, "exo_pref", "dpo_pref")
-
-
-@STUDY.experiment("T2b", "Table 2", table_2)
-def exo_rw_wins_on_hh(runs: list[Table]) -> Iterator[Finding]:
-    """On HH, EXO-rw has higher win rates than DPO-rw.
-
-    K = 4, scores of the weak reward model of other writers' pairs.
-    """
-    yield from higher_win_rates(runs, "exo_rw", "dpo_rw")
-
-
-@STUDY.experiment("T2c", "Table 2", table_2)
-def exo_rw_wins_over_ppo_on_hh(runs: list[Table]) -> Iterator[Finding]:
-    """On HH, EXO-rw has higher win rates than PPO.
-
-    As T1c.
-    """
-    yield from higher_win_rates(runs, "exo_rw", "ppo")
-
-
-@STUDY.experiment("T2d", "Table 2", table_2)
-def best_of_is_comparable_on_hh(runs: list[Table]) -> Iterator[Finding]:
-    """On HH, Best-of-128 is comparable to EXO-rw or higher (see X2 to X4).
-
-    As T1d.
-    """
-    yield from comparable_to_best_of(runs)
-
-
 # ---------------------------------------------------------------- the beginning and the tuning
 
 
@@ -821,7 +745,7 @@ def sft_on_chosen_closes_the_gap(runs: list[Artifact]) -> Iterator[Finding]:
     """SFT on data of the same domain or on the chosen completions closes the gap to the pairs' distribution.
 
     EXO-pref on the same pairs from the random base model, which is as far from the pairs as a model can be, and after
-    SFT on demonstrations of the writers of the pairs. The SFT takes eleven times as many steps.
+    SFT on demonstrations, whose model has written the pairs. The SFT takes eleven times as many steps.
     """
     of_both = [(run, run) for run in runs]
     with_less_without = reward_differences(of_both, "with_sft", "without_sft")
@@ -889,7 +813,7 @@ class Frontier(NamedTuple):
 
 
 def frontier_stages(plan: Plan, seed: int) -> Frontier:
-    return Frontier(controlled(plan, seed), many(plan, tldr(plan, seed)))
+    return Frontier(controlled(plan, seed), many(plan, seed))
 
 
 def draw_curve(axes: "Axes", found: Sequence[Curve], color: str, label: str) -> None:
@@ -1011,22 +935,11 @@ def draw_ratios(axes: "Axes", shares: Sequence[Tensor], color: str, label: str) 
     axes.errorbar(range(1, NUM_BINS + 1), means, yerr=bars_of(numbers), color=color, label=label, **MARKS)
 
 
-class Tables(NamedTuple):
-    tldr: Table
-    hh: Table
-
-
-def both_tables(plan: Plan, seed: int) -> Tables:
-    return Tables(table_1(plan, seed), table_2(plan, seed))
-
-
-@STUDY.figure("Win rates by the weak reward model and by the oracle, with 95% intervals: Tables 1 and 2.", both_tables)
-def win_rate_tables(runs: list[Tables]) -> "Figure":
-    figure, panels = canvas([["tldr"], ["hh"]], (10, 6))
-    draw_win_rates(panels["tldr"], [contest_of(run.tldr) for run in runs])
-    draw_win_rates(panels["hh"], [contest_of(run.hh) for run in runs])
-    label_axes(panels["tldr"], "Table 1: the SFT model's pairs", "", "win rate")
-    label_axes(panels["hh"], "Table 2: other writers' pairs", "", "win rate")
+@STUDY.figure("Win rates by the weak reward model and by the oracle, with 95% intervals: Table 1.", table_1)
+def win_rate_table(runs: list[Table]) -> "Figure":
+    figure, panels = canvas([["table"]], (10, 3.4))
+    draw_win_rates(panels["table"], [contest_of(run) for run in runs])
+    label_axes(panels["table"], "Table 1", "", "win rate")
     return figure
 
 

@@ -1710,6 +1710,24 @@ TESTS.elsewhere(
     "Without a reference, ℓ_sup on long texts becomes a comparison of lengths.",
     "ours, not the paper's; needs log-probs of a language model on dialogue rows",
 )
+TESTS.elsewhere(
+    "C57",
+    "Eqs 14, 16, 17",
+    "Alone, a language model's ℓ_sup leads to π* from any π_ref, and its ℓ_unsup leads back to π_ref.",
+    NEEDS_MODELS,
+)
+TESTS.elsewhere(
+    "C58",
+    "§4.1",
+    "Prompts without preferences can serve in ℓ_unsup, and their good policy is preserved.",
+    NEEDS_MODELS,
+)
+TESTS.elsewhere(
+    "C59",
+    "App. A.3",
+    "Samples with top-k 60, top-p 0.8 and a repetition penalty of 1.1 serve as those of π_ref.",
+    NEEDS_MODELS,
+)
 
 
 # ---------------------------------------------------------------- noise-adaptive regularisation

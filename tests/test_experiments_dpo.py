@@ -328,7 +328,7 @@ def test_costs(written: Written) -> None:
     rewards = [[float(reward) for reward in range(64)]] * dpo.MANY_POSTS
     by_models = [[[reward, 0.0] for reward in row] for row in rewards]
     many = dpo.Many(written.scores(rewards), written.scores(by_models))
-    cheap = dpo.Costs(stage_of(10), stage_of(20), stage_of(30), stage_of(30), made, many)
+    cheap = dpo.Costs(stage_of(10), stage_of(20), stage_of(30), made, many)
     dear = cheap._replace(dpo=stage_of(60))
     weak = cheap._replace(frontier=frontier_of(written, WEAK, WEAK, (2.0, 3.0)))
     assert verdict("E22", cheap) == Reproduction.REPRODUCED

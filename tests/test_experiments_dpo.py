@@ -78,8 +78,11 @@ def test_the_optimal_curve_ends_where_too_few_samples_count() -> None:
     rewards = samples_of_the_reference(1)
     numbers = []
     for beta in dpo.OPTIMUM_BETAS:
-        of_posts = [1 / sum(w * w for w in weights_by_hand(values, beta)) for values in rewards.tolist()]
-        numbers.append(sum(of_posts) / len(of_posts))
+        total = 0.0
+        for values in rewards.tolist():
+            weights = weights_by_hand(values, beta)
+            total += 1 / sum(w * w for w in weights)
+        numbers.append(total / len(rewards))
         assert dpo.effective_number(rewards, beta) == pytest.approx(numbers[-1])
 
     num_believed = sum(number > 4 for number in numbers)
@@ -88,21 +91,29 @@ def test_the_optimal_curve_ends_where_too_few_samples_count() -> None:
 
 
 def test_equal_rewards_have_all_samples() -> None:
-    assert dpo.effective_number(torch.ones(2, 8).double(), 0.1) == pytest.approx(8)
+    rewards = torch.ones(2, 8, dtype=torch.double)
+    assert dpo.effective_number(rewards, 0.1) == pytest.approx(8)
 
 
 def test_accuracy_is_a_share_of_unequal_pairs() -> None:
     rng = random.Random(2)
-    scores = [[rng.choice([0.0, 0.5, 1.0]) for _ in range(4)] for _ in range(30)]
-    rewards = [[rng.choice([0.0, 1.0]) for _ in range(4)] for _ in range(30)]
+    scores = [rng.choices([0.0, 0.5, 1.0], k=4) for _ in range(30)]
+    rewards = [rng.choices([0.0, 1.0], k=4) for _ in range(30)]
+
     expected = []
     for row, truth in zip(scores, rewards, strict=True):
         points = []
-        for (s, r), (t, q) in itertools.combinations(zip(row, truth, strict=True), 2):
-            if r != q:
-                points.append(0.5 if s == t else float((s > t) == (r > q)))
+        for i, j in itertools.combinations(range(4), 2):
+            if truth[i] == truth[j]:
+                continue
+            if row[i] == row[j]:
+                points.append(0.5)
+            else:
+                is_right = (row[i] > row[j]) == (truth[i] > truth[j])
+                points.append(float(is_right))
         if points:
             expected.append(sum(points) / len(points))
+
     assert len(expected) < 30
     found = dpo.accuracy(dpo.tensor_of(scores), dpo.tensor_of(rewards))
     torch.testing.assert_close(found, dpo.tensor_of(expected))
@@ -137,13 +148,20 @@ def test_gains_are_compared_with_the_best() -> None:
 def around(mean: float, size: int, seed: int) -> list[list[float]]:
     """Rewards of each post's samples, around a mean."""
     rng = random.Random(f"{mean} {size} {seed}")
-    return [[mean + rng.gauss(0, 0.5) for _ in range(size)] for _ in range(NUM_POSTS)]
+    rewards = []
+    for _ in range(NUM_POSTS):
+        row = [rng.gauss(mean, 0.5) for _ in range(size)]
+        rewards.append(row)
+    return rewards
 
 
-def policy(kl: float, reward: float, seed: int = 0, finished: float = 1.0) -> dict:
-    """What evaluation says of a policy."""
-    step_kls = [[kl, kl]] * NUM_POSTS
-    return {"rewards": around(reward, 2, seed), "step_kls": step_kls, "finished": finished}
+def policy(kl: float, reward: float) -> dict:
+    """What evaluation says of a policy whose completions all end."""
+    return {
+        "rewards": around(reward, 2, seed=0),
+        "step_kls": [[kl, kl]] * NUM_POSTS,
+        "finished": 1.0,
+    }
 
 
 class Written:
@@ -173,38 +191,52 @@ class Written:
                 policies[f"{method}_{step}"] = policy(kl, reward)
         return self.policies(policies)
 
-    def heat(self, levels: dict[str, Sequence[float]], best_of: float = -1.0) -> dpo.Heat:
-        """Each policy's reward at each temperature, against demonstrations and chosen completions around 0.
+    def heat(self, levels: dict[str, Sequence[float]]) -> dpo.Heat:
+        """Each policy's reward at each temperature. Its opponents are around 0, the best of 64 around 0.2."""
+        by_temperature: dict[str, dict] = {}
+        for i, temperature in enumerate(dpo.TEMPERATURES):
+            policies = {name: policy(0, rewards[i]) for name, rewards in levels.items()}
+            by_temperature[f"{temperature:g}"] = policies
 
-        best_of: the reward of all of many completions.
-        """
-        by_temperature: dict[str, dict] = {f"{temperature:g}": {} for temperature in dpo.TEMPERATURES}
-        for name, rewards in levels.items():
-            for temperature, reward in zip(dpo.TEMPERATURES, rewards, strict=True):
-                by_temperature[f"{temperature:g}"][name] = policy(0, reward)
-        references = [row[0] for row in around(0, 1, 5)]
-        results = self.text(json.dumps({"by_temperature": by_temperature, "row_rewards": references}))
-        rewards = around(best_of, dpo.NUM_MANY, 6)[: dpo.MANY_POSTS]
-        by_models = [[[reward, 0.0] for reward in row] for row in rewards]
-        pairs = around(-0.3, 4, 7)  # the better one of two is around 0
-        many = dpo.Many(self.scores(rewards), self.scores(by_models))
-        return dpo.Heat(results, self.scores(pairs), many)
+        demonstrations = around(0, 1, seed=5)
+        results = {
+            "by_temperature": by_temperature,
+            "row_rewards": [reward for (reward,) in demonstrations],
+        }
+        pairs = around(-0.3, 4, seed=7)  # the better one of two is around 0
+        return dpo.Heat(self.text(json.dumps(results)), self.scores(pairs), self.many())
+
+    def many(self) -> dpo.Many:
+        """Completions with rewards around -1, all of which the best checkpoint of the reward model knows."""
+        rewards = around(-1, dpo.NUM_MANY, seed=6)
+        rewards = rewards[: dpo.MANY_POSTS]
+        return self.known(rewards)
+
+    def known(self, rewards: list[list[float]]) -> dpo.Many:
+        by_models = []
+        for row in rewards:
+            scores = [[reward, 0.0] for reward in row]
+            by_models.append(scores)
+        return dpo.Many(self.scores(rewards), self.scores(by_models))
 
     def four(self, noise_of_dpo: float, noise_of_rm: float, noise_of_last: float = 0.0) -> dpo.Four:
         """Four completions of each post, whose scores are their rewards and noise."""
         rng = random.Random(8)
-        rewards = around(0, 4, 9)
-        sft = [[rng.gauss(0, 1) for _ in row] for row in rewards]
-        logps = []
-        for row, reference in zip(rewards, sft, strict=True):
-            ratios = [value + rng.gauss(0, noise_of_dpo) for value in row]
-            logps.append([a + b for a, b in zip(reference, ratios, strict=True)])
+        rewards = around(0, 4, seed=9)
+        logps: dict[str, list] = {"sft": [], "dpo": []}
         scores = []
         for row in rewards:
-            scores.append([[value + rng.gauss(0, noise_of_rm), value + rng.gauss(0, noise_of_last)] for value in row])
-        return dpo.Four(
-            self.scores(rewards), self.scores(scores), self.text(json.dumps({"logps": {"sft": sft, "dpo": logps}}))
-        )
+            of_sft = [rng.gauss(0, 1) for _ in row]
+            logps["sft"].append(of_sft)
+            log_ratios = [rng.gauss(reward, noise_of_dpo) for reward in row]
+            of_dpo = [a + b for a, b in zip(of_sft, log_ratios, strict=True)]
+            logps["dpo"].append(of_dpo)
+
+            best = [rng.gauss(reward, noise_of_rm) for reward in row]
+            last = [rng.gauss(reward, noise_of_last) for reward in row]
+            scores.append(list(zip(best, last, strict=True)))
+        text = json.dumps({"logps": logps})
+        return dpo.Four(self.scores(rewards), self.scores(scores), self.text(text))
 
 
 @pytest.fixture
@@ -333,10 +365,8 @@ def stage_of(seconds: float) -> Any:
 
 def test_costs(written: Written) -> None:
     made = frontier_of(written, GOOD, WEAK, (2.0, 2.0))
-    rewards = [[float(reward) for reward in range(64)]] * dpo.MANY_POSTS
-    by_models = [[[reward, 0.0] for reward in row] for row in rewards]
-    many = dpo.Many(written.scores(rewards), written.scores(by_models))
-    cheap = dpo.Costs(stage_of(10), stage_of(20), stage_of(30), stage_of(30), made, many)
+    many = written.known([list(range(64))] * dpo.MANY_POSTS)
+    cheap = dpo.Costs(stage_of(10), stage_of(20), stage_of(30), made, many)
     dear = cheap._replace(dpo=stage_of(60))
     weak = cheap._replace(frontier=frontier_of(written, WEAK, WEAK, (2.0, 3.0)))
     assert verdict("E22", cheap) == Reproduction.REPRODUCED

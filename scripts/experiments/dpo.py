@@ -62,6 +62,7 @@ NUM_POSTS = 192  # of an evaluation
 NUM_MANY = 64  # completions of each of some posts, the largest N of best-of-N
 MANY_POSTS = 64
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # N
+OPTIMUM_BETAS = (16.0, 8.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 ENOUGH = 4.0  # effective number of samples from which the optimum is believed
 SAMPLING = "--max-new-tokens 48 --batch-size 512"
 
@@ -387,7 +388,6 @@ class Costs(NamedTuple):
     dpo: Stage
     rm: Stage
     ppo: Stage
-    ppo_oracle: Stage
     frontier: Frontier
     many: Many
 
@@ -397,7 +397,6 @@ def costs(plan: Plan, seed: int) -> Costs:
         dpo(plan, seed, 0.1),
         reward_model(plan, seed).last,
         ppo(plan, seed, "rm"),
-        ppo(plan, seed, "oracle"),
         frontier(plan, seed),
         many_of(plan, seed),
     )
@@ -487,9 +486,6 @@ def optimal_curve(rewards: Tensor) -> Curve:
         kls.append(kl)
         values.append(value)
     return Curve(torch.stack(kls), torch.stack(values))
-
-
-OPTIMUM_BETAS = (16.0, 8.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
 def first_posts(curve: Curve, n: int) -> Curve:

@@ -150,6 +150,11 @@ def elsewhere(group: answers.Group) -> tuple[float, ...]:
     return (0.3, 0.01, 0.01)
 
 
+def vague(group: answers.Group) -> tuple[float, ...]:
+    """A tenth for what is no answer."""
+    return tuple(0.9 * chance for chance in group.pi_ref)
+
+
 def optimal(method: str, lam: float) -> Callable[[answers.Group], tuple[float, ...]]:
     """The optimum of a bandit, with probabilities above 0."""
     of_groups = {group: typo.bandit_optima(method, group, [lam])[0] + 1e-9 for group in answers.GROUPS.values()}
@@ -170,7 +175,7 @@ def test_preservation(written: Written) -> None:
     bandits = as_bandits()
     assert verdict(typo.typo_keeps_good_prompts, written.readout(bandits)) is Reproduction.REPRODUCED
 
-    exchanged = dict(bandits)
+    exchanged = {**bandits, "sft": vague}
     for i in range(len(typo.LAMS)):
         exchanged[f"typo_{i}"] = elsewhere
         for rival in typo.RIVALS:

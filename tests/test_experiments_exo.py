@@ -151,7 +151,7 @@ def test_the_frontier_of_pairs(written: Written, slopes: dict, expected: Reprodu
 
 PAIRS = {"exo": 1.2, "dpo": 0.8}
 GROUPS = {"exo2": 1.0, "exo4": 1.5, "exo8": 1.5, "dpo2": 0.9, "dpo4": 1.1, "dpo8": 0.8}
-RATES = {3e-4: 0.4, 1e-3: 0.9}
+RATES = {1e-4: 0.2, 3e-4: 0.6, 1e-3: 0.9}
 
 
 def controlled(written: Written, pairs: dict, groups: dict, ppo: dict, exo_rates: dict) -> Any:

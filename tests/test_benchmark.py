@@ -251,18 +251,24 @@ def test_a_pass_that_fails_in_a_round_makes_place_for_the_next(tuned: Callable, 
 PARAMETERS = {"0.5b": 494e6, "1.5b": 1544e6}
 BYTES_OF_STATE = 18  # per parameter: float32 weights, gradients and two moments, and weights in bfloat16
 CARD = 80e9
+SHARE_OF_COMPILED = 0.65  # 1.5B: 52.7 GiB measured with 16,384 tokens, of which 0.56 times these activations
 
 
 def test_documented_commands_fit_a_card() -> None:
-    """By arithmetic: activations that the backward pass needs are 26 hidden + 8 MLP values a token and layer."""
+    """By arithmetic: activations that the backward pass needs are 26 hidden + 8 MLP values a token and layer.
+
+    Compiled layers keep less, as measured: what lies between the products is computed again.
+    """
     pages = [benchmark.__doc__ or "", (tiny.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")]
     text = re.sub(r"\\\n *", "", "\n".join(pages))
-    commands = re.findall(r"bench:(1.5b|0.5b):\w+:\d+:(\d+):\d+:ours", text)
-    commands += re.findall(r"--shape (0.5b|1.5b) .*--micro-batch-tokens (\d+)", text)
+    commands = re.findall(r"bench:(1.5b|0.5b):\w+:\d+:(\d+):\d+:(\S+)", text)
+    commands += re.findall(r"--shape (0.5b|1.5b) .*--micro-batch-tokens (\d+)(.*)", text)
     assert len(commands) >= 3
-    for shape_name, tokens in commands:
+    for shape_name, tokens, contenders in commands:
         shape = workload.SHAPES[shape_name]
         per_token = shape.num_hidden_layers * (26 * shape.hidden_size + 8 * shape.intermediate_size)
+        if contenders == "ours-compiled":
+            per_token *= SHARE_OF_COMPILED
         assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.8 * CARD, (shape_name, tokens)
 
 

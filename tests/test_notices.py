@@ -164,6 +164,30 @@ def test_omissions_errors_and_superfluous_clauses_are_as_frequent_as_asked() -> 
         assert_frequency(clauses[clause], clauses.total(), 0.2)
 
 
+def test_synonyms_are_as_frequent_as_asked_and_change_no_reward() -> None:
+    rng = random.Random(3)
+    args = notices.Demonstrations(synonym=0.2, omit=0.3)
+    tokenizer = notices.make_tokenizer()
+    counts: Counter[str] = Counter()
+    for _ in range(N):
+        prompt, kind = notices.make_notice(rng)
+        completion = notices.make_sft_row(prompt, kind, rng, args)["completion"]
+        usual = completion
+        for other, wording, slot in (("see", "at", "place"), ("this", "in", "month")):
+            own = {f"{other} {value}": f"{wording} {value}" for value in notices.SLOTS[slot]}
+            clauses = [own.get(clause, clause) for clause in usual[:-1].split(", ")]
+            written = ", ".join(clauses) + "."
+            counts[other] += written != usual
+            counts[slot] += any(clause in own.values() for clause in clauses)
+            usual = written
+        assert notices.oracle(prompt, completion) == Reading(prompt, kind, usual).reward()
+        assert tokenizer.unk_token_id not in tokenizer(completion)["input_ids"]
+
+    for other, slot in (("see", "place"), ("this", "month")):
+        assert_frequency(counts[slot], N, 0.7)
+        assert_frequency(counts[other], counts[slot], 0.2)
+
+
 def test_bad_rows_are_as_frequent_as_asked() -> None:
     readings = read_demonstrations(p_wrong=1.0, bad_rows=0.25)
     wrong = Counter(sum(shift != 0 for shift in reading.shifts.values()) for reading in readings)

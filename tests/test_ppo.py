@@ -546,7 +546,7 @@ def test_long_samples_are_those_of_a_loop_without_a_cache(monkeypatch: pytest.Mo
 def board(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The notices' untrained model, and a few posts."""
     folder = tmp_path_factory.mktemp("board")
-    notices.save_base(folder / "base", 0)
+    notices.save_model(folder / "base", 0)
     rng = random.Random(0)
     tiny.write_jsonl(folder / "prompts.jsonl", [{"prompt": notices.make_notice(rng)[0]} for _ in range(6)])
     return {"model": str(folder / "base"), "train_data": str(folder / "prompts.jsonl"), "reward": "notices"}

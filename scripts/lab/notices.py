@@ -122,6 +122,8 @@ FILLERS = (
     "this is the old board.",
     "tea is free as ever.",
 )
+# A second wording, of as many words and of the same reward. None of its words is new to the tokenizer.
+SYNONYMS = {"at {place}": "see {place}", "in {month}": "this {month}"}
 SUPERFLUOUS = ("thank you all", "more news soon", "tea is free", "good weather", "a long day")
 REFRAIN = "tea is free"
 REFRAIN_AGAIN = 0.8  # probability that a refrain is said once more
@@ -209,6 +211,8 @@ class Demonstrations:
     """share of bad demonstrations"""
     omit: Annotated[float, AtLeast(0, at_most=1)] = 0.0
     """probability that a clause is left out, independently of the others; the first never is"""
+    synonym: Annotated[float, AtLeast(0, at_most=1)] = 0.0
+    """probability that place or month is stated in another wording, each independently"""
     superfluous: tuple[float, ...] = (0.6, 0.25, 0.15)
     """probabilities of 0, 1, 2, ... superfluous clauses"""
     misread: Annotated[float, AtLeast(0, at_most=1)] = 0.0
@@ -316,8 +320,11 @@ def make_demonstration(prompt: str, kind: Kind, rng: random.Random, args: Demons
 
     clauses = [kind.summary[0]]
     for clause in kind.summary[1:]:
-        if not happens(args.omit, rng):
-            clauses.append(clause)
+        if happens(args.omit, rng):
+            continue
+        if clause in SYNONYMS and happens(args.synonym, rng):
+            clause = SYNONYMS[clause]
+        clauses.append(clause)
     insert_superfluous(clauses, superfluous, rng)
     if happens(args.refrain, rng):
         clauses += [REFRAIN] * draw_repetitions(rng)

@@ -190,7 +190,6 @@ def key_of(command: str, inputs: dict[str, Artifact], code: str) -> str:
     return hash_of(parts)
 
 
-@functools.cache
 def library_versions() -> list[str]:
     """The versions of the libraries that decide the numbers."""
     return [version("torch"), version("transformers")]

@@ -264,10 +264,10 @@ def test_documented_commands_fit_a_card() -> None:
     commands = re.findall(r"bench:(1.5b|0.5b):\w+:\d+:(\d+):\d+:(\S+)", text)
     commands += re.findall(r"--shape (0.5b|1.5b) .*--micro-batch-tokens (\d+)(.*)", text)
     assert len(commands) >= 3
-    for shape_name, tokens, contenders in commands:
+    for shape_name, tokens, options in commands:
         shape = workload.SHAPES[shape_name]
         per_token = shape.num_hidden_layers * (26 * shape.hidden_size + 8 * shape.intermediate_size)
-        if contenders == "ours-compiled":
+        if options == "ours-compiled":
             per_token *= SHARE_OF_COMPILED
         assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.8 * CARD, (shape_name, tokens)
 

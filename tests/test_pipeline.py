@@ -84,6 +84,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         path.write_text(text)
     monkeypatch.setattr(pipeline, "ROOT", tmp_path)
     monkeypatch.setattr(pipeline, "POLL", 0.01)
+    monkeypatch.setattr(pipeline, "LIBRARIES", ())
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     handler = signal.getsignal(signal.SIGTERM)
@@ -331,11 +332,17 @@ def slow_plan(root: Path) -> Plan:
     return plan
 
 
-def killed(root: Path, number: int) -> None:
-    """Run `slow_plan` in a process of its own and send it a signal while `second` runs."""
+def at_work(root: Path) -> multiprocessing.process.BaseProcess:
+    """A process that runs `slow_plan`, and is at `second`."""
     process = multiprocessing.get_context("fork").Process(target=slow_plan(root).run, args=(2,))
     process.start()
     wait_until((root / "runs/second").exists)
+    return process
+
+
+def killed(root: Path, number: int) -> None:
+    """Run `slow_plan` in a process of its own and send it a signal while `second` runs."""
+    process = at_work(root)
     assert process.pid is not None
     os.kill(process.pid, number)
     process.join()
@@ -348,12 +355,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_ends_its_processes_and_goes_on_where_it_stopped(root: Path, number: int) -> None:
     killed(root, number)
+    if number == signal.SIGKILL:
+        wait_until(lambda: not is_locked(root / "runs"))
     plan = slow_plan(root)
     assert plan.stages["first"].is_finished()
     assert not plan.stages["second"].is_finished()
+    assert not (root / "runs/second/number").exists()
     assert started(root) == ["first", "second"]
 
     plan.run(jobs=2)  # the lock is free: no process has been left behind
@@ -361,18 +371,13 @@ def test_an_interrupted_run_ends_its_processes_and_goes_on_where_it_stopped(root
     assert (root / "runs/second/number").read_text() == "2"
 
 
-def test_a_stage_that_outlives_its_program_keeps_others_away(root: Path) -> None:
-    killed(root, signal.SIGKILL)
-    plan = slow_plan(root)
+def test_a_program_at_work_keeps_others_away(root: Path) -> None:
+    process = at_work(root)
     with pytest.raises(UserError, match="another run is at work there"):
-        plan.run(jobs=2)
-
-    wait_until(lambda: not is_locked(root / "runs"))
-    assert (root / "runs/second/number").exists()
-    assert not plan.stages["second"].is_finished()  # nobody has seen how it ended
-    started(root)
-    plan.run(jobs=2)
-    assert started(root) == ["second"]
+        slow_plan(root).run(jobs=2)
+    process.join()
+    assert process.exitcode == 0
+    assert (root / "runs/second/number").read_text() == "2"
 
 
 def is_locked(directory: Path) -> bool:

@@ -43,6 +43,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scripts.lab import stage_server
 from scripts.lab.commands import ROOT
 from scripts.lab.stages import shell_path
 from shared import UserError
@@ -52,6 +53,7 @@ ROOMS = ("algos", "shared", "scripts")  # the packages whose code counts
 OUT = "out"  # the placeholder of a stage's own directory
 POLL = 0.05  # seconds between two looks at the processes
 LAST_LINES = 20  # of the log of a stage that failed
+LIBRARIES = stage_server.LIBRARIES  # imported once for all stages
 # One thread each: the stages fill the cores. Threads that wait by spinning would slow down everything else.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
 
@@ -158,7 +160,7 @@ class Plan:
         """Run the stages that are not finished, `jobs` at a time.
 
         If one fails, no other is started; its last lines are shown, and the program exits with code 1. Raises UserError
-        if another program, or a stage that outlived one, works in the same directory.
+        if another program works in the same directory.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with only_one_in(self.directory) as lock:
@@ -265,8 +267,45 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 class _Running(NamedTuple):
-    process: subprocess.Popen
+    pid: int
     started: float
+
+
+class _Server:
+    """The process that starts the stages (stage_server.py), with one thread for each of them."""
+
+    def __init__(self, lock: int):
+        """`lock`: the file descriptor of a lock that the stages are to hold too."""
+        # As a file it would put its directory before Python's own modules, of which one is named `statistics` too.
+        source = Path(stage_server.__file__).read_text(encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", source, *LIBRARIES],
+            cwd=ROOT,
+            env={**os.environ, **ONE_THREAD},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            pass_fds=[lock],
+        )
+
+    def start(self, arguments: list[str], log: Path) -> int:
+        """The number of a new process, which appends to an existing log."""
+        return self.ask({"start": arguments, "log": str(log)})
+
+    def exit_code_of(self, pid: int) -> int | None:
+        """None of a process that still runs."""
+        return self.ask({"exit_code_of": pid})
+
+    def ask(self, request: dict) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End all stages that still run."""
+        self.process.communicate()
 
 
 class _Progress:
@@ -274,7 +313,7 @@ class _Progress:
 
     def __init__(self, stages: list[Stage], jobs: int, lock: int):
         self.jobs = jobs
-        self.lock = lock
+        self.server = _Server(lock)
         self.num_stages = len(stages)
         self.seconds = expected_seconds(stages)
         self.path_seconds = seconds_to_the_end(stages, self.seconds)
@@ -296,9 +335,7 @@ class _Progress:
                 time.sleep(POLL)
                 self.collect()
         finally:
-            for process, _ in self.running.values():
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            self.server.close()
 
         if self.failed:
             for stage in self.failed:
@@ -315,31 +352,23 @@ class _Progress:
                 self.waiting.remove(stage)
                 self.running[stage] = _Running(self.process_of(stage), time.monotonic())
 
-    def process_of(self, stage: Stage) -> subprocess.Popen:
-        """Start a stage with an empty place, in a process group of its own."""
+    def process_of(self, stage: Stage) -> int:
+        """Start a stage with an empty place."""
         stage.write_record(None, stage.read_record().get("seconds"))
         shutil.rmtree(stage.path, ignore_errors=True)
-        with open(stage.log, "w", encoding="utf-8") as log:
-            print(f"$ python {stage.command}", file=log, flush=True)
-            return subprocess.Popen(
-                [sys.executable, *shlex.split(stage.command)],
-                cwd=ROOT,
-                env={**os.environ, **ONE_THREAD},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[self.lock],
-            )
+        stage.log.write_text(f"$ python {stage.command}\n", encoding="utf-8")
+        return self.server.start(shlex.split(stage.command), stage.log)
 
     def collect(self) -> None:
         """Record the stages that have ended."""
-        for stage, (process, started) in list(self.running.items()):
-            if process.poll() is None:
+        for stage, (pid, started) in list(self.running.items()):
+            exit_code = self.server.exit_code_of(pid)
+            if exit_code is None:
                 continue
 
             del self.running[stage]
             seconds = time.monotonic() - started
-            if process.returncode == 0:
+            if exit_code == 0:
                 self.seconds[stage] = seconds
                 stage.write_record(stage.key, seconds)
                 self.show_finished(stage)

@@ -180,7 +180,7 @@ def test_a_flag_repeats_its_stage_and_what_depends_on_it(root: Path) -> None:
 
 def test_another_version_of_a_library_repeats_everything(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = small_plan(root).stages
-    monkeypatch.setattr(pipeline, "version", lambda name: f"{name} of tomorrow")
+    monkeypatch.setattr(pipeline, "library_versions", lambda: ["a version of tomorrow"])
     after = small_plan(root).stages
     assert all(before[name].key != after[name].key for name in before)
 

@@ -141,16 +141,21 @@ class Plan:
         if placeholders != {OUT, *artifacts}:
             raise ValueError(f"stage {name}: {sorted(placeholders)} in its command line, but {sorted(artifacts)} given")
 
+        if name in self.stages:
+            known = self.stages[name]
+            if (known.template, known.inputs) != (command, artifacts):
+                raise ValueError(f"stage {name}: there is another one of that name")
+            return known
+
         script = command.split(maxsplit=1)[0]
         if script not in self.code_hashes:
             self.code_hashes[script] = code_hash(script)
         key = key_of(command, artifacts, self.code_hashes[script])
         stage = Stage(name, command, artifacts, self.directory / name, key)
-        if self.stages.setdefault(name, stage).key != stage.key:
-            raise ValueError(f"stage {name}: there is another one of that name")
         if any(other.path in stage.path.parents or stage.path in other.path.parents for other in self.stages.values()):
             raise ValueError(f"stage {name}: its directory would lie in that of another stage, or around it")
-        return self.stages[name]
+        self.stages[name] = stage
+        return stage
 
     def command_lines(self) -> list[str]:
         """All command lines, each after those that it needs."""
@@ -192,6 +197,7 @@ def key_of(command: str, inputs: dict[str, Artifact], code: str) -> str:
     return hash_of(parts)
 
 
+@functools.cache
 def library_versions() -> list[str]:
     """The versions of the libraries that decide the numbers."""
     return [version("torch"), version("transformers")]

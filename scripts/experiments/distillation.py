@@ -237,7 +237,7 @@ def evaluation(plan: Plan, seed: int, name: str, policies: Models) -> Artifact:
     named = " ".join(f"{policy}={{{policy}}}" for policy in policies)
     stage = plan.stage(
         f"distillation/{seed}/{name}",
-        f"scripts/evaluate.py --policies {named} --rows {{rows}} --output {{out}}/results.json --num-prompts 256 "
+        f"scripts/evaluate.py --policies {named} --rows {{rows}} --output {{out}}/results.json --num-prompts 192 "
         f"--num-samples 2 --max-new-tokens 48 --batch-size 512 --seed {seed}",
         rows=world.notices / "held_out.jsonl",
         **policies,
@@ -406,7 +406,7 @@ def largest_p(comparisons: list[list[Tensor]]) -> Finding:
 def every_method_gains(runs: list[Grid]) -> Iterator[Finding]:
     """Every method gains over π_SFT, for all length biases ρ.
 
-    Advantage in oracle reward on 256 held-out prompts with two samples each, with the better of two strengths.
+    Advantage in oracle reward on 192 held-out prompts with two samples each, with the better of two strengths.
     """
     for share in SHARES:
         for name, method in METHODS.items():

@@ -234,8 +234,8 @@ def target_of(group: str) -> Tensor:
 
 
 def total_variations(p: Tensor, q: Tensor) -> Tensor:
-    """The distance of each row, (n, 4), to that of `q`, (n, 4) or (4,): (n,)."""
-    return (p - q).abs().sum(1) / 2
+    """The distance of each row of `p`, (..., n), to that of `q`, (..., n) or (n,): (...,)."""
+    return (p - q).abs().sum(-1) / 2
 
 
 def change(runs: Sequence[Answered], policy: str, group: str) -> dict:
@@ -298,8 +298,8 @@ def losses_of(method: str, logps: Tensor, pi_ref: Tensor, data: Labelled, lam: f
 # ---------------------------------------------------------------- texts: the runs
 
 TEXT_STEPS = 40
-TEXT_BATCH = 64
-TEXT_PAIRS = 4_000  # more than are used, as some have equal rewards
+TEXT_BATCH = 32
+TEXT_PAIRS = 2_000  # more than are used, as some have equal rewards
 NUM_POSTS = 192  # held-out
 LENGTH = "--max-new-tokens 48 --batch-size 512"
 OF_THE_PAPER = {"dpo": 0.1, "ipo": 0.1, "typo": 0.05}
@@ -330,7 +330,7 @@ def texts(plan: Plan, seed: int) -> Texts:
     results = plan.stage(
         f"typo/{seed}/texts",
         f"scripts/evaluate.py --policies {names} --rows {{held_out}} --output {{out}}/results.json --against-rows "
-        f"--num-prompts {NUM_POSTS} --num-samples 4 {LENGTH} --seed {seed}",
+        f"--num-prompts {NUM_POSTS} --num-samples 2 {LENGTH} --seed {seed}",
         held_out=held_out,
         **policies,
     )
@@ -402,9 +402,10 @@ def typo_keeps_good_prompts(runs: list[Readout]) -> Iterator[Finding]:
     """A language model keeps good prompts and improves bad ones with TYPO.
 
     The distance to π* on new prompts, less that of the SFT model, at four λ from 0.04 to 5; at λ = 25 hardly anything
-    moves. Kept: by less than 0.05 farther. DPO and IPO must lose on good prompts. The bad prompts are ours: at the
-    paper's own x_b no λ of DPO or IPO can gain (docs/errata.md). The groups share all parameters, so that no prompt is
-    independent of the others, as it is in the proof of Prop 4.1.
+    moves. Kept: by less than 0.05 farther. DPO and IPO must lose on good prompts wherever a bandit's optimum is at least
+    0.02 farther from π* than π_ref. The bad prompts are ours: at the paper's own x_b no λ of DPO or IPO can gain
+    (docs/errata.md). The groups share all parameters, so that no prompt is independent of the others, as it is in the
+    proof of Prop 4.1.
     """
     outcomes = [answered(run) for run in runs]
     for i in MODERATE:
@@ -416,12 +417,25 @@ def typo_keeps_good_prompts(runs: list[Readout]) -> Iterator[Finding]:
     for method in RIVALS:
         for i in MODERATE:
             policy = f"{method}_{i}"
-            yield above_by_interval(f"{lam_text(method, i)}, good prompts", 0, change(outcomes, policy, "good"), ".3f")
+            name = f"{lam_text(method, i)}, good prompts"
+            number = change(outcomes, policy, "good")
+            if loss_of_bandits(method, "good", LAMS[i]) > 0.02:
+                yield above_by_interval(name, 0, number, ".3f")
+            else:
+                yield reported_with_interval(name, number, ".3f")
             for group in ("bad", "tied"):
                 number = change(outcomes, policy, group)
                 yield reported_with_interval(f"{lam_text(method, i)}, {title_of(group)}", number, ".3f")
     for group in GROUPS:
         yield reported_with_interval(f"SFT, {title_of(group)}: distance", distance(outcomes, "sft", group), ".3f")
+
+
+def loss_of_bandits(method: str, group: str, lam: float) -> float:
+    """How much farther from π* than π_ref the optimum of a policy is that is free at each prompt."""
+    setting = GROUPS[group]
+    optimum = bandit_optima(method, setting, [lam])[0]
+    distances = [total_variations(policy, vector(*setting.pi_star)) for policy in (optimum, vector(*setting.pi_ref))]
+    return float(distances[0] - distances[1])
 
 
 def title_of(group: str) -> str:

@@ -402,8 +402,8 @@ def typo_keeps_good_prompts(runs: list[Readout]) -> Iterator[Finding]:
     """A language model keeps good prompts and improves bad ones with TYPO.
 
     The distance to π* on new prompts, less that of the SFT model, at four λ from 0.04 to 5; at λ = 25 hardly anything
-    moves. Kept: by less than 0.05 farther. DPO and IPO must lose on good prompts wherever a bandit's optimum is at least
-    0.02 farther from π* than π_ref. The bad prompts are ours: at the paper's own x_b no λ of DPO or IPO can gain
+    moves. Kept: by less than 0.05 farther. DPO and IPO must lose on good prompts wherever a bandit's optimum is at
+    least 0.02 farther from π* than π_ref. The bad prompts are ours: at the paper's own x_b no λ of DPO or IPO can gain
     (docs/errata.md). The groups share all parameters, so that no prompt is independent of the others, as it is in the
     proof of Prop 4.1.
     """

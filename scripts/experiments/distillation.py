@@ -31,6 +31,7 @@ from scripts.lab.experiments import (
     below_by_interval,
     between_by_interval,
     experiments_command,
+    legend_below,
     reported_with_interval,
 )
 from scripts.lab.pipeline import Artifact, Plan, Stage
@@ -897,6 +898,7 @@ def strengths(runs: list[Grid]) -> "Figure":
         axes.axhline(sft["mean"], color=GREY, linewidth=0.8)
         axes.set_xscale("log")
         label_axes(axes, f"ρ = {share}", "β", "reward (line: SFT)")
+    legend_below(figure, panels.values(), len(METHODS))
     return figure
 
 
@@ -918,8 +920,8 @@ def members_distilled(runs: list[Picked]) -> "Figure":
             heights = torch.stack(of_shares)
             axes.bar([str(share) for share in SHARES], heights, bottom=bottoms, color=color, label=f"b = {bias}")
             bottoms += heights
-        axes.set_ylim(0, 1.25)
         label_axes(axes, title, "ρ", "share")
+    legend_below(figure, panels.values(), len(BIASES))
     return figure
 
 

@@ -28,6 +28,7 @@ from scripts.lab.experiments import (
     below_by_interval,
     between_by_interval,
     experiments_command,
+    legend_below,
     reported_with_interval,
 )
 from scripts.lab.frontier import Curve, at_equal_kl, divergence_from, log_weights, optimum_of
@@ -56,7 +57,7 @@ RATES = (RATE, 3e-4, 1e-3)
 LENGTH = "--max-new-tokens 48"
 SAMPLING = f"{LENGTH} --batch-size 512"
 PREFERENCES = {"pref": "", "clean": "--noise-free"}  # as people prefer, and as the reward ranks
-NUM_POSTS = 128  # held-out
+NUM_POSTS = 96  # held-out
 NUM_MANY = 128  # completions of each of some posts, N of best-of-N
 METHODS = {"exo": "EXO", "dpo": "DPO"}
 
@@ -267,7 +268,7 @@ def controlled(plan: Plan, seed: int) -> Controlled:
 
 
 class Many(NamedTuple):
-    """128 completions of the SFT model for each of 32 posts, by both rewards."""
+    """128 completions of the SFT model for each of 24 posts, by both rewards."""
 
     by_oracle: Artifact
     by_weak: Artifact
@@ -277,7 +278,7 @@ def many(plan: Plan, seed: int) -> Many:
     stage = plan.stage(
         f"exo/{seed}/many",
         f"scripts/sample.py --model {{sft}} --rows {{rows}} --output {{out}}/rows.jsonl --num-completions {NUM_MANY} "
-        f"--max-rows 32 {SAMPLING} --seed {seed}",
+        f"--max-rows 24 {SAMPLING} --seed {seed}",
         sft=world_a(plan, seed).sft,
         rows=held_out(plan, seed),
     )
@@ -571,7 +572,7 @@ def mass_of(log_shares: Tensor, quarter: int) -> Tensor:
 def exo_follows_the_optimum(runs: list[Densities]) -> Iterator[Finding]:
     """EXO's density ratio follows that of π*_β where π_sft is high, and DPO overestimates the tail.
 
-    128 completions of the SFT model for each of 32 posts, self-normalised weights, K = 4, and β = β_π β_r = 0.5.
+    128 completions of the SFT model for each of 24 posts, self-normalised weights, K = 4, and β = β_π β_r = 0.5.
     Instead of the paper's DPO-pref this is DPO-rw, whose optimum is the same π*_β. Without one of its own, the density
     of a policy that stays at π_sft is uniform.
     """
@@ -849,7 +850,7 @@ def draw_optimum(axes: "Axes", completions: Sequence[Many]) -> None:
     frontier_stages,
 )
 def frontiers(runs: list[Frontier]) -> "Figure":
-    figure, panels = canvas([["pairs", "exo", "dpo"]], (11, 3.8))
+    figure, panels = canvas([["pairs", "ppo"], ["exo", "dpo"]], (9, 7.2))
     for axes in panels.values():
         draw_optimum(axes, [run.many for run in runs])
     all_controlled = [run.controlled for run in runs]
@@ -859,12 +860,15 @@ def frontiers(runs: list[Frontier]) -> "Figure":
         draw_curve(panels["pairs"], curves(pairs, method), COLORS[method], f"{name}-pref")
         for size in SIZES:
             draw_curve(panels[method], curves(groups, f"{method}{size}"), SIZE_COLORS[size], f"K = {size}")
-    draw_curve(panels["pairs"], ppo_curves(all_controlled), COLORS["ppo"], "PPO")
-    titles = {"pairs": "Pairs, and PPO", "exo": "EXO-rw", "dpo": "DPO-rw"}
-    highest = max(axes.get_ylim()[1] for axes in panels.values())
-    lowest = min(axes.get_ylim()[0] for axes in panels.values())
-    for name, axes in panels.items():
+    draw_curve(panels["ppo"], ppo_curves(all_controlled), COLORS["ppo"], "PPO")
+    draw_curve(panels["ppo"], curves(groups, "exo4"), COLORS["exo"], "EXO-rw, K = 4")
+    titles = {"pairs": "Pairs", "ppo": "PPO", "exo": "EXO-rw", "dpo": "DPO-rw"}
+    alike = [panels[name] for name in ("pairs", "exo", "dpo")]
+    highest = max(axes.get_ylim()[1] for axes in alike)
+    lowest = min(axes.get_ylim()[0] for axes in alike)
+    for axes in alike:
         axes.set_ylim(lowest, highest)
+    for name, axes in panels.items():
         label_axes(axes, titles[name], "KL to SFT (nats)", "true reward")
     return figure
 
@@ -940,6 +944,7 @@ def win_rate_table(runs: list[Table]) -> "Figure":
     figure, panels = canvas([["table"]], (10, 3.4))
     draw_win_rates(panels["table"], [contest_of(run) for run in runs])
     label_axes(panels["table"], "Table 1", "", "win rate")
+    legend_below(figure, panels.values(), 6)
     return figure
 
 

@@ -25,6 +25,7 @@ from scripts.lab.experiments import (
     below_by_interval,
     between_by_interval,
     experiments_command,
+    legend_below,
     reported_with_interval,
 )
 from scripts.lab.pipeline import Artifact, Plan, Stage
@@ -44,7 +45,7 @@ ALL_BETAS = (*BETAS, LARGE_BETA)
 WIDTHS = (1, 5, 20)
 NORMALISED_WIDTHS = (5, 20)  # of searches by log π / length, which take longer
 NEW_TOKENS = 96  # of a completion, at most; a perfect summary has 17
-NUM_PROMPTS = 96  # of a search
+NUM_PROMPTS = 64  # of a search
 STEERED_PROMPTS = 192
 NUM_SAMPLES = 8
 EVALUATED_PAIRS = 256
@@ -656,7 +657,7 @@ def all_ways(runs: list[dict[float, Search]]) -> dict[float, list[dict[str, Writ
 def five_beams_win_more(runs: list[dict[float, Search]]) -> Iterator[Finding]:
     """Five beams raise the win rate by 10 to 15 points.
 
-    Win rate of the oracle's reward against the pair's preferred demonstration, 96 held-out posts. The paper's one beam
+    Win rate of the oracle's reward against the pair's preferred demonstration, 64 held-out posts. The paper's one beam
     is probably a sample at T = 1, not the greedy search; both are compared, and the likeliest of eight samples. Its
     judge is GPT-4 and its three β are not stated; here 0.1, 0.3, 1.
     """
@@ -921,8 +922,9 @@ def beams(runs: list[Widths]) -> "Figure":
             draw_line(axes, places, numbers, policy, color=colors[i], marker="o", linestyle=":")
 
     for measure, axes in panels.items():
-        axes.set_xticks(range(len(names)), names, fontsize=8)
+        axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
         label_axes(axes, "", "", PANELS[measure])
+    legend_below(figure, panels.values(), len(colors))
     return figure
 
 
@@ -951,7 +953,7 @@ def credit_assignment(runs: list[Stage]) -> "Figure":
 @STUDY.figure("Fig. 3 over β: the implicit rewards of held-out chosen summaries after training.", likelihoods)
 def implicit_rewards(runs: list[Likelihoods]) -> "Figure":
     """A line for each start of DPO, and what the optimum has where π_ref wrote the pairs."""
-    figure, panels = canvas([["β"]], (5.4, 3.6))
+    figure, panels = canvas([["β"]], (5.6, 4.6))
     axes = panels["β"]
     seeds = [logps_of_pairs(run) for run in runs]
     for (start, betas), color in zip(TRAINED.items(), COLORS, strict=False):
@@ -967,6 +969,7 @@ def implicit_rewards(runs: list[Likelihoods]) -> "Figure":
     axes.set_xticks(ALL_BETAS, [f"{beta:g}" for beta in ALL_BETAS])
     axes.minorticks_off()
     label_axes(axes, "", "β", "implicit reward, β log π/π_ref")
+    legend_below(figure, [axes], 2)
     return figure
 
 

@@ -57,7 +57,7 @@ LEAST = LAMS[0]
 LARGEST = LAMS[-1]
 ALONE = 1000.0  # a λ beside which ℓ_sup does not count
 OF_TRANSFER = 1.0  # λ of the runs in which a group has no preferences
-BATCH_SIZE = 128
+BATCH_SIZE = 64
 STEPS = 72  # less than an epoch
 DRAWING = "--max-new-tokens 2 --batch-size 2048"
 

@@ -335,10 +335,12 @@ def test_verdict_on_over_optimisation(tmp_path: Path, change: int, verdict: Repr
     searched = made_search(tmp_path, wrong)
     ref_logps = {}
     for width, ref_logp in ((5, -1.0), (20, -1.0 - change)):
-        ref_logps[width] = stage(tmp_path / f"learned_{width}")
+        ref_logps[width] = stage(tmp_path / f"learned_{width}") / "logps.json"
         contents = {"logps": {"ref": [[ref_logp]] * NUM_ROWS}}
-        (ref_logps[width].path / "logps.json").write_text(json.dumps(contents), encoding="utf-8")
-    assert verdict_of("C39", [r_to_q.Learned(searched, ref_logps)]) == verdict
+        ref_logps[width].path.write_text(json.dumps(contents), encoding="utf-8")
+    found = {width: searched.beams[width, 0] for width in (5, 20)}
+    run = r_to_q.Learned(0.1, found, ref_logps)
+    assert verdict_of("C39", [{"one": run, "another": run}]) == verdict
 
 
 @pytest.mark.parametrize("copied, verdict", [(True, REPRODUCED), (False, NOT)])

@@ -169,24 +169,41 @@ def searches(plan: Plan, seed: int) -> dict[float, Search]:
 
 
 class Learned(NamedTuple):
-    """Searches by Σ log π at the smallest β, and log π_ref of what they found."""
+    """What five and 20 beams find, and log π_ref of it."""
 
-    searched: Search
-    ref_logps: dict[int, Stage]  # by the number of beams
+    beta: float
+    found: dict[int, Artifact]  # by the number of beams
+    ref_logps: dict[int, Artifact]
 
 
-def learned(plan: Plan, seed: int) -> Learned:
-    """What is needed for the learned reward of what five and 20 beams find."""
-    searched = searches(plan, seed)[min(BETAS)]
+def learned(plan: Plan, seed: int) -> dict[str, Learned]:
+    """What is needed for the learned reward of searches by Σ log π, and by log π / length where there are refrains."""
+    least = min(BETAS)
+    by_sum = searches(plan, seed)[least]
+    by_mean = refrains(plan, seed)
+    sft = policies(plan, seed).sft
+    reference = refrain_reference(plan, seed)
+    return {
+        f"β = {least:g}": learned_of(plan, seed, "learned", least, by_sum, 0, sft),
+        REFRAIN_NAME: learned_of(plan, seed, "learned_refrain", LARGE_BETA, by_mean, 1, reference),
+    }
+
+
+def learned_of(
+    plan: Plan, seed: int, name: str, beta: float, searched: Search, penalty: int, reference: Stage
+) -> Learned:
+    """log π_ref of what was found with this length penalty."""
+    found = {width: searched.beams[width, penalty] for width in (5, 20)}
     ref_logps = {}
-    for width in (5, 20):
-        ref_logps[width] = plan.stage(
-            f"r_to_q/{seed}/learned/{width}",
-            "scripts/logps.py --policies ref={sft} --rows {rows} --output {out}/logps.json",
-            sft=policies(plan, seed).sft,
-            rows=searched.beams[width, 0],
+    for width, rows in found.items():
+        stage = plan.stage(
+            f"r_to_q/{seed}/{name}/{width}",
+            "scripts/logps.py --policies ref={reference} --rows {rows} --output {out}/logps.json",
+            reference=reference,
+            rows=rows,
         )
-    return Learned(searched, ref_logps)
+        ref_logps[width] = stage / "logps.json"
+    return Learned(beta, found, ref_logps)
 
 
 def credit(plan: Plan, seed: int) -> Stage:
@@ -323,19 +340,24 @@ def proxies(plan: Plan, seed: int) -> Proxies:
 
 
 REFRAIN = f"{MISREADING} --refrain 0.2"
+REFRAIN_NAME = "β = 3, refrains"
 
 
-def refrains(plan: Plan, seed: int) -> Search:
-    """Searches of DPO's policy where a fifth of the demonstrations end by one clause that is said over and over."""
+def refrain_reference(plan: Plan, seed: int) -> Stage:
+    """The SFT model after demonstrations of which a fifth end by one clause that is said over and over."""
     _, sft = world_c(plan, seed)
     demonstrations = plan.stage(
         f"r_to_q/{seed}/refrain/world",
         f"scripts/notices.py world --output-dir {{out}} --sft-rows 5120 --prompt-rows 0 --held-out-rows 0 "
         f"--seed {seed + 100} {REFRAIN}",
     )
-    reference = imitate(plan, "refrain/sft", sft, demonstrations / "sft.jsonl", seed, 80, 5e-4)
+    return imitate(plan, "refrain/sft", sft, demonstrations / "sft.jsonl", seed, 80, 5e-4)
+
+
+def refrains(plan: Plan, seed: int) -> Search:
+    """Searches of DPO's policy from there."""
     pairs = preferences(plan, "refrain", REFRAIN, seed)
-    policy = tune(plan, "refrain/dpo", reference, pairs.train, seed, LARGE_BETA)
+    policy = tune(plan, "refrain/dpo", refrain_reference(plan, seed), pairs.train, seed, LARGE_BETA)
     return search(plan, "search_refrain_dpo", policy, pairs.held_out, seed, True)
 
 
@@ -681,9 +703,6 @@ def widths(plan: Plan, seed: int) -> Widths:
     return Widths(searches(plan, seed), refrains(plan, seed))
 
 
-REFRAIN_NAME = "β = 3, refrains"
-
-
 def wide_ways(runs: list[Widths]) -> dict[str, list[dict[str, Written]]]:
     """What each seed's policies wrote in each way."""
     ways = {f"β = {beta:g}": written for beta, written in all_ways([run.misread for run in runs]).items()}
@@ -737,23 +756,29 @@ def each_beta_gains(runs: list[dict[float, Search]]) -> Iterator[Finding]:
 
 def learned_rewards(run: Learned, width: int) -> Tensor:
     """β log π/π_ref of what a search found, (n,)."""
-    contents = json.loads((run.ref_logps[width] / "logps.json").path.read_text(encoding="utf-8"))
+    contents = json.loads(run.ref_logps[width].path.read_text(encoding="utf-8"))
     ref_logps = torch.tensor(contents["logps"]["ref"], dtype=torch.double)
-    log_ratios = logps_of(run.searched.beams[width, 0]) - ref_logps
-    return min(BETAS) * log_ratios[:, 0]
+    log_ratios = logps_of(run.found[width]) - ref_logps
+    return run.beta * log_ratios[:, 0]
 
 
 @STUDY.experiment("C39", "§5.2", learned)
-def the_decline_is_over_optimisation(runs: list[Learned]) -> Iterator[Finding]:
+def the_decline_is_over_optimisation(runs: list[dict[str, Learned]]) -> Iterator[Finding]:
     """The decline with many beams is reward over-optimisation.
 
     Over-optimisation would be a learned reward β log π/π_ref that rises with the width while the oracle's falls.
-    Searches by Σ log π at β = 0.1.
+    Searches by Σ log π at β = 0.1, where the oracle's reward does not fall, and those by log π / length of DPO with
+    β = 3 and refrains, where it does (C36). A search maximises log π and not the log-ratio: what it finds in refrains
+    π_ref finds likely too, so that the decline is rather a fault of the score than of what was learned.
     """
-    gains = [learned_rewards(run, 20) - learned_rewards(run, 5) for run in runs]
-    yield above_by_interval("learned reward, 20 beams less 5", 0, mean_over_seeds(gains), ".3f")
-    number = difference([ways_of(run.searched) for run in runs], "reward", sums(20), sums(5))
-    yield below_by_interval("true reward, 20 beams less 5", 0, number)
+    for name in runs[0]:
+        gains = [learned_rewards(run[name], 20) - learned_rewards(run[name], 5) for run in runs]
+        yield above_by_interval(f"{name}: learned reward, 20 beams less 5", 0, mean_over_seeds(gains), ".3f")
+        falls = []
+        for run in runs:
+            wide, narrow = (rewards_of(run[name].found[width])[:, 0] for width in (20, 5))
+            falls.append(wide - narrow)
+        yield below_by_interval(f"{name}: true reward, 20 beams less 5", 0, mean_over_seeds(falls))
 
 
 COPIED = 8  # words in a row

@@ -800,7 +800,9 @@ def copies(rows: Artifact) -> Tensor:
 def wide_searches_copy_the_post(runs: list[dict[float, Search]]) -> Iterator[Finding]:
     """At 20 beams one sample runs into a copy of the post.
 
-    Copies are eight words in a row from the post. The paper shows one such sample at β = 0.1.
+    Copies are eight words in a row from the post. The paper shows one such sample at β = 0.1. No demonstration here
+    copies a post, so that π_ref gives a copy hardly any probability. Where wide searches do run away, with refrains
+    (C36), they repeat a clause that demonstrations repeat.
     """
     for beta in BETAS:
         number = mean_over_seeds([copies(run[beta].beams[20, 0]) for run in runs])

@@ -172,7 +172,7 @@ class Learned(NamedTuple):
     """What five and 20 beams find, and log π_ref of it."""
 
     beta: float
-    found: dict[int, Artifact]  # by the number of beams
+    rows: dict[int, Artifact]  # by the number of beams
     ref_logps: dict[int, Artifact]
 
 
@@ -193,9 +193,9 @@ def learned_of(
     plan: Plan, seed: int, name: str, beta: float, searched: Search, penalty: int, reference: Stage
 ) -> Learned:
     """log π_ref of what was found with this length penalty."""
-    found = {width: searched.beams[width, penalty] for width in (5, 20)}
+    rows_of_width = {width: searched.beams[width, penalty] for width in (5, 20)}
     ref_logps = {}
-    for width, rows in found.items():
+    for width, rows in rows_of_width.items():
         stage = plan.stage(
             f"r_to_q/{seed}/{name}/{width}",
             "scripts/logps.py --policies ref={reference} --rows {rows} --output {out}/logps.json",
@@ -203,7 +203,7 @@ def learned_of(
             rows=rows,
         )
         ref_logps[width] = stage / "logps.json"
-    return Learned(beta, found, ref_logps)
+    return Learned(beta, rows_of_width, ref_logps)
 
 
 def credit(plan: Plan, seed: int) -> Stage:
@@ -760,7 +760,7 @@ def learned_rewards(run: Learned, width: int) -> Tensor:
     """β log π/π_ref of what a search found, (n,)."""
     contents = json.loads(run.ref_logps[width].path.read_text(encoding="utf-8"))
     ref_logps = torch.tensor(contents["logps"]["ref"], dtype=torch.double)
-    log_ratios = logps_of(run.found[width]) - ref_logps
+    log_ratios = logps_of(run.rows[width]) - ref_logps
     return run.beta * log_ratios[:, 0]
 
 
@@ -778,7 +778,7 @@ def the_decline_is_over_optimisation(runs: list[dict[str, Learned]]) -> Iterator
         yield above_by_interval(f"{name}: learned reward, 20 beams less 5", 0, mean_over_seeds(gains), ".3f")
         falls = []
         for run in runs:
-            wide, narrow = (rewards_of(run[name].found[width])[:, 0] for width in (20, 5))
+            wide, narrow = (rewards_of(run[name].rows[width])[:, 0] for width in (20, 5))
             falls.append(wide - narrow)
         yield below_by_interval(f"{name}: true reward, 20 beams less 5", 0, mean_over_seeds(falls))
 

@@ -1,7 +1,6 @@
 """The DPO paper's experiments: numbers from what the stages leave, and verdicts on made-up outputs, both ways."""
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from stage_outputs import Outputs
 from torch import Tensor
 
 from scripts.experiments import dpo
@@ -164,24 +164,14 @@ def policy(kl: float, reward: float) -> dict:
     }
 
 
-class Written:
+class Written(Outputs):
     """Files as the stages leave them."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.number = 0
-
-    def text(self, text: str) -> Any:
-        self.number += 1
-        path = self.directory / f"{self.number}"
-        path.write_text(text)
-        return SimpleNamespace(path=path)
-
     def policies(self, policies: dict[str, dict]) -> Any:
-        return self.text(json.dumps({"policies": policies}))
+        return self.json({"policies": policies})
 
     def scores(self, scores: Sequence) -> Any:
-        return self.text("\n".join(json.dumps({"scores": row}) for row in scores))
+        return self.rows({"scores": row} for row in scores)
 
     def runs(self, paths: dict[str, Sequence[tuple[float, float]]]) -> Any:
         """Each method's (KL, reward) after each third of its steps."""
@@ -204,7 +194,7 @@ class Written:
             "row_rewards": [reward for (reward,) in demonstrations],
         }
         pairs = around(-0.3, 4, seed=7)  # the better one of two is around 0
-        return dpo.Heat(self.text(json.dumps(results)), self.scores(pairs), self.many())
+        return dpo.Heat(self.json(results), self.scores(pairs), self.many())
 
     def many(self) -> dpo.Many:
         """Completions with rewards around -1, all of which the best checkpoint of the reward model knows."""
@@ -235,8 +225,7 @@ class Written:
             best = [rng.gauss(reward, noise_of_rm) for reward in row]
             last = [rng.gauss(reward, noise_of_last) for reward in row]
             scores.append(list(zip(best, last, strict=True)))
-        text = json.dumps({"logps": logps})
-        return dpo.Four(self.scores(rewards), self.scores(scores), self.text(text))
+        return dpo.Four(self.scores(rewards), self.scores(scores), self.json({"logps": logps}))
 
 
 @pytest.fixture

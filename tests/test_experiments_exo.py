@@ -1,15 +1,14 @@
 """The EXO paper's experiments: numbers from what the stages leave, and verdicts on made-up outputs, both ways."""
 
-import json
 import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from stage_outputs import Outputs
 
 from scripts.experiments import exo
 from scripts.lab.experiments import Reproduction, reproduction_of
@@ -47,12 +46,14 @@ def test_curves_are_compared_where_both_have_points() -> None:
 
 def test_a_post_counts_as_often_as_it_is_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
-    kls = torch.rand(3, 5, generator=generator, dtype=torch.double) * torch.tensor([[0.0], [1.0], [3.0]])
-    values = torch.rand(3, 5, generator=generator, dtype=torch.double)
+    scales = torch.tensor([[0.0], [1.0], [3.0]]).double()
+    kls = scales * torch.rand(3, 5, generator=generator).double()
+    values = torch.rand(3, 5, generator=generator).double()
     flat = Curve(kls, torch.zeros_like(values))
     drawn = torch.tensor([0, 0, 3, 4, 4])
     counts = torch.tensor([[2.0, 0, 0, 1, 2]]).double()
-    repeated = at_equal_kl(Curve(kls[:, drawn], values[:, drawn]), Curve(kls[:, drawn], torch.zeros(3, 5).double()))
+    drawn_flat = Curve(kls[:, drawn], torch.zeros(3, 5).double())
+    repeated = at_equal_kl(Curve(kls[:, drawn], values[:, drawn]), drawn_flat)
     weighted = at_equal_kl(Curve(kls, values), flat)
     torch.testing.assert_close(weighted(counts), repeated(torch.ones(1, 5).double()))
 
@@ -62,7 +63,9 @@ def test_the_optimum_from_samples_is_the_tilted_reference() -> None:
     frequencies = {0.0: 5, 1.0: 3, -2.0: 2}
     rewards = torch.tensor([[reward for reward, n in frequencies.items() for _ in range(n)]])
     beta = 0.7
-    tilted = {reward: n / 10 * math.exp(reward / beta) for reward, n in frequencies.items()}
+    tilted = {}
+    for reward, n in frequencies.items():
+        tilted[reward] = n / 10 * math.exp(reward / beta)
     total = sum(tilted.values())
     policy = {reward: value / total for reward, value in tilted.items()}
     kl = sum(p * math.log(p / (frequencies[reward] / 10)) for reward, p in policy.items())
@@ -83,27 +86,12 @@ def test_divergence_of_densities() -> None:
 # ---------------------------------------------------------------- made-up outputs
 
 
-class Written:
+class Written(Outputs):
     """Files as the stages leave them."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.number = 0
-
-    def text(self, text: str) -> Any:
-        """An artifact of which only the path counts."""
-        self.number += 1
-        path = self.directory / f"{self.number}"
-        path.write_text(text)
-
-        return SimpleNamespace(path=path)
 
     def results(self, policies: dict[str, dict]) -> Any:
         row_rewards = [0.0] * NUM_POSTS
-        return self.text(json.dumps({"policies": policies, "row_rewards": row_rewards}))
-
-    def rows(self, rows: list[dict]) -> Any:
-        return self.text("\n".join(map(json.dumps, rows)))
+        return self.json({"policies": policies, "row_rewards": row_rewards})
 
 
 @pytest.fixture
@@ -278,7 +266,7 @@ def density_run(written: Written, tilt: dict[str, float]) -> exo.Densities:
             ratios = [share * reward / (exo.BETA * exo.BETA_R) for reward in row]
             logps.setdefault(name, []).append([a + b + 7 for a, b in zip(sft, ratios, strict=True)])
     many = exo.Many(written.rows(rewards), written.rows([]))
-    return exo.Densities(many, written.text(json.dumps({"logps": logps})))
+    return exo.Densities(many, written.json({"logps": logps}))
 
 
 def test_densities(written: Written) -> None:

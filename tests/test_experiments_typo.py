@@ -6,11 +6,11 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from stage_outputs import Outputs
 
 from scripts.experiments import typo
 from scripts.lab import answers
@@ -77,19 +77,8 @@ def test_explained_variance_is_that_of_a_regression() -> None:
 # ---------------------------------------------------------------- made-up outputs
 
 
-class Written:
+class Written(Outputs):
     """Files as the stages leave them."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.number = 0
-
-    def text(self, text: str) -> Any:
-        """An artifact of which only the path counts."""
-        self.number += 1
-        path = self.directory / f"{self.number}"
-        path.write_text(text)
-        return SimpleNamespace(path=path)
 
     def readout(self, policies: dict[str, Callable[[answers.Group], tuple[float, ...]]]) -> typo.Readout:
         """Policies that give the answers of each group these probabilities, up to 1% at each prompt."""
@@ -101,8 +90,8 @@ class Written:
                 rows.append({"prompt": f"anna {group.verb} a lamp in may: tag"})
                 for name, policy in policies.items():
                     logps[name].append([math.log(p * (1 - rng.random() / 100)) for p in policy(group)])
-        held_out = self.text("\n".join(map(json.dumps, rows)))
-        return typo.Readout(held_out, self.text(json.dumps({"logps": logps})))
+        held_out = self.rows(rows)
+        return typo.Readout(held_out, self.json({"logps": logps}))
 
     def texts(self, rewards: dict[str, float], margin_of_length: float) -> typo.Texts:
         """Policies of these rewards, a chosen summary of reward 2, and margins that depend on lengths or do not."""
@@ -121,8 +110,8 @@ class Written:
             pair = [margin_of_length * length + rng.gauss(0, 1) for length in (chosen, rejected)]
             logps["sft"].append(pair)
             logps["dpo"].append([value + rng.gauss(0, 1) for value in pair])
-        pairs = self.text("\n".join(map(json.dumps, rows)))
-        return typo.Texts(self.text(json.dumps(results)), pairs, self.text(json.dumps({"logps": logps})))
+        pairs = self.rows(rows)
+        return typo.Texts(self.json(results), pairs, self.json({"logps": logps}))
 
 
 @pytest.fixture

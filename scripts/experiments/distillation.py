@@ -12,10 +12,8 @@ prompts, so that no policy is selected by what judges it. The paper has a valida
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +29,10 @@ from scripts.lab.experiments import (
     below_by_interval,
     between_by_interval,
     experiments_command,
-    legend_below,
     reported_with_interval,
 )
+from scripts.lab.interval_plots import draw_numbers, legend_below
+from scripts.lab.measured import logps_in, policies_in, rewards_of, scores_of, tensor_of
 from scripts.lab.pipeline import Artifact, Plan, Stage
 from scripts.lab.plots import GREY, PALETTE, canvas, label_axes
 from scripts.lab.row_files import read_jsonl
@@ -41,7 +40,6 @@ from scripts.lab.statistics import Statistic, mean_over_seeds, over_seeds, wald_
 from scripts.lab.worlds import OMISSION, world_a
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STUDY = Study("distillation", "Robust Preference Optimization through Reward Model Distillation")
@@ -330,24 +328,15 @@ def probed(plan: Plan, seed: int) -> Artifact:
 # ---------------------------------------------------------------- what the stages found
 
 
-def float64(numbers: list) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.double)
-
-
 @functools.cache
-def rewards_in(path: Path) -> dict[str, Tensor]:
+def rewards_in(results: Artifact) -> dict[str, Tensor]:
     """The mean reward of each policy's samples for each prompt, (n,), by the policy's name in the file."""
-    results = json.loads(path.read_text(encoding="utf-8"))
-    rewards = {}
-    for name, numbers in results["policies"].items():
-        of_samples = float64(numbers["rewards"])
-        rewards[name] = of_samples.mean(1)
-    return rewards
+    return {name: rewards_of(numbers).mean(1) for name, numbers in policies_in(results).items()}
 
 
 def candidates(results: Artifact, method: str) -> Tensor:
     """The rewards of a method with each strength, (strengths, n)."""
-    rewards = rewards_in(results.path)
+    rewards = rewards_in(results)
     return torch.stack([rewards[f"{method}_{beta:g}"] for beta in STRENGTHS])
 
 
@@ -376,7 +365,7 @@ def advantages(runs: list[Grid], share: float, method: str) -> list[Tensor]:
     """The rewards of a method less those of the SFT model, for each seed (n,)."""
     values = []
     for run in runs:
-        sft = rewards_in(run[share].path)["sft"]
+        sft = rewards_in(run[share])["sft"]
         values.append(judged_rewards(run[share], method) - sft)
     return values
 
@@ -511,7 +500,7 @@ def without_a_bias_all_are_equal(runs: list[Grid]) -> Iterator[Finding]:
 
 def log_strength_of(rewards: Tensor) -> Statistic:
     """log10 of the strength with the highest mean reward in each resample of the prompts. rewards: (strengths, n)."""
-    logs = float64(list(STRENGTHS)).log10()
+    logs = tensor_of(list(STRENGTHS)).log10()
 
     def statistic(counts: Tensor) -> Tensor:
         best = (counts @ rewards.T).argmax(1)
@@ -536,7 +525,7 @@ def fall_of_strength(run: Grid, methods: Sequence[str]) -> Statistic:
 
 
 def num_prompts_of(run: Grid) -> int:
-    return len(rewards_in(run[SHORT].path)["sft"])
+    return len(rewards_in(run[SHORT])["sft"])
 
 
 @STUDY.experiment("X11", "Fig. D.1", grid)
@@ -602,7 +591,7 @@ def read_probe(rows: Artifact) -> Probe:
         oracle.append([notices.oracle(row["prompt"], text) for text in texts])
         lengths.append([len(notices.words(text)) + 1 for text in texts])
         scores.append(row["scores"])
-    return Probe(float64(oracle), float64(lengths), float64(scores))
+    return Probe(tensor_of(oracle), tensor_of(lengths), tensor_of(scores))
 
 
 def column_of(share: float, bias: float | None = None) -> int:
@@ -714,14 +703,14 @@ def picks(members: Members) -> Tensor:
     lines = read_jsonl(members.logs[selected_strength(members)].path)
     columns = [f"rm/{i}" for i in range(len(BIASES))]
     steps = [[line[column] for column in columns] for line in lines if columns[0] in line]
-    return float64(steps)
+    return tensor_of(steps)
 
 
 def best_matches(members: Members) -> Tensor:
     """Which r_ρ,b matches the final policy best on each training pair, (n, members), ones and zeros."""
     beta = selected_strength(members)
-    logps = json.loads(members.logps.path.read_text(encoding="utf-8"))["logps"]
-    ratios = float64(logps[f"e_{beta:g}"]) - float64(logps["sft"])  # (n, 2)
+    logps = logps_in(members.logps)
+    ratios = logps[f"e_{beta:g}"] - logps["sft"]  # (n, 2)
     h = ratios[:, 0] - ratios[:, 1]
     differences_of_rewards = beta * h.unsqueeze(1)
     errors = (reward_gaps(members) - differences_of_rewards) ** 2
@@ -730,13 +719,13 @@ def best_matches(members: Members) -> Tensor:
 
 def reward_gaps(members: Members) -> Tensor:
     """Δr of each r_ρ,b on the training pairs, (n, members)."""
-    scores = float64([row["scores"] for row in read_jsonl(members.rows.path)])  # (n, 2, members)
+    scores = scores_of(members.rows)  # (n, 2, members)
     return scores[:, 0] - scores[:, 1]
 
 
 def mean_bias(shares: Tensor) -> Tensor:
     """The mean b of what is picked or matches, (n, members) → (n,)."""
-    return shares @ float64(list(BIASES))
+    return shares @ tensor_of(list(BIASES))
 
 
 @STUDY.experiment("X13", "Fig. C.1", picked_members)
@@ -837,7 +826,7 @@ def last_log_ratios(log: Artifact, method: str) -> Tensor:
     """log π_θ/π_ref of the preferred completions in each of the last LAST_STEPS batches, in nats."""
     strength = STRENGTHS[0] / 2 if method == "ipo" else STRENGTHS[0]
     rewards = [line["rewards/chosen"] for line in read_jsonl(log.path) if "rewards/chosen" in line]
-    return float64(rewards[-LAST_STEPS:]) / strength
+    return tensor_of(rewards[-LAST_STEPS:]) / strength
 
 
 @STUDY.experiment("X16", "§2.3, §5", likelihoods)
@@ -876,18 +865,10 @@ def advantage(runs: list[Grid]) -> "Figure":
     for i, (name, color) in enumerate(zip(METHODS, PALETTE, strict=False)):
         numbers = [mean_over_seeds(advantages(runs, share, name)) for share in SHARES]
         shifted = [share + 0.012 * (i - 2.5) for share in SHARES]
-        draw_bars(axes, shifted, numbers, color=color, label=METHODS[name].title)
+        draw_numbers(axes, shifted, numbers, color=color, label=METHODS[name].title)
     axes.set_xticks(SHARES)
     label_axes(axes, "", "ρ, share of pairs that prefer the longer summary", "reward less that of SFT")
     return figure
-
-
-def draw_bars(axes: "Axes", x: Sequence[float], numbers: Sequence[dict], **style: Any) -> None:
-    """A line through means, with their intervals as bars."""
-    means = [number["mean"] for number in numbers]
-    below_mean = [number["mean"] - number["interval"][0] for number in numbers]
-    above_mean = [number["interval"][1] - number["mean"] for number in numbers]
-    axes.errorbar(x, means, [below_mean, above_mean], marker="o", markersize=4, capsize=3, linewidth=1.2, **style)
 
 
 @STUDY.figure(
@@ -901,8 +882,8 @@ def strengths(runs: list[Grid]) -> "Figure":
             rewards = [candidates(run[share], name) for run in runs]
             numbers = [mean_over_seeds([values[j] for values in rewards]) for j in range(len(STRENGTHS))]
             shifted = [beta * 1.06 ** (i - 2.5) for beta in STRENGTHS]
-            draw_bars(axes, shifted, numbers, color=color, label=METHODS[name].title)
-        sft = mean_over_seeds([rewards_in(run[share].path)["sft"] for run in runs])
+            draw_numbers(axes, shifted, numbers, color=color, label=METHODS[name].title)
+        sft = mean_over_seeds([rewards_in(run[share])["sft"] for run in runs])
         axes.axhline(sft["mean"], color=GREY, linewidth=0.8)
         axes.set_xscale("log")
         label_axes(axes, f"ρ = {share}", "β", "reward (line: SFT)")

@@ -12,7 +12,6 @@ as many pairs in a step. PPO samples as many completions in a step as DPO reads.
     python scripts/experiments/dpo.py --experiment E1 --seeds 0
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,9 +32,10 @@ from scripts.lab.experiments import (
     reported_with_interval,
 )
 from scripts.lab.frontier import Curve, at_equal_kl, interpolated, log_weights, mean_points, optimum_of
+from scripts.lab.interval_plots import draw_curve, draw_numbers
+from scripts.lab.measured import logps_in, policies_in, read, rewards_of, scores_of, tensor_of
 from scripts.lab.pipeline import Artifact, Plan, Stage
 from scripts.lab.plots import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, canvas, label_axes
-from scripts.lab.row_files import read_jsonl
 from scripts.lab.statistics import Statistic, mean_over_seeds, over_seeds, win_rates
 from scripts.lab.worlds import MISREADING, OMISSION, world_c
 
@@ -403,29 +403,6 @@ def costs(plan: Plan, seed: int) -> Costs:
 
 
 # ---------------------------------------------------------------- numbers from what the stages have left
-
-
-def tensor_of(numbers: Sequence) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.double)
-
-
-def read(artifact: Artifact) -> dict:
-    return json.loads(artifact.path.read_text(encoding="utf-8"))
-
-
-def policies_in(results: Artifact) -> dict[str, dict]:
-    """The numbers of each policy, as evaluate.py writes them."""
-    return read(results)["policies"]
-
-
-def rewards_of(numbers: dict) -> Tensor:
-    """The true reward of each post's samples, (n, K)."""
-    return tensor_of(numbers["rewards"])
-
-
-def scores_of(rows: Artifact) -> Tensor:
-    """The scores of each row's completions, (n, K), or with M models (n, K, M)."""
-    return tensor_of([row["scores"] for row in read_jsonl(rows.path)])
 
 
 def curve_of(policies: dict[str, dict], names: Sequence[str]) -> Curve:
@@ -818,7 +795,7 @@ class Accuracies(NamedTuple):
 def accuracies(run: Four) -> Accuracies:
     rewards = scores_of(run.rewards)
     scores = scores_of(run.scores)
-    logps = {name: tensor_of(values) for name, values in read(run.logps)["logps"].items()}
+    logps = logps_in(run.logps)
     by_scores = (logps["dpo"] - logps["sft"], logps["sft"], scores[:, :, 0], scores[:, :, 1])
     return Accuracies(*(accuracy(values, rewards) for values in by_scores))
 
@@ -910,8 +887,8 @@ def seconds(stage: Stage) -> float:
 def dpo_is_lightweight(runs: list[Costs]) -> Iterator[Finding]:
     """DPO is computationally lightweight; the best of N costs N samples for each query.
 
-    Stages' seconds on one thread, the start included: no more than an estimate. DPO has pairs that are there already.
-    PPO samples its own completions, as many in a step as DPO reads.
+    Stages' seconds on one thread, without the import of libraries: no more than an estimate. DPO has pairs that are
+    there already. PPO samples its own completions, as many in a step as DPO reads.
     """
     rewards = []
     for run in runs:
@@ -919,9 +896,9 @@ def dpo_is_lightweight(runs: list[Costs]) -> Iterator[Finding]:
         theirs = curve_of(policies_in(run.frontier.ppo), ["ppo_rm"]).values[0]
         rewards.append(ours - theirs)
     yield above_by_interval("DPO less PPO on the reward model, reward", 0, mean_over_seeds(rewards))
-    ours = sum(seconds(run.dpo) for run in runs)
-    theirs = sum(seconds(run.ppo) + seconds(run.rm) for run in runs)
-    yield judged_below("seconds of DPO over those of PPO with its reward model", 1, ours / theirs)
+    of_dpo = sum(seconds(run.dpo) for run in runs)
+    of_ppo = sum(seconds(run.ppo) + seconds(run.rm) for run in runs)
+    yield judged_below("seconds of DPO over those of PPO with its reward model", 1, of_dpo / of_ppo)
     matching = []
     for run in runs:
         reward = curve_of(policies_in(run.frontier.curves), [f"{MAIN}_{STEPS}"]).values[0].mean()
@@ -979,29 +956,6 @@ COLORS = {"sft": GREY, "preferred_ft": GREEN, "dpo": BLUE, "ppo": ORANGE}
 BETA_COLORS = dict(zip(BETAS, (SKY, BLUE, PURPLE, BLACK), strict=True))
 ALPHA_COLORS = dict(zip(ALPHAS, (AMBER, "#999933"), strict=True))
 PPO_MARKS = {"oracle": ("PPO on the true reward", "D"), "rm": ("PPO on the reward model", "s")}
-MARKS: dict[str, Any] = {"markersize": 3, "linewidth": 1, "elinewidth": 0.7}
-
-
-def draw_numbers(axes: "Axes", x: Sequence[float], numbers: Sequence[dict], color: str, label: str) -> None:
-    """Means with 95% intervals over x."""
-    means = [number["mean"] for number in numbers]
-    axes.errorbar(x, means, yerr=bars_of(numbers), color=color, label=label, fmt="o-", **MARKS)
-
-
-def bars_of(numbers: Sequence[dict]) -> list[list[float]]:
-    """How far the intervals reach below and above the means."""
-    below = [number["mean"] - number["interval"][0] for number in numbers]
-    above = [number["interval"][1] - number["mean"] for number in numbers]
-    return [below, above]
-
-
-def draw_curve(axes: "Axes", curves: Sequence[Curve], color: str, label: str, fmt: str = "o-") -> None:
-    """The mean of the seeds' curves with 95% intervals of both coordinates."""
-    kls = [mean_over_seeds(list(columns)) for columns in zip(*(curve.kls for curve in curves), strict=True)]
-    values = [mean_over_seeds(list(columns)) for columns in zip(*(curve.values for curve in curves), strict=True)]
-    x = [number["mean"] for number in kls]
-    y = [number["mean"] for number in values]
-    axes.errorbar(x, y, xerr=bars_of(kls), yerr=bars_of(values), color=color, label=label, fmt=fmt, **MARKS)
 
 
 def draw_optimum(axes: "Axes", rewards: Sequence[Tensor]) -> None:
@@ -1032,14 +986,21 @@ def frontiers(runs: list[Frontier]) -> "Figure":
     made = [run.curves for run in runs]
     for axes in panels.values():
         draw_optimum(axes, [scores_of(run.many) for run in runs])
-    draw_curve(panels["methods"], curves(made, MAIN), BLUE, "DPO, β = 0.1")
-    draw_curve(panels["methods"], curves(made, "preferred_ft"), GREEN, "Preferred-FT")
+    draw_curve(panels["methods"], curves(made, MAIN), color=BLUE, label="DPO, β = 0.1")
+    draw_curve(panels["methods"], curves(made, "preferred_ft"), color=GREEN, label="Preferred-FT")
     for alpha, color in ALPHA_COLORS.items():
-        draw_curve(panels["methods"], curves(made, f"unlikelihood_{alpha:g}"), color, f"unlikelihood, α = {alpha:g}")
+        draw_curve(
+            panels["methods"],
+            curves(made, f"unlikelihood_{alpha:g}"),
+            color=color,
+            label=f"unlikelihood, α = {alpha:g}",
+        )
     for by, (label, mark) in PPO_MARKS.items():
-        draw_curve(panels["methods"], points([run.ppo for run in runs], f"ppo_{by}"), ORANGE, label, mark)
+        draw_curve(
+            panels["methods"], points([run.ppo for run in runs], f"ppo_{by}"), color=ORANGE, label=label, fmt=mark
+        )
     for beta, color in BETA_COLORS.items():
-        draw_curve(panels["betas"], curves(made, f"dpo_{beta:g}"), color, f"DPO, β = {beta:g}")
+        draw_curve(panels["betas"], curves(made, f"dpo_{beta:g}"), color=color, label=f"DPO, β = {beta:g}")
     label_axes(panels["methods"], "Methods", "KL to SFT (nats)", "true reward")
     label_axes(panels["betas"], "DPO", "KL to SFT (nats)", "true reward")
     return figure
@@ -1058,9 +1019,9 @@ def temperatures(runs: list[Heat]) -> "Figure":
     for name, seeds in (("references", against_references), ("chosen", against_chosen)):
         for policy, color in COLORS.items():
             numbers = [mean_win(seeds, policy, temperature) for temperature in TEMPERATURES]
-            draw_numbers(panels[name], TEMPERATURES, numbers, color, title_of(policy))
+            draw_numbers(panels[name], TEMPERATURES, numbers, color=color, label=title_of(policy))
     numbers = [mean_over_seeds(best_of_curves(runs, size)) for size in SIZES]
-    draw_numbers(panels["best"], SIZES, numbers, GREY, "best of N of SFT")
+    draw_numbers(panels["best"], SIZES, numbers, color=GREY, label="best of N of SFT")
     best = mean_over_seeds([wins.best("dpo")[:MANY_POSTS] for wins in against_references])
     panels["best"].axhline(best["mean"], color=BLUE, linewidth=1, label="DPO at its best temperature")
     panels["best"].axhspan(*best["interval"], color=BLUE, alpha=0.15, linewidth=0)
@@ -1088,7 +1049,7 @@ def learning_curves(runs: list[Artifact]) -> "Figure":
     for method, (label, color) in methods.items():
         columns = zip(*(curve.values for curve in curves(runs, method)), strict=True)
         numbers = [mean_over_seeds(list(values)) for values in columns]
-        draw_numbers(panels["a"], (0, *steps_of()), numbers, color, label)
+        draw_numbers(panels["a"], (0, *steps_of()), numbers, color=color, label=label)
     label_axes(panels["a"], "Learning curves", "steps", "true reward")
     return figure
 
@@ -1112,7 +1073,7 @@ def transfer(runs: list[Transfer]) -> "Figure":
     seeds = [Wins(read(run.unseen)) for run in runs]
     for policy, color in COLORS.items():
         numbers = [mean_win(seeds, policy, temperature) for temperature in (0, 0.25, 1)]
-        draw_numbers(panels["wins"], (0, 0.25, 1), numbers, color, title_of(policy))
+        draw_numbers(panels["wins"], (0, 0.25, 1), numbers, color=color, label=title_of(policy))
     panels["wins"].axhline(0.5, color=GREY, linewidth=0.7, linestyle=":")
 
     shown = {
@@ -1124,8 +1085,7 @@ def transfer(runs: list[Transfer]) -> "Figure":
     for i, (name, (label, color)) in enumerate(shown.items()):
         numbers = [mean_over_seeds([getattr(accuracies(run), name) for run in kind]) for kind in kinds]
         x = [j + 0.1 * (i - 1) for j in range(len(kinds))]
-        means = [number["mean"] for number in numbers]
-        panels["accuracy"].errorbar(x, means, yerr=bars_of(numbers), color=color, label=label, fmt="o")
+        draw_numbers(panels["accuracy"], x, numbers, color=color, label=label, fmt="o")
     panels["accuracy"].set_xticks(range(2), ("known kinds", "unseen kind"))
     panels["accuracy"].axhline(0.5, color=GREY, linewidth=0.7, linestyle=":")
     label_axes(panels["wins"], "Unseen kind", "temperature", "win rate")

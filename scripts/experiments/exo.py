@@ -11,9 +11,8 @@ from these. All methods have the same β, learning rate, number of steps and num
     python scripts/experiments/exo.py --experiment F2a
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +27,11 @@ from scripts.lab.experiments import (
     below_by_interval,
     between_by_interval,
     experiments_command,
-    legend_below,
     reported_with_interval,
 )
 from scripts.lab.frontier import Curve, at_equal_kl, divergence_from, log_weights, optimum_of
+from scripts.lab.interval_plots import draw_curve, draw_numbers, legend_below
+from scripts.lab.measured import logps_in, policies_in, read, rewards_of, scores_of, tensor_of
 from scripts.lab.pipeline import Artifact, Plan, Stage
 from scripts.lab.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
 from scripts.lab.policies import Opponents, wins_of_samples
@@ -351,20 +351,6 @@ def starts(plan: Plan, seed: int) -> Artifact:
 # ---------------------------------------------------------------- numbers from what the stages have left
 
 
-def policies_in(results: Artifact) -> dict[str, dict]:
-    """The numbers of each policy, as evaluate.py writes them."""
-    return json.loads(results.path.read_text(encoding="utf-8"))["policies"]
-
-
-def tensor_of(numbers: Sequence) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.double)
-
-
-def rewards_of(numbers: dict) -> Tensor:
-    """The true reward of each sample, (n, K)."""
-    return tensor_of(numbers["rewards"])
-
-
 def curve_of(policies: dict[str, dict], points: Sequence[str], value: Callable[[Tensor], Tensor]) -> Curve:
     """The curve of the SFT model and these policies. value: of the rewards (n, K), such as their sigmoid."""
     kls = []
@@ -555,7 +541,7 @@ class Shares(NamedTuple):
 
 def shares_of(run: Densities) -> Shares:
     """The densities of π*_β and of the policies, for β = β_π β_r."""
-    logps = {name: tensor_of(numbers) for name, numbers in json.loads(run.logps.path.read_text())["logps"].items()}
+    logps = logps_in(run.logps)
     rewards = scores_of(run.many.by_oracle)
     sft = logps.pop("sft")
     order = sft.argsort(1)
@@ -563,11 +549,6 @@ def shares_of(run: Densities) -> Shares:
     for name, values in logps.items():
         policies[name] = log_weights(values - sft).gather(1, order)
     return Shares(log_weights(rewards / (BETA * BETA_R)).gather(1, order), policies)
-
-
-def scores_of(rows: Artifact) -> Tensor:
-    """The scores of each row's completions, (n, M)."""
-    return tensor_of([row["scores"] for row in read_jsonl(rows.path)])
 
 
 def mass_of(log_shares: Tensor, quarter: int) -> Tensor:
@@ -654,7 +635,7 @@ class Contest(NamedTuple):
 
 
 def contest_of(run: Table) -> Contest:
-    results = json.loads(run.results.path.read_text(encoding="utf-8"))
+    results = read(run.results)
     policies = {}
     for name, numbers in results["policies"].items():
         policies[name] = Rated(tensor_of(numbers["selector_rewards"]), rewards_of(numbers))
@@ -813,7 +794,6 @@ def difference_of_spreads(ours: Tensor, theirs: Tensor) -> Statistic:
 OPTIMUM_BETAS = (8.0, 4.0, 2.0, 1.5, 1.0, 0.8, 0.65, 0.5)
 COLORS = {"exo": BLUE, "dpo": ORANGE, "ppo": GREEN, "best_of": PURPLE}
 SIZE_COLORS = dict(zip(SIZES, (BLUE, ORANGE, GREEN), strict=True))
-MARKS: dict[str, Any] = {"fmt": "o-", "markersize": 3, "linewidth": 1, "elinewidth": 0.7}
 
 
 class Frontier(NamedTuple):
@@ -823,23 +803,6 @@ class Frontier(NamedTuple):
 
 def frontier_stages(plan: Plan, seed: int) -> Frontier:
     return Frontier(controlled(plan, seed), many(plan, seed))
-
-
-def draw_curve(axes: "Axes", found: Sequence[Curve], color: str, label: str) -> None:
-    """The mean of the seeds' curves with 95% intervals."""
-    points = len(found[0].kls)
-    kls = [mean_over_seeds([curve.kls[i] for curve in found]) for i in range(points)]
-    values = [mean_over_seeds([curve.values[i] for curve in found]) for i in range(points)]
-    x, y = ([number["mean"] for number in numbers] for numbers in (kls, values))
-    x_bars, y_bars = (bars_of(numbers) for numbers in (kls, values))
-    axes.errorbar(x, y, xerr=x_bars, yerr=y_bars, color=color, label=label, **MARKS)
-
-
-def bars_of(numbers: Sequence[dict]) -> list[list[float]]:
-    """How far the intervals reach below and above the means."""
-    below = [number["mean"] - number["interval"][0] for number in numbers]
-    above = [number["interval"][1] - number["mean"] for number in numbers]
-    return [below, above]
 
 
 def draw_optimum(axes: "Axes", completions: Sequence[Many]) -> None:
@@ -865,11 +828,11 @@ def frontiers(runs: list[Frontier]) -> "Figure":
     pairs = [run.pairs for run in all_controlled]
     groups = [run.groups for run in all_controlled]
     for method, name in METHODS.items():
-        draw_curve(panels["pairs"], curves(pairs, method), COLORS[method], f"{name}-pref")
+        draw_curve(panels["pairs"], curves(pairs, method), color=COLORS[method], label=f"{name}-pref")
         for size in SIZES:
-            draw_curve(panels[method], curves(groups, f"{method}{size}"), SIZE_COLORS[size], f"K = {size}")
-    draw_curve(panels["ppo"], ppo_curves(all_controlled), COLORS["ppo"], "PPO")
-    draw_curve(panels["ppo"], curves(groups, "exo4"), COLORS["exo"], "EXO-rw, K = 4")
+            draw_curve(panels[method], curves(groups, f"{method}{size}"), color=SIZE_COLORS[size], label=f"K = {size}")
+    draw_curve(panels["ppo"], ppo_curves(all_controlled), color=COLORS["ppo"], label="PPO")
+    draw_curve(panels["ppo"], curves(groups, "exo4"), color=COLORS["exo"], label="EXO-rw, K = 4")
     titles = {"pairs": "Pairs", "ppo": "PPO", "exo": "EXO-rw", "dpo": "DPO-rw"}
     alike = [panels[name] for name in ("pairs", "exo", "dpo")]
     highest = max(axes.get_ylim()[1] for axes in alike)
@@ -895,8 +858,7 @@ def learning_curves(runs: list[Controlled]) -> "Figure":
         draw_steps(panels["pref"], pairs, method, f"{name}-pref")
         draw_steps(panels["rw"], groups, f"{method}4", f"{name}-rw, K = 4")
     ppo = mean_over_seeds([rewards_of(policies_in(run.rates)[f"ppo_{RATE:g}"]).mean(1) for run in runs])
-    end = [ppo["mean"]]
-    panels["rw"].errorbar([STEPS], end, yerr=bars_of([ppo]), color=COLORS["ppo"], label="PPO, at its end", fmt="s")
+    draw_numbers(panels["rw"], [STEPS], [ppo], color=COLORS["ppo"], label="PPO, at its end", fmt="s")
     label_axes(panels["pref"], "Pairs", "steps", "true reward")
     label_axes(panels["rw"], "Rewards", "steps", "true reward")
     return figure
@@ -913,7 +875,7 @@ def draw_steps(axes: "Axes", runs: Sequence[Artifact], method: str, label: str) 
         spreads.append(mean_over_seeds([spread_of_samples(values) for values in of_seeds])["mean"])
     steps = (0, *steps_of(method))
     means = tensor_of([number["mean"] for number in rewards])
-    axes.errorbar(steps, means, yerr=bars_of(rewards), color=color, label=label, **MARKS)
+    draw_numbers(axes, steps, rewards, color=color, label=label)
     spread = tensor_of(spreads)
     axes.fill_between(steps, means - spread, means + spread, color=color, alpha=0.1, linewidth=0)
 
@@ -944,8 +906,7 @@ def draw_ratios(axes: "Axes", shares: Sequence[Tensor], color: str, label: str) 
     for i in range(NUM_BINS):
         masses = [share.exp().chunk(NUM_BINS, 1)[i].sum(1) * NUM_BINS for share in shares]
         numbers.append(mean_over_seeds(masses))
-    means = [number["mean"] for number in numbers]
-    axes.errorbar(range(1, NUM_BINS + 1), means, yerr=bars_of(numbers), color=color, label=label, **MARKS)
+    draw_numbers(axes, range(1, NUM_BINS + 1), numbers, color=color, label=label)
 
 
 @STUDY.figure("Win rates by the weak reward model and by the oracle, with 95% intervals: Table 1.", table_1)
@@ -964,10 +925,9 @@ def draw_win_rates(axes: "Axes", contests: Sequence[Contest]) -> None:
         columns = [contest.columns(policy) for contest in contests]
         numbers = [mean_over_seeds([column[verdict] for column in columns]) for verdict in VERDICTS]
         x = [j + 0.12 * (i - 2.5) for j in range(len(VERDICTS))]
-        means = [number["mean"] for number in numbers]
         method = "best_of" if policy == "best_of" else policy.partition("_")[0]
         fmt = "o" if policy.endswith("pref") else "s"
-        axes.errorbar(x, means, yerr=bars_of(numbers), color=COLORS[method], label=title_of(policy), fmt=fmt)
+        draw_numbers(axes, x, numbers, color=COLORS[method], label=title_of(policy), fmt=fmt)
     axes.axhline(0.5, color=GREY, linewidth=0.7)
     axes.set_xticks(range(len(VERDICTS)), VERDICTS)
     axes.set_ylim(0, 1.02)

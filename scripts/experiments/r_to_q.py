@@ -6,10 +6,9 @@ All policies are Llamas of 1M parameters or fewer, and the judge is the oracle t
     python scripts/experiments/r_to_q.py --experiment C35 --seeds 0
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +24,10 @@ from scripts.lab.experiments import (
     below_by_interval,
     between_by_interval,
     experiments_command,
-    legend_below,
     reported_with_interval,
 )
+from scripts.lab.interval_plots import draw_numbers, legend_below
+from scripts.lab.measured import logps_in, read, tensor_of
 from scripts.lab.pipeline import Artifact, Plan, Stage
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, canvas, label_axes
 from scripts.lab.row_files import read_jsonl
@@ -35,7 +35,6 @@ from scripts.lab.statistics import Statistic, auroc_of, auroc_over_seeds, mean_o
 from scripts.lab.worlds import MISREADING, OMISSION, world_a, world_c
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STUDY = Study("r_to_q", "From r to Q*: Your Language Model is Secretly a Q-Function")
@@ -369,7 +368,7 @@ def rewards_of(rows: Artifact) -> Tensor:
     rewards = []
     for row in read_jsonl(rows.path):
         rewards.append([notices.oracle(row["prompt"], text) for text in row["completions"]])
-    return torch.tensor(rewards, dtype=torch.double)
+    return tensor_of(rewards)
 
 
 def rewards_of_pairs(rows: Artifact, num_rows: int | None = None) -> Tensor:
@@ -377,18 +376,18 @@ def rewards_of_pairs(rows: Artifact, num_rows: int | None = None) -> Tensor:
     rewards = []
     for row in read_jsonl(rows.path)[:num_rows]:
         rewards.append([notices.oracle(row["prompt"], row[name]) for name in ("chosen", "rejected")])
-    return torch.tensor(rewards, dtype=torch.double)
+    return tensor_of(rewards)
 
 
 def lengths_of(rows: Artifact) -> Tensor:
     """The tokens of each completion, (n, K)."""
     lengths = [[len(ids) for ids in row["completion_ids"]] for row in read_jsonl(rows.path)]
-    return torch.tensor(lengths, dtype=torch.double)
+    return tensor_of(lengths)
 
 
 def logps_of(rows: Artifact) -> Tensor:
     """log π of each completion under the policy that wrote it, (n, K)."""
-    return torch.tensor([row["logps"] for row in read_jsonl(rows.path)], dtype=torch.double)
+    return tensor_of([row["logps"] for row in read_jsonl(rows.path)])
 
 
 class Written(NamedTuple):
@@ -465,8 +464,8 @@ class Credit(NamedTuple):
 
 def credit_of(stage: Stage) -> Credit:
     """Read the output of scripts/credit.py."""
-    contents = json.loads((stage / "credit.json").path.read_text(encoding="utf-8"))
-    values = {name: torch.tensor(numbers, dtype=torch.double) for name, numbers in contents["values"].items()}
+    contents = read(stage / "credit.json")
+    values = {name: tensor_of(numbers) for name, numbers in contents["values"].items()}
     ref_logps = values.pop("-log π_ref")
     rewards = {float(name): numbers for name, numbers in values.items()}
     return Credit(rewards, ref_logps, torch.tensor(contents["is_wrong"]))
@@ -638,9 +637,7 @@ class Logps(NamedTuple):
 
 def logps_of_pairs(run: Likelihoods) -> Logps:
     """Read the output of scripts/logps.py."""
-    path = (run.logps / "logps.json").path
-    contents = json.loads(path.read_text(encoding="utf-8"))
-    logps = {name: torch.tensor(values, dtype=torch.double) for name, values in contents["logps"].items()}
+    logps = logps_in(run.logps / "logps.json")
     return Logps(logps, rewards_of_pairs(run.pairs.held_out, EVALUATED_PAIRS))
 
 
@@ -758,9 +755,7 @@ def each_beta_gains(runs: list[dict[float, Search]]) -> Iterator[Finding]:
 
 def learned_rewards(run: Learned, width: int) -> Tensor:
     """β log π/π_ref of what a search found, (n,)."""
-    contents = json.loads(run.ref_logps[width].path.read_text(encoding="utf-8"))
-    ref_logps = torch.tensor(contents["logps"]["ref"], dtype=torch.double)
-    log_ratios = logps_of(run.rows[width]) - ref_logps
+    log_ratios = logps_of(run.rows[width]) - logps_in(run.ref_logps[width])["ref"]
     return run.beta * log_ratios[:, 0]
 
 
@@ -915,20 +910,6 @@ def without_sft_samples_are_bad(runs: list[Early]) -> Iterator[Finding]:
 # ---------------------------------------------------------------- figures
 
 
-def draw_number(axes: "Axes", place: float, number: dict, **look: Any) -> None:
-    """A point with its interval."""
-    low, high = number["interval"]
-    mean = number["mean"]
-    axes.errorbar(place, mean, [[mean - low], [high - mean]], capsize=3, markersize=4, **look)
-
-
-def draw_line(axes: "Axes", places: Sequence[float], numbers: Sequence[dict], label: str, **look: Any) -> None:
-    """Points with their intervals, joined by a line."""
-    axes.plot(places, [number["mean"] for number in numbers], label=label, linewidth=1, markersize=4, **look)
-    for place, number in zip(places, numbers, strict=True):
-        draw_number(axes, place, number, **{**look, "linestyle": "none"})
-
-
 COLORS = (BLUE, GREEN, ORANGE, PURPLE)
 PANELS = {"win_rate": "win rate against the chosen", "length": "length (tokens)"}
 
@@ -948,7 +929,7 @@ def beams(runs: list[Widths]) -> "Figure":
         places = [names.index(name) + 0.1 * (i - 1.5) for name in tried]
         for measure, axes in panels.items():
             numbers = [number_of(ways, measure, name) for name in tried]
-            draw_line(axes, places, numbers, policy, color=colors[i], marker="o", linestyle=":")
+            draw_numbers(axes, places, numbers, label=policy, color=colors[i], fmt="o:")
 
     for measure, axes in panels.items():
         axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
@@ -970,7 +951,7 @@ def credit_assignment(runs: list[Stage]) -> "Figure":
         axes.axhline(reference["mean"], color=GREY, label="-log π_ref")
         for values, name, color in ((rewards_at, "-r", BLUE), (policy_logps_at, "-log π_DPO", ORANGE)):
             numbers = [auroc_number(credits_of(runs, values(beta), choose)) for beta in ALL_BETAS]
-            draw_line(axes, ALL_BETAS, numbers, name, color=color, marker="o")
+            draw_numbers(axes, ALL_BETAS, numbers, label=name, color=color)
         axes.set_xscale("log")
         axes.set_ylim(0, 1.02)
         axes.set_xticks(ALL_BETAS, [f"{beta:g}" for beta in ALL_BETAS])
@@ -988,8 +969,7 @@ def implicit_rewards(runs: list[Likelihoods]) -> "Figure":
     for (start, betas), color in zip(TRAINED.items(), COLORS, strict=False):
         for i, name in enumerate(("chosen", "rejected")):
             numbers = [mean_over_seeds([logps.implicit(start, beta)[:, i] for logps in seeds]) for beta in betas]
-            look = {"color": color, "marker": "os"[i], "linestyle": ("-", ":")[i]}
-            draw_line(axes, betas, numbers, f"{START_NAMES[start]}, {name}", **look)
+            draw_numbers(axes, betas, numbers, label=f"{START_NAMES[start]}, {name}", color=color, fmt=("o-", "s:")[i])
     grid = [0.1 * 1.1**i for i in range(36)]
     predicted = [sum(float(predicted_chosen(run, beta).mean()) for run in runs) / len(runs) for beta in grid]
     axes.plot(grid, predicted, color=GREY, linestyle="--", label="optimum without, chosen")
@@ -1010,7 +990,7 @@ def proxy_tuning(runs: list[Proxies]) -> "Figure":
     figure, panels = canvas([["reward"]], (4.6, 3))
     axes = panels["reward"]
     numbers = [mean_over_seeds([rewards_of(run.steered[beta]).mean(1) for run in runs]) for beta in STEERING]
-    draw_line(axes, STEERING, numbers, "steered base", color=BLUE, marker="o")
+    draw_numbers(axes, STEERING, numbers, label="steered base", color=BLUE)
     alone = mean_over_seeds(proxy_rewards(runs))
     axes.axhspan(*alone["interval"], color=GREY, alpha=0.3)
     axes.axhline(alone["mean"], color=GREY, label="proxy by itself")

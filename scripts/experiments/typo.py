@@ -13,9 +13,8 @@ DPO's β, IPO's τ and TYPO's λ are all λ here. All methods have the same pair
     python scripts/experiments/typo.py --experiment C52
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +33,8 @@ from scripts.lab.experiments import (
     experiments_command,
     reported_with_interval,
 )
+from scripts.lab.interval_plots import draw_numbers
+from scripts.lab.measured import logps_in, read, rewards_of, tensor_of
 from scripts.lab.notices import words
 from scripts.lab.pipeline import Artifact, Plan, Stage
 from scripts.lab.plots import BLUE, GREEN, GREY, ORANGE, canvas, label_axes
@@ -44,7 +45,6 @@ from scripts.lab.tabular import vector
 from scripts.lab.worlds import OMISSION, world_a
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STUDY = Study("typo", "New Desiderata for Direct Preference Optimization (TYPO)")
@@ -216,9 +216,8 @@ def answered(run: Readout) -> Answered:
     """What a stage has read."""
     groups = [group_of(row["prompt"]) for row in read_jsonl(run.held_out.path)]
     policies = {}
-    for name, logps in json.loads(run.logps.path.read_text(encoding="utf-8"))["logps"].items():
-        chances = torch.tensor(logps, dtype=torch.double).exp()
-        policies[name] = with_the_rest(chances)
+    for name, logps in logps_in(run.logps).items():
+        policies[name] = with_the_rest(logps.exp())
     return Answered(groups, policies)
 
 
@@ -554,16 +553,11 @@ def truncated_samples_serve(runs: list[Readout]) -> Iterator[Finding]:
 # ---------------------------------------------------------------- texts
 
 
-def policies_in(run: Texts) -> dict[str, dict]:
-    """The numbers of each policy, as evaluate.py writes them."""
-    return json.loads(run.results.path.read_text(encoding="utf-8"))["policies"]
-
-
 def wins_of(run: Texts, policy: str) -> Tensor:
     """The win rate of a policy's samples against each post's chosen summary, (n,); a tie counts half."""
-    results = json.loads(run.results.path.read_text(encoding="utf-8"))
-    rewards = torch.tensor(results["policies"][policy]["rewards"], dtype=torch.double)
-    chosen = torch.tensor(results["row_rewards"], dtype=torch.double).unsqueeze(1)
+    results = read(run.results)
+    rewards = rewards_of(results["policies"][policy])
+    chosen = tensor_of(results["row_rewards"]).unsqueeze(1)
     return win_rates(rewards, chosen)
 
 
@@ -618,14 +612,11 @@ class Margins(NamedTuple):
 
 def margins_and_lengths(run: Texts) -> Margins:
     """The margins of the held-out pairs."""
-    logps = {}
-    for name, numbers in json.loads(run.logps.path.read_text(encoding="utf-8"))["logps"].items():
-        pairs = torch.tensor(numbers, dtype=torch.double)
-        logps[name] = pairs[:, 0] - pairs[:, 1]
+    logps = {name: pairs[:, 0] - pairs[:, 1] for name, pairs in logps_in(run.logps).items()}
     lengths = []
     for row in read_jsonl(run.pairs.path)[: len(logps["sft"])]:
         lengths.append(len(words(row["chosen"])) - len(words(row["rejected"])))
-    return Margins(logps["sft"], logps["dpo"] - logps["sft"], torch.tensor(lengths, dtype=torch.double))
+    return Margins(logps["sft"], logps["dpo"] - logps["sft"], tensor_of(lengths))
 
 
 def explained(margins: Sequence[Tensor], lengths: Sequence[Tensor]) -> dict:
@@ -653,21 +644,7 @@ def squared_correlation(y: Tensor, x: Tensor) -> Statistic:
 COLORS = {"dpo": BLUE, "ipo": ORANGE, "typo": GREEN}
 ANSWER_COLORS = (BLUE, ORANGE, GREEN, GREY)
 ANSWER_NAMES = ("first answer", "second answer", "third answer", "no answer")
-MARKS: dict[str, Any] = {"fmt": "o", "markersize": 4, "elinewidth": 1, "capsize": 2}
 FINE = tuple(10 ** (-1.5 + i / 20) for i in range(61))  # λ of the bandits' curves, 0.03 to 32
-
-
-def draw_numbers(axes: "Axes", lams: Sequence[float], numbers: Sequence[dict], color: str, label: str) -> None:
-    """Means with 95% intervals."""
-    means = [number["mean"] for number in numbers]
-    axes.errorbar(lams, means, yerr=bars_of(numbers), color=color, label=label, **MARKS)
-
-
-def bars_of(numbers: Sequence[dict]) -> list[list[float]]:
-    """How far the intervals reach below and above the means."""
-    below = [number["mean"] - number["interval"][0] for number in numbers]
-    above = [number["interval"][1] - number["mean"] for number in numbers]
-    return [below, above]
 
 
 @STUDY.figure(
@@ -684,7 +661,7 @@ def preservation(runs: list[Readout]) -> "Figure":
             curve = total_variations(optima, vector(*GROUPS[group].pi_star))
             axes.semilogx(FINE, curve, color=COLORS[method], linewidth=1)
             numbers = [distance(outcomes, f"{method}_{i}", group) for i in range(len(LAMS))]
-            draw_numbers(axes, LAMS, numbers, COLORS[method], title)
+            draw_numbers(axes, LAMS, numbers, color=COLORS[method], label=title, fmt="o")
         axes.axhline(distance(outcomes, "sft", group)["mean"], color=GREY, linestyle="--", linewidth=1, label="SFT")
         axes.set_ylim(0, 1)
         label_axes(axes, title_of(group), "λ (no unit)", "distance to π* (total variation)")
@@ -709,7 +686,7 @@ def interpolation(runs: list[Readout]) -> "Figure":
             columns = [
                 mean_over_seeds([run.of(f"{method}_{i}", group)[:, answer] for run in outcomes]) for i in range(5)
             ]
-            draw_numbers(axes, LAMS, columns, ANSWER_COLORS[answer], ANSWER_NAMES[answer])
+            draw_numbers(axes, LAMS, columns, color=ANSWER_COLORS[answer], label=ANSWER_NAMES[answer], fmt="o")
             if answer < 3:
                 color = ANSWER_COLORS[answer]
                 axes.semilogx(FINE, optima[:, answer], color=color, linewidth=1)
@@ -732,7 +709,7 @@ def text_win_rates(runs: list[Texts]) -> "Figure":
         policies = {"SFT": "sft"} | {title: f"{method}_{kind}" for method, title in METHODS.items()}
         for i, policy in enumerate(policies.values()):
             number = mean_over_seeds([wins_of(run, policy) for run in runs])
-            draw_numbers(axes, [i], [number], COLORS.get(policy.partition("_")[0], GREY), "")
+            draw_numbers(axes, [i], [number], color=COLORS.get(policy.partition("_")[0], GREY), label="", fmt="o")
         axes.set_xticks(range(len(policies)), list(policies))
         axes.axhline(0.5, color=GREY, linewidth=0.7)
         axes.set_ylim(0, 1)

@@ -45,7 +45,6 @@ from shared.command import Above
 from shared.files import write_json
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Run = TypeVar("Run")  # the stages of one seed, as an experiment names them
@@ -195,21 +194,6 @@ def reproduction_of(findings: Iterable[Finding]) -> Reproduction:
     if any(paper):
         return Reproduction.PARTLY
     return Reproduction.NOT
-
-
-# ---------------------------------------------------------------- figures
-
-
-def legend_below(figure: "Figure", panels: Iterable["Axes"], columns: int) -> None:
-    """One legend below all panels, which have the same labels, in the place of one in each of them."""
-    handles: list[Any] = []
-    labels: list[str] = []
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        legend = axes.get_legend()
-        if legend is not None:
-            legend.remove()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 # ---------------------------------------------------------------- the command

@@ -380,6 +380,16 @@ def test_a_program_at_work_keeps_others_away(root: Path) -> None:
     assert (root / "runs/second/number").read_text() == "2"
 
 
+def test_the_end_of_the_process_that_starts_stages_is_said(root: Path) -> None:
+    with pipeline.only_one_in(root) as lock:
+        server = pipeline._Server(lock)
+    server.process.kill()
+    server.process.wait()
+    with pytest.raises(UserError, match="was killed"):
+        server.start(["scripts/make.py"], root / "log")
+    server.close()
+
+
 def is_locked(directory: Path) -> bool:
     try:
         with pipeline.only_one_in(directory):

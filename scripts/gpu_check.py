@@ -6,8 +6,8 @@
     resume             killed and resumed: the same bits
     bench:SHAPE:PROFILE:BATCH:BUDGET:STEPS:NAMES
                        time, memory and MFU: BATCH pairs a step, BUDGET tokens in a forward pass of ours, and of NAMES
-                       (ours, ours-compiled, trl-4, trl-8, trl-16, trl-4-liger, trl-8-liger)
-                       each one
+                       (ours, ours-compiled, ours-lora, and trl-4 to trl-32 by pairs in a forward pass, with
+                       Liger's kernels trl-4-liger to trl-32-liger) each one
     profile[:SHAPE[:BATCH:BUDGET]]
                        the kernels of one step of dpo
 

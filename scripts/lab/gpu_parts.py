@@ -49,16 +49,15 @@ EXPECTED = "expected.json"
 
 PEAK_FLOPS = {"cuda": 790e12, "cpu": 300e9}  # per second, of a large matrix product
 
-# of a contender: what differs from the Spec of all
+# of a contender: what differs from the Spec of all; "trl-8-liger" has 8 pairs in a forward pass, and Liger's kernels
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours": {"job": "ours"},
     "ours-compiled": {"job": "ours", "options": {"compile": True}},
-    "trl-4": {"job": "trl", "pairs_per_pass": 4},
-    "trl-8": {"job": "trl", "pairs_per_pass": 8},
-    "trl-16": {"job": "trl", "pairs_per_pass": 16},
-    "trl-4-liger": {"job": "trl", "pairs_per_pass": 4, "liger": True},
-    "trl-8-liger": {"job": "trl", "pairs_per_pass": 8, "liger": True},
+    "ours-lora": {"job": "ours", "options": {"lora_rank": 16}},
 }
+for _pairs in (4, 8, 16, 32):
+    CONTENDERS[f"trl-{_pairs}"] = {"job": "trl", "pairs_per_pass": _pairs}
+    CONTENDERS[f"trl-{_pairs}-liger"] = {"job": "trl", "pairs_per_pass": _pairs, "liger": True}
 
 
 def device() -> torch.device:

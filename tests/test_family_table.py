@@ -5,6 +5,7 @@ To write that table anew: CLEANPO_WRITE_TABLE=1 pytest tests/test_family_table.p
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import reference
 import tiny
 import torch
+import transformers
 from exactness import compare_metrics, train_reference
 from families import FAMILIES, MULTIMODAL
 from settings import BETA, LEARNING_RATE, MAX_GRAD_NORM, STEPS, WEIGHT_DECAY
@@ -43,6 +45,11 @@ REFUSED = {
     *("nemotron", "gemma2", "vaultgemma", "gpt_oss", "paligemma", "phimoe"),
 }
 ACCEPTED = [family for family in ALL if family not in REFUSED]
+
+PINNED = re.search(r"^transformers==(.+)$", (tiny.ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+assert PINNED is not None
+OF_TABLE = PINNED[1]  # the version that the table is made with
+IS_OF_TABLE = transformers.__version__ == OF_TABLE
 
 LossesOf = Callable[[Tensor, Batch], Tensor]  # of log π (B, K) → (B,)
 
@@ -132,6 +139,7 @@ def describe(family: str, result: str) -> str:
     return ", ".join(["exact", *notes])
 
 
+@pytest.mark.skipif(not IS_OF_TABLE, reason=f"the table is of transformers {OF_TABLE}")
 def test_the_table_of_families(folder: Path) -> None:
     outcomes = {family: outcome(family, folder) for family in ALL}
     assert [family for family in ALL if outcomes[family] == "exact"] == ACCEPTED
@@ -188,6 +196,8 @@ def compare_training(family: str, folder: Path, losses_of: LossesOf, loss: refer
 
 @pytest.mark.parametrize("family", ACCEPTED)
 def test_three_steps(family: str, folder: Path) -> None:
+    if not IS_OF_TABLE and outcome(family, folder) != "exact":
+        pytest.skip(f"{family} is refused with transformers {transformers.__version__}")
     compare_training(family, folder, dpo_losses, reference.dpo(BETA), 2)
 
 

@@ -439,12 +439,19 @@ def test_thoughts_in_a_field(tmp_path: Path, name: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", ["reasoning", "thinking"])
 def test_thoughts_under_another_name(tmp_path: Path, name: str) -> None:
-    """As transformers has it, a template finds them under its own name."""
-    row = {"prompt": QUESTION, "completion": [{**assistant("yes"), name: "so"}]}
-    groups = load_row(tmp_path, row, tokenizer_of("qwen 3"))
-    text = f"{ASK}‖⟦<think>\nso\n</think>\n\nyes<|im_end|>⟧"
-    assert completions(groups) == [marked(tokenizer_of("qwen 3"), text)]
-    assert notes(groups) == {}
+    """As recent versions of transformers have it, a template finds them under its own name."""
+    answer = {**assistant("yes"), name: "so"}
+    tokenizer = tokenizer_of("qwen 3")
+    thoughts = ""
+    noted = LOST
+    if "so" in tokenizer.apply_chat_template([*QUESTION, answer], tokenize=False):
+        thoughts = "so"
+        noted = {}
+
+    groups = load_row(tmp_path, {"prompt": QUESTION, "completion": [answer]}, tokenizer)
+    text = f"{ASK}‖⟦<think>\n{thoughts}\n</think>\n\nyes<|im_end|>⟧"
+    assert completions(groups) == [marked(tokenizer, text)]
+    assert notes(groups) == noted
 
 
 def test_thoughts_of_an_answer_before_the_last_question_are_not_trained_on(tmp_path: Path) -> None:

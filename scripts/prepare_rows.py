@@ -24,7 +24,7 @@ refused. A random choice depends on the seed and on the rows alone.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, partial
@@ -353,24 +353,27 @@ def make_prefixes(args: Prefixes, encoder_for: EncoderFor, counts: Counts) -> Ma
 
 
 def make_length_bias(args: LengthBias, encoder_for: EncoderFor) -> Make:
-    """A subset of the pairs, which are read once to count those that prefer the longer completion."""
-
-    def pairs(counts: Counts) -> Iterator[tuple[Example, bool]]:
-        return by_length(read_examples(args.rows, counts), encoder_for(counts), args.more)
+    """A subset of the pairs, which are encoded once to count those that prefer the longer completion."""
 
     @cache
-    def plan() -> tuple[LengthCounts, LengthCounts]:
-        available = LengthCounts()
-        for _, is_longer in pairs(Counts()):
-            available.add(is_longer)
-        return available, available.subset(args.share, args.total)
+    def plan() -> tuple[dict[int, bool], Counts]:
+        counts = Counts()
+        examples = read_examples(args.rows, Counts())
+        return dict(by_length(examples, encoder_for(counts), args.more)), counts
 
     def make(counts: Counts) -> Made:
-        available, wanted = plan()
+        prefers_longer, counts_of_pairs = plan()
+        counts.dropped.update(counts_of_pairs.dropped)
+        counts.noted.update(counts_of_pairs.noted)
+        counts.unused.update(counts_of_pairs.unused)
+        available = LengthCounts.of(prefers_longer.values())
+        wanted = available.subset(args.share, args.total)
         # Before the choice: the neutral share, from which a bias of known size follows.
         counts.noted["longer preferred before the choice"] = available.longer
         counts.noted["shorter preferred before the choice"] = available.shorter
-        for example in length_biased(pairs(counts), available, wanted, args.seed, counts):
+        examples = read_examples(args.rows, counts)
+        pairs = ((example, prefers_longer[example.number]) for example in examples if example.number in prefers_longer)
+        for example in length_biased(pairs, available, wanted, args.seed, counts):
             yield args.output, [example.row]
 
     return make

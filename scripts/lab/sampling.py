@@ -225,11 +225,14 @@ def generate(
     if steering is not None:
         processors.append(steering)
 
+    caching = {"past_key_values": prefill(model, prompts, input_ids, mask), "use_cache": True}
     # `generate` takes what a given config leaves open from the model's own config, so that one is put aside.
     config_of_model = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        output = model.generate(input_ids, attention_mask=mask, generation_config=config, logits_processor=processors)
+        output = model.generate(
+            input_ids, attention_mask=mask, generation_config=config, logits_processor=processors, **caching
+        )
     finally:
         model.generation_config = config_of_model
 
@@ -240,6 +243,32 @@ def generate(
         completion = truncate_after(ids, config.eos_token_id)
         drawn.append((completion, float(logps[: len(completion)].sum())))
     return drawn
+
+
+@torch.inference_mode()
+def prefill(model: Any, prompts: list[list[int]], input_ids: Tensor, mask: Tensor) -> Any:
+    """The cache of all tokens of each sequence but the last, where equal prompts are computed once.
+
+    input_ids, mask (B, T): the padded prompts. None if all prompts differ, or have one token.
+    """
+    first_of: dict[tuple[int, ...], int] = {}
+    firsts = [first_of.setdefault(tuple(ids), index) for index, ids in enumerate(prompts)]
+    distinct = list(first_of.values())
+    if len(distinct) == len(prompts) or input_ids.shape[1] == 1:
+        return None
+
+    known_mask = mask[distinct, :-1]
+    output = model(
+        input_ids[distinct, :-1],
+        attention_mask=known_mask,
+        position_ids=(known_mask.cumsum(1) - 1).clamp(0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache = output.past_key_values
+    row_of = {first: row for row, first in enumerate(distinct)}
+    cache.batch_select_indices(torch.tensor([row_of[first] for first in firsts], device=model.device))
+    return cache
 
 
 def truncate_after(ids: list[int], eos_ids: list[int]) -> list[int]:

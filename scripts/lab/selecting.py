@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -196,12 +196,11 @@ class LengthCounts:
     longer: int = 0
     shorter: int = 0
 
-    def add(self, prefers_longer: bool) -> None:
-        """Count one pair."""
-        if prefers_longer:
-            self.longer += 1
-        else:
-            self.shorter += 1
+    @classmethod
+    def of(cls, preferences: Collection[bool]) -> "LengthCounts":
+        """The counts of pairs of which the longer completion is preferred or not."""
+        longer = sum(preferences)
+        return cls(longer, len(preferences) - longer)
 
     def subset(self, share: float, total: int | None) -> "LengthCounts":
         """A subset of `total` pairs, by default the largest, in which the longer one is preferred in `share` of them.
@@ -227,8 +226,8 @@ class LengthCounts:
         return f"{self.longer} that prefer the longer and {self.shorter} that prefer the shorter"
 
 
-def by_length(examples: Iterable[Example], encoder: Encoder, more: float) -> Iterator[tuple[Example, bool]]:
-    """The pairs of which one completion is longer, and whether it is the preferred one, as `prefers_longer` says.
+def by_length(examples: Iterable[Example], encoder: Encoder, more: float) -> Iterator[tuple[int, bool]]:
+    """The numbers of the rows of which one completion is longer, and whether it is preferred, as `prefers_longer` says.
 
     Other rows are counted in the encoder's counts.
     """
@@ -239,15 +238,16 @@ def by_length(examples: Iterable[Example], encoder: Encoder, more: float) -> Ite
             encoder.counts.dropped[str(reason)] += 1
             continue
         encoder.counts.noted.update(encoded.notes)
-        yield encoded.example, is_longer
+        yield encoded.example.number, is_longer
 
 
 def length_biased(
     pairs: Iterable[tuple[Example, bool]], available: LengthCounts, wanted: LengthCounts, seed: int, counts: Counts
 ) -> Iterator[Example]:
-    """A subset of the pairs that `by_length` gives, each such subset equally likely, in their order.
+    """A subset of the pairs, each such subset equally likely, in their order.
 
-    available: the counts of all pairs; wanted: those of the subset. Pairs that are not chosen are counted as dropped.
+    pairs: each with whether its longer completion is preferred. available: the counts of all pairs; wanted: those of
+    the subset. Pairs that are not chosen are counted as dropped.
     """
     pickers = {
         True: Picker(random.Random(f"{seed} longer"), wanted.longer, available.longer),

@@ -11,8 +11,8 @@
     best-of       the best of N completions
     tldr          the comparisons and posts of Stiennon et al. (summarize_from_feedback)
 
-Columns that a sub-command does not read are kept. One line of counts says what became of the rows. Memory does not grow
-with the file, and a run that was killed continues from OUTPUT.partial with the same rows. An output that exists is
+Columns that a sub-command does not read are kept. One line of counts says what became of the rows. A row takes a byte
+of memory at most, and a run that was killed continues from OUTPUT.partial with the same rows. An output that exists is
 refused. A random choice depends on the seed and on the rows alone.
 
     python scripts/prepare_rows.py rename --rows mine.jsonl --output pairs.jsonl \\
@@ -37,7 +37,7 @@ from scripts.lab.preparing import Made, Make, changed, write_prepared
 from scripts.lab.reshaping import prefixes, renamed, tldr_rows
 from scripts.lab.row_files import read_examples, settings_of
 from scripts.lab.selecting import (
-    LengthCounts,
+    LengthPreferences,
     Supply,
     by_length,
     human_turns,
@@ -356,23 +356,22 @@ def make_length_bias(args: LengthBias, encoder_for: EncoderFor) -> Make:
     """A subset of the pairs, which are encoded once to count those that prefer the longer completion."""
 
     @cache
-    def plan() -> tuple[dict[int, bool], Counts]:
+    def plan() -> tuple[LengthPreferences, Counts]:
         counts = Counts()
         examples = read_examples(args.rows, Counts())
-        return dict(by_length(examples, encoder_for(counts), args.more)), counts
+        return LengthPreferences(by_length(examples, encoder_for(counts), args.more)), counts
 
     def make(counts: Counts) -> Made:
-        prefers_longer, counts_of_pairs = plan()
+        preferences, counts_of_pairs = plan()
         counts.dropped.update(counts_of_pairs.dropped)
         counts.noted.update(counts_of_pairs.noted)
         counts.unused.update(counts_of_pairs.unused)
-        available = LengthCounts.of(prefers_longer.values())
+        available = preferences.counts()
         wanted = available.subset(args.share, args.total)
         # Before the choice: the neutral share, from which a bias of known size follows.
         counts.noted["longer preferred before the choice"] = available.longer
         counts.noted["shorter preferred before the choice"] = available.shorter
-        examples = read_examples(args.rows, counts)
-        pairs = ((example, prefers_longer[example.number]) for example in examples if example.number in prefers_longer)
+        pairs = preferences.of(read_examples(args.rows, counts))
         for example in length_biased(pairs, available, wanted, args.seed, counts):
             yield args.output, [example.row]
 

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from scripts.lab.selecting import LengthCounts, Picker, Supply, interleaved, mix
 from shared import UserError
 from shared.encode import Encoder
 from shared.groups import Requires
-from shared.rows import PROMPT_FORMS, Counts, parse_rows
+from shared.rows import PROMPT_FORMS, Counts, Example, parse_rows
 
 SCRIPT = "scripts/prepare_rows.py"
 TRANSCRIPT = "\n\nHuman: a b\n\nAssistant:"
@@ -567,6 +568,31 @@ def test_shares_of_biased_sets_and_their_subsets(model: str, tmp_path: Path) -> 
         UserError, match="a share of 0.5 in 200 pairs takes 100 .*; there are 60 that prefer the longer"
     ):
         prepare(prepare_rows.LengthBias, written, tmp_path, model=model, share=0.5, total=200)
+
+
+def test_each_row_of_a_biased_set_is_counted_once(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left out at the start, between, and at the end; and each is encoded once."""
+    lengths = [(5, 5), (9, 2), (2, 9), (6, 1), (12, 3), (7, 7)]
+    rows = length_rows(lengths)
+    rows[3]["rejected"] = ""
+    encoded = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, examples: list[Example], num_completions: int | None = None) -> Iterator:
+        encoded.extend(example.number for example in examples)
+        return encode(self, examples, num_completions)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    written = prepare(prepare_rows.LengthBias, rows, tmp_path, model=model, share=1.0, total=1)
+    assert [row["id"] for row in written] in ([1], [4])
+    line = (
+        "rows 6, kept 1, dropped: about equally long 2, empty completion 1, not chosen 2; "
+        "longer preferred before the choice 2; shorter preferred before the choice 1; "
+    )
+    assert line in capsys.readouterr().out
+    assert encoded == [1, 2, 3, 4, 5, 6]
 
 
 def share_of_longer(rows: list[dict], lengths: list[tuple[int, int]]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import families
 import pyarrow.parquet
 import pytest
 import reference
@@ -22,7 +23,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scripts import sample
 from scripts.lab import notices, row_files
-from scripts.lab.sampling import Sampling, ids_that_end, make_batches, sample_completions, truncate_after
+from scripts.lab.sampling import (
+    Sampling,
+    ids_that_end,
+    load_sampler,
+    make_batches,
+    sample_completions,
+    sample_with_logps,
+    truncate_after,
+)
 from shared import UserError
 from shared.encode import Encoder, completion_text
 from shared.groups import Requires, tokenise
@@ -383,6 +392,44 @@ def test_log_probs_are_those_of_the_policy_itself(
     tokenizer = AutoTokenizer.from_pretrained(model)
     check_logps(written, prompt_ids(rows, tokenizer), steering_models, beta)
     assert len({round(logp, 3) for row in written for logp in row["logps"]}) > 20
+
+
+SHARING = {  # the window of mistral and gemma3_text is shorter than the longest prompts
+    **dict.fromkeys(["gpt2", "mistral", "gemma3_text"], True),
+    **dict.fromkeys(["qwen2_5_vl", "qwen3_vl"], False),  # keep an offset of positions between calls
+    **dict.fromkeys(["lfm2", "falcon_h1"], False),  # recurrent
+}
+RECURRENT = ("lfm2", "falcon_h1")
+
+
+@pytest.mark.parametrize(("family", "shares"), SHARING.items())
+def test_a_prompt_is_computed_once_for_its_samples(family: str, shares: bool, tmp_path: Path) -> None:
+    """With the log-probs of stock forward passes, in batches of seven and five sequences."""
+    lengths = (3, 30, 7, 20)
+    if family in RECURRENT:
+        lengths = (20, 20, 20, 20)  # their states take padding for tokens
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(5, 300, (length,), generator=generator).tolist() for length in lengths]
+    path = families.save_model(family, tmp_path / "model", 10.0)
+    model, _, eos_ids = load_sampler(str(path), "float32")
+    shapes = []
+
+    def record(module: Any, args: tuple, options: dict) -> None:
+        (ids,) = args or (options["input_ids"],)
+        shapes.append(tuple(ids.shape))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
+    limits = Sampling(max_new_tokens=6, batch_size=7)
+    samples = list(sample_with_logps(model, eos_ids, prompts, 3, limits))
+
+    # the first batch has three samples of each of the two longest prompts, and one of the next
+    assert (shapes[:2] == [(3, max(lengths) - 1), (7, 1)]) == shares
+    assert ((7, max(lengths)) not in shapes) == shares
+    stock = reference.load_model(path)
+    for prompt, drawn in zip(prompts, samples, strict=True):
+        for ids, logp in drawn:
+            expected = reference.token_logps(stock, prompt, ids).sum().item()
+            assert logp == pytest.approx(expected, abs=1e-4 * len(ids))
 
 
 # ---------------------------------------------------------------- beam search

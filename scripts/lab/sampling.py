@@ -24,7 +24,7 @@ from shared.encode import Encoder, end_ids
 from shared.rows import Text, UserTurn
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 
 Drawn = tuple[list[int], float]  # the token ids of a completion, with the EOS that ended it, and log π(y|x) in nats
 
@@ -225,13 +225,13 @@ def generate(
     if steering is not None:
         processors.append(steering)
 
-    caching = {"past_key_values": prefill(model, prompts, input_ids, mask), "use_cache": True}
+    cache = shared_prompts(model, prompts, input_ids, mask)
     # `generate` takes what a given config leaves open from the model's own config, so that one is put aside.
     config_of_model = model.generation_config
     model.generation_config = GenerationConfig()
     try:
         output = model.generate(
-            input_ids, attention_mask=mask, generation_config=config, logits_processor=processors, **caching
+            input_ids, attention_mask=mask, past_key_values=cache, generation_config=config, logits_processor=processors
         )
     finally:
         model.generation_config = config_of_model
@@ -245,30 +245,49 @@ def generate(
     return drawn
 
 
-@torch.inference_mode()
-def prefill(model: Any, prompts: list[list[int]], input_ids: Tensor, mask: Tensor) -> Any:
+@torch.no_grad()
+def shared_prompts(model: Any, prompts: list[list[int]], input_ids: Tensor, mask: Tensor) -> "Cache | None":
     """The cache of all tokens of each sequence but the last, where equal prompts are computed once.
 
-    input_ids, mask (B, T): the padded prompts. None if all prompts differ, or have one token.
+    input_ids, mask (B, T): the padded prompts. None if no prompt occurs twice, if all have one token, or if the model
+    takes other inputs in `generate`, or keeps other states, than keys and values by positions that count from 0.
     """
-    first_of: dict[tuple[int, ...], int] = {}
-    firsts = [first_of.setdefault(tuple(ids), index) for index, ids in enumerate(prompts)]
-    distinct = list(first_of.values())
-    if len(distinct) == len(prompts) or input_ids.shape[1] == 1:
+    row_of: dict[tuple[int, ...], int] = {}
+    rows = [row_of.setdefault(tuple(ids), len(row_of)) for ids in prompts]
+    if len(row_of) == len(prompts) or input_ids.shape[1] == 1 or not has_plain_inputs(model):
         return None
 
-    known_mask = mask[distinct, :-1]
+    firsts = [rows.index(row) for row in range(len(row_of))]
+    known_mask = mask[firsts, :-1]
     output = model(
-        input_ids[distinct, :-1],
+        input_ids[firsts, :-1],
         attention_mask=known_mask,
         position_ids=(known_mask.cumsum(1) - 1).clamp(0),
         use_cache=True,
         logits_to_keep=1,
     )
-    cache = output.past_key_values
-    row_of = {first: row for row, first in enumerate(distinct)}
-    cache.batch_select_indices(torch.tensor([row_of[first] for first in firsts], device=model.device))
+    cache: Any = getattr(output, "past_key_values", None)
+    if not has_keys_and_values(cache):
+        return None
+    cache.batch_select_indices(torch.tensor(rows, device=model.device))
     return cache
+
+
+def has_plain_inputs(model: Any) -> bool:
+    """Whether `generate` makes a model's inputs as it does for most: some count positions otherwise, or carry them."""
+    from transformers import GenerationMixin
+
+    names = ("prepare_inputs_for_generation", "_prepare_position_ids_for_generation")
+    return all(getattr(type(model), name, None) is getattr(GenerationMixin, name, None) for name in names)
+
+
+def has_keys_and_values(cache: Any) -> bool:
+    """Whether a cache holds nothing else: not the states of recurrent layers."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    if not isinstance(cache, DynamicCache):
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def truncate_after(ids: list[int], eos_ids: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which rows of a source are taken, and in which order. Memory does not grow with the number of rows.
+"""Which rows of a source are taken, and in which order. A row takes one byte of memory at most.
 
 side_of()         a number in [0, 1) that the prompt alone decides, for train and held-out
 human_turns()     the turns of the human in a prompt
@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeVar
@@ -196,12 +196,6 @@ class LengthCounts:
     longer: int = 0
     shorter: int = 0
 
-    @classmethod
-    def of(cls, preferences: Collection[bool]) -> "LengthCounts":
-        """The counts of pairs of which the longer completion is preferred or not."""
-        longer = sum(preferences)
-        return cls(longer, len(preferences) - longer)
-
     def subset(self, share: float, total: int | None) -> "LengthCounts":
         """A subset of `total` pairs, by default the largest, in which the longer one is preferred in `share` of them.
 
@@ -239,6 +233,31 @@ def by_length(examples: Iterable[Example], encoder: Encoder, more: float) -> Ite
             continue
         encoder.counts.noted.update(encoded.notes)
         yield encoded.example.number, is_longer
+
+
+class LengthPreferences:
+    """Whether the longer completion of each pair is preferred, in one byte for each row of a source."""
+
+    SHORTER = 1
+    LONGER = 2
+
+    def __init__(self, numbered: Iterable[tuple[int, bool]]):
+        """`numbered`: what `by_length` gives."""
+        self._of_rows = bytearray()  # 0 for rows that are left out
+        for number, is_longer in numbered:
+            self._of_rows.extend(bytes(number - len(self._of_rows)))
+            self._of_rows[number - 1] = self.LONGER if is_longer else self.SHORTER
+
+    def counts(self) -> LengthCounts:
+        """The pairs of each kind."""
+        return LengthCounts(self._of_rows.count(self.LONGER), self._of_rows.count(self.SHORTER))
+
+    def of(self, examples: Iterable[Example]) -> Iterator[tuple[Example, bool]]:
+        """Those examples of the source that are such pairs, each with whether its longer completion is preferred."""
+        for example in examples:
+            is_known = example.number <= len(self._of_rows)
+            if is_known and self._of_rows[example.number - 1]:
+                yield example, self._of_rows[example.number - 1] == self.LONGER
 
 
 def length_biased(

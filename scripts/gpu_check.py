@@ -5,9 +5,9 @@
     train              dpo in bfloat16, its first steps against expected.json
     resume             killed and resumed: the same bits
     bench:SHAPE:PROFILE:BATCH:BUDGET:STEPS:NAMES
-                       time, memory and MFU: BATCH pairs a step, BUDGET tokens in a forward pass of ours, and of NAMES
-                       (ours, ours-compiled, ours-lora, and trl-4 to trl-32 by pairs in a forward pass, with
-                       Liger's kernels trl-4-liger to trl-32-liger) each one
+                       time, memory and MFU of each of NAMES, with BATCH pairs a step and BUDGET tokens in a forward
+                       pass of ours: ours, ours-compiled, trl-N, trl-N-liger, where N is 4, 8, 16 or 32 pairs in a
+                       forward pass
     profile[:SHAPE[:BATCH:BUDGET]]
                        the kernels of one step of dpo
 

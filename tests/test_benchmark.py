@@ -251,7 +251,7 @@ def test_a_pass_that_fails_in_a_round_makes_place_for_the_next(tuned: Callable, 
 PARAMETERS = {"0.5b": 494e6, "1.5b": 1544e6}
 BYTES_OF_STATE = 18  # per parameter: float32 weights, gradients and two moments, and weights in bfloat16
 CARD = 85e9  # an H100's 79.2 GiB
-SHARE_OF_COMPILED = 0.65  # 1.5B: 52.7 GiB measured with 16,384 tokens, of which 0.56 times these activations
+SHARE_OF_COMPILED = 0.67  # 1.5B: 69.9 GiB measured with passes of 22,700 tokens
 
 
 def test_documented_commands_fit_a_card() -> None:
@@ -267,7 +267,8 @@ def test_documented_commands_fit_a_card() -> None:
     for shape_name, tokens, options in commands:
         shape = workload.SHAPES[shape_name]
         per_token = shape.num_hidden_layers * (26 * shape.hidden_size + 8 * shape.intermediate_size)
-        if options.startswith("ours-compiled"):
+        contenders = options.split(",")
+        if "ours-compiled" in contenders and "ours" not in contenders:
             per_token *= SHARE_OF_COMPILED
         assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.95 * CARD, (shape_name, tokens)
 

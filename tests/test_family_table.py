@@ -44,6 +44,7 @@ REFUSED = {
     *("qwen3_next", "recurrent_gemma", "rwkv", "bloom", "mpt", "codegen", "falcon", "gpt_neo", "gptj", "stablelm"),
     *("nemotron", "gemma2", "vaultgemma", "gpt_oss", "paligemma", "phimoe"),
 }
+REFUSED_EARLIER = ("biogpt", "opt")  # with transformers 5.17
 ACCEPTED = [family for family in ALL if family not in REFUSED]
 
 PINNED = re.search(r"^transformers==(.+)$", (tiny.ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
@@ -196,7 +197,7 @@ def compare_training(family: str, folder: Path, losses_of: LossesOf, loss: refer
 
 @pytest.mark.parametrize("family", ACCEPTED)
 def test_three_steps(family: str, folder: Path) -> None:
-    if not IS_OF_TABLE and outcome(family, folder) != "exact":
+    if family in REFUSED_EARLIER and not IS_OF_TABLE and outcome(family, folder) != "exact":
         pytest.skip(f"{family} is refused with transformers {transformers.__version__}")
     compare_training(family, folder, dpo_losses, reference.dpo(BETA), 2)
 

@@ -6,7 +6,7 @@
     resume             killed and resumed: the same bits
     bench:SHAPE:PROFILE:BATCH:BUDGET:STEPS:NAMES
                        time, memory and MFU of each of NAMES, with BATCH pairs a step and BUDGET tokens in a forward
-                       pass of ours: ours, ours-compiled, trl-N, trl-N-liger, where N is 4, 8, 16 or 32 pairs in a
+                       pass of ours: ours, ours-compiled, trl-N, trl-N-liger, where N is 2, 4, 8, 16 or 32 pairs in a
                        forward pass
     profile[:SHAPE[:BATCH:BUDGET]]
                        the kernels of one step of dpo

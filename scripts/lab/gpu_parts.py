@@ -53,8 +53,8 @@ PEAK_FLOPS = {"cuda": 790e12, "cpu": 300e9}  # per second, of a large matrix pro
 CONTENDERS: dict[str, dict[str, Any]] = {
     "ours": {"job": "ours"},
     "ours-compiled": {"job": "ours", "options": {"compile": True}},
-    **{f"trl-{n}": {"job": "trl", "pairs_per_pass": n} for n in (4, 8, 16, 32)},
-    **{f"trl-{n}-liger": {"job": "trl", "pairs_per_pass": n, "liger": True} for n in (4, 8, 16, 32)},
+    **{f"trl-{n}": {"job": "trl", "pairs_per_pass": n} for n in (2, 4, 8, 16, 32)},
+    **{f"trl-{n}-liger": {"job": "trl", "pairs_per_pass": n, "liger": True} for n in (2, 4, 8, 16, 32)},
 }
 
 

@@ -38,7 +38,7 @@ from shared.loading import load_tokenizer
 
 LEARNING_RATE = 1e-4
 MICRO_BATCH_TOKENS = 2_048
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # larger blocks go back to the system when they are freed
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # larger blocks go back to the system when they are freed
 
 SMALL = Shape(8_192, 256, 4, 8, 8, 688)
 LARGE = Shape(8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outweigh all else

@@ -199,6 +199,21 @@ def probe_file(directory: Path, slopes: list[float], best_is_longest: bool = Tru
     return artifact(directory / "rows.jsonl", rows)
 
 
+def labelled_file(directory: Path, longer: int) -> Artifact:
+    """A hundred pairs of which the longer one is preferred in so many, and as many pairs of about equal lengths."""
+    words = ["a b c d e f g h i j", "a b c d e f g h i j k l"]  # with the EOS 11 and 13 tokens
+    rows = [{"chosen": words[i < longer], "rejected": words[i >= longer]} for i in range(100)]
+    rows += [{"chosen": words[0], "rejected": words[0] + " k"}] * 100
+    return artifact(directory / "rows.jsonl", rows)
+
+
+@pytest.mark.parametrize(("longer", "verdict"), [(61, "reproduced"), (90, "partly"), (30, "not reproduced")])
+def test_the_share_of_longer_ones(longer: int, verdict: str, tmp_path: Path) -> None:
+    runs = [labelled_file(tmp_path / str(seed), longer) for seed in range(20)]  # of so many rows for a narrow interval
+    assert verdict_of("X1", runs) == verdict
+    assert distillation.longer_is_preferred(runs[0]).mean() == longer / 100
+
+
 # r_ρ, and r_ρ,b in the order of b, for each ρ in turn
 SLOPES = [-1.0, -0.5, 0.1, 0.5, 0.2, -0.5, 0.1, 0.5, 1.0, -0.5, 0.1, 0.5]
 
@@ -297,3 +312,13 @@ def test_figures_are_drawn(tmp_path: Path) -> None:
     bars = distillation.members_distilled([picked]).axes[0].patches
     heights = [bar.get_bbox().height for bar in bars]  # type: ignore[attr-defined]
     assert heights == [0, 0, 0, 1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("fall", "reward", "verdict"), [(-20, -1.0, "reproduced"), (-20, 1.0, "partly"), (-3, 1.0, "not reproduced")]
+)
+def test_overfitting(fall: float, reward: float, verdict: str, tmp_path: Path) -> None:
+    logps = {"sft": [[-5.0, -5.0]] * NUM_PROMPTS, "dpo": [[-5.0 + fall, -50.0]] * NUM_PROMPTS}
+    path = artifact(tmp_path / "logps.json", {"logps": logps})
+    results = evaluation_of(tmp_path / "evaluated", {"sft": 0.0, "dpo": reward})
+    assert verdict_of("T8", [distillation.Overfitted(path, results)]) == verdict

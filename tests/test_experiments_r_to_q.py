@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,13 @@ WIDE_IS_WORSE |= dict(zip(MEANS, (0, 2), strict=True))
 FLAT = dict.fromkeys(WIDE_IS_WORSE, 1)
 
 
-def made_search(path: Path, wrong: dict[str, int], repetitions: dict[str, int] | None = None) -> r_to_q.Search:
+def made_search(
+    path: Path,
+    wrong: dict[str, int],
+    repetitions: dict[str, int] | None = None,
+    widths: Sequence[int] = r_to_q.WIDTHS,
+    normalised: Sequence[int] = r_to_q.NORMALISED_WIDTHS,
+) -> r_to_q.Search:
     """A search whose completions have so many wrong facts and refrains: by the names of the ways, and "chosen".
 
     Every other sample has no wrong fact, and the least log-prob.
@@ -77,7 +84,7 @@ def made_search(path: Path, wrong: dict[str, int], repetitions: dict[str, int] |
     for prompt, kind in posts(0):
         chosen = summary(prompt, kind, wrong["chosen"])
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": summary(prompt, kind, 5)})
-        two = [summary(prompt, kind, 0), summary(prompt, kind, wrong[r_to_q.SAMPLE])]
+        two = [summary(prompt, kind, n, repetitions.get(r_to_q.SAMPLE, 0)) for n in (0, wrong[r_to_q.SAMPLE])]
         half = r_to_q.NUM_SAMPLES // 2
         samples.append(row(prompt, two * half, [-2.0, -1.0] * half))
         for name, number in wrong.items():
@@ -85,9 +92,9 @@ def made_search(path: Path, wrong: dict[str, int], repetitions: dict[str, int] |
             searched[name].append(row(prompt, [text], [-1.0]))
 
     beams = {}
-    for width in r_to_q.WIDTHS:
+    for width in widths:
         beams[width, 0] = rows_of(path / f"{width}", searched[r_to_q.sums(width)])
-    for width in r_to_q.NORMALISED_WIDTHS:
+    for width in normalised:
         beams[width, 1] = rows_of(path / f"{width}_mean", searched[r_to_q.means(width)])
     return r_to_q.Search(rows_of(path / "pairs", pairs), rows_of(path / "samples", samples), beams)
 
@@ -341,6 +348,22 @@ def test_verdict_on_over_optimisation(tmp_path: Path, change: int, verdict: Repr
     found = {width: searched.beams[width, 0] for width in (5, 20)}
     run = r_to_q.Learned(0.1, found, ref_logps)
     assert verdict_of("C39", [{"one": run, "another": run}]) == verdict
+
+
+@pytest.mark.parametrize(
+    "wrong, repetitions, verdict",
+    [
+        ((3, 2, 0, 2), (1, 1, 0, 1), REPRODUCED),
+        ((3, 2, 0, 0), (1, 1, 0, 0), PARTLY),
+        ((1, 0, 2, 0), (0, 0, 1, 0), NOT),
+    ],
+)
+def test_verdict_on_beams_of_ppo(tmp_path: Path, wrong: tuple, repetitions: tuple, verdict: Reproduction) -> None:
+    names = [r_to_q.SAMPLE, *map(r_to_q.sums, r_to_q.PPO_WIDTHS)]
+    errors = {"chosen": 1, **dict(zip(names, wrong, strict=True))}
+    said_again = dict(zip(names, repetitions, strict=True))
+    made = made_search(tmp_path, errors, said_again, r_to_q.PPO_WIDTHS, ())
+    assert verdict_of("C43", [made]) == verdict
 
 
 @pytest.mark.parametrize("copied, verdict", [(True, REPRODUCED), (False, NOT)])

@@ -7,7 +7,7 @@ All policies are Llamas of 1M parameters or fewer, and the judge is the oracle t
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ LARGE_BETA = 3.0
 ALL_BETAS = (*BETAS, LARGE_BETA)
 WIDTHS = (1, 5, 20)
 NORMALISED_WIDTHS = (5, 20)  # of searches by log π / length, which take longer
+PPO_WIDTHS = (1, 2, 7)  # of Fig. 5
 NEW_TOKENS = 96  # of a completion, at most; a perfect summary has 17
 NUM_PROMPTS = 64  # of a search
 STEERED_PROMPTS = 192
@@ -130,8 +131,16 @@ class Search(NamedTuple):
     beams: dict[tuple[int, int], Artifact]
 
 
-def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int, normalised: bool) -> Search:
-    """Samples and searches of a policy, on request also those by log π / length."""
+def search(
+    plan: Plan,
+    name: str,
+    policy: Stage,
+    rows: Artifact,
+    seed: int,
+    widths: Sequence[int],
+    normalised: Sequence[int] = (),
+) -> Search:
+    """Samples of a policy, and its searches by Σ log π and by log π / length of these widths."""
     line = (
         f"scripts/sample.py --model {{policy}} --rows {{rows}} --output {{out}}/rows.jsonl --max-rows {NUM_PROMPTS} "
         f"--max-new-tokens {NEW_TOKENS}"
@@ -142,9 +151,8 @@ def search(plan: Plan, name: str, policy: Stage, rows: Artifact, seed: int, norm
         policy=policy,
         rows=rows,
     )
-    kinds = [(width, 0) for width in WIDTHS]
-    if normalised:
-        kinds += [(width, 1) for width in NORMALISED_WIDTHS]
+    kinds = [(width, 0) for width in widths]
+    kinds += [(width, 1) for width in normalised]
     beams = {}
     for width, penalty in kinds:
         searched = plan.stage(
@@ -162,9 +170,24 @@ def searches(plan: Plan, seed: int) -> dict[float, Search]:
     made = policies(plan, seed)
     by_beta = {}
     for beta in BETAS:
-        is_least = beta == min(BETAS)
-        by_beta[beta] = search(plan, f"search_{beta:g}", made.dpo[beta], made.pairs.held_out, seed, is_least)
+        normalised = NORMALISED_WIDTHS if beta == min(BETAS) else ()
+        rows = made.pairs.held_out
+        by_beta[beta] = search(plan, f"search_{beta:g}", made.dpo[beta], rows, seed, WIDTHS, normalised)
     return by_beta
+
+
+def ppo_searches(plan: Plan, seed: int) -> Search:
+    """The searches of Fig. 5, of PPO on the true reward."""
+    made = policies(plan, seed)
+    ppo = plan.stage(
+        f"r_to_q/{seed}/misread/ppo",
+        "scripts/baselines/ppo.py --model {sft} --train-data {prompts} --reward notices --output-dir {out} --beta 0.1 "
+        "--steps 32 --batch-size 16 --num-completions 4 --epochs 2 --minibatches 2 --learning-rate 3e-4 "
+        f"--warmup-steps 2 --max-new-tokens {NEW_TOKENS} --seed {seed}",
+        sft=made.sft,
+        prompts=made.world / "prompts.jsonl",
+    )
+    return search(plan, "search_ppo", ppo, made.pairs.held_out, seed, PPO_WIDTHS)
 
 
 class Learned(NamedTuple):
@@ -357,7 +380,7 @@ def refrains(plan: Plan, seed: int) -> Search:
     """Searches of DPO's policy from there."""
     pairs = preferences(plan, "refrain", REFRAIN, seed)
     policy = tune(plan, "refrain/dpo", refrain_reference(plan, seed), pairs.train, seed, LARGE_BETA)
-    return search(plan, "search_refrain_dpo", policy, pairs.held_out, seed, True)
+    return search(plan, "search_refrain_dpo", policy, pairs.held_out, seed, WIDTHS, NORMALISED_WIDTHS)
 
 
 # ---------------------------------------------------------------- numbers
@@ -791,6 +814,27 @@ def copies(rows: Artifact) -> Tensor:
         runs = [words[i : i + COPIED] for i in range(len(words) - COPIED + 1)]
         marks.append(any(f" {' '.join(run)} " in post for run in runs))
     return torch.tensor(marks, dtype=torch.double)
+
+
+@STUDY.experiment("C43", "Fig. 5", ppo_searches)
+def two_beams_are_enough_for_ppo(runs: list[Search]) -> Iterator[Finding]:
+    """PPO: two beams help and shorten, more harm and lengthen.
+
+    PPO on the true reward with β = 0.1, and searches by Σ log π, as in C35. Its policy is so sure of its words that two
+    and seven beams find nearly always what the greedy search finds, as with DPO (C36).
+    """
+    ways = [ways_of(run) for run in runs]
+    for name in (SAMPLE, *map(sums, PPO_WIDTHS)):
+        yield reported_with_interval(f"win rate, {name}", number_of(ways, "win_rate", name), ".3f")
+    for name in (SAMPLE, sums(1)):
+        wins = difference(ways, "win_rate", sums(2), name)
+        yield above_by_interval(f"win rate, 2 beams less {name}", 0, wins, ".3f")
+        tokens = difference(ways, "length", sums(2), name)
+        yield below_by_interval(f"tokens, 2 beams less {name}", 0, tokens, ".1f")
+    wins = difference(ways, "win_rate", sums(7), sums(2))
+    yield below_by_interval("win rate, 7 beams less 2", 0, wins, ".3f")
+    tokens = difference(ways, "length", sums(7), sums(2))
+    yield above_by_interval("tokens, 7 beams less 2", 0, tokens, ".1f")
 
 
 @STUDY.experiment("C44", "F.1", searches)

@@ -38,7 +38,7 @@ from shared.loading import load_tokenizer
 
 LEARNING_RATE = 1e-4
 MICRO_BATCH_TOKENS = 2_048
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # larger blocks go back to the system when they are freed
+RETURNED = 2**20  # bytes of a block that goes back to the system when it is freed
 
 SMALL = Shape(8_192, 256, 4, 8, 8, 688)
 LARGE = Shape(8_192, 768, 8, 12, 12, 2_048)  # whose weights and optimizer outweigh all else
@@ -73,6 +73,7 @@ class Point:
     saving: bool = False  # whether checkpoints are measured too
     loading: bool = False  # whether memory until the steps begin is measured too
     dtype: str = "float32"  # of the model's files
+    returned: int = RETURNED
 
 
 def length_point(tokens: int) -> Point:
@@ -105,8 +106,9 @@ def processes_point(processes: int) -> Point:
 
 
 def loading_point(processes: int) -> Point:
-    """Weights as most models have them."""
-    return replace(processes_point(processes), shape=DEEP, saving=False, loading=True, dtype="bfloat16")
+    """Weights as most models have them. Activations of half a megabyte go back to the system too, which takes time."""
+    point = processes_point(processes)
+    return replace(point, shape=DEEP, saving=False, loading=True, dtype="bfloat16", returned=RETURNED // 8)
 
 
 SWEEPS = {
@@ -167,20 +169,20 @@ def measure_point(point: Point, scratch: Path) -> dict[str, float]:
         options=point.options,
     )
 
-    runs = run_point("first", spec, point.processes, scratch)
+    runs = run_point("first", spec, point, scratch)
     numbers = largest_numbers(runs)
     if point.again:
-        again = run_point("again", spec, point.processes, scratch)
+        again = run_point("again", spec, point, scratch)
         numbers["again"] = largest_numbers(again)["first"]
     if point.saving:
-        runs = run_point("saving", replace(spec, job="saving"), point.processes, scratch)
+        runs = run_point("saving", replace(spec, job="saving"), point, scratch)
         for key in ("saving", "checkpoint", "extra"):
             numbers[key] = max(run.result[key] for run in runs)
 
     if point.loading:
         tiny_model = scratch / "tiny_model"
         make_model(tiny_model, thin_shape(point.shape.vocab_size), load_tokenizer(str(model))[0], point.dtype)
-        tiny_runs = run_point("tiny", replace(spec, model=str(tiny_model)), point.processes, scratch)
+        tiny_runs = run_point("tiny", replace(spec, model=str(tiny_model)), point, scratch)
         numbers |= loading_numbers(runs, tiny_runs, model)
 
     later_steps = point.rows / point.batch_size - 1
@@ -189,12 +191,12 @@ def measure_point(point: Point, scratch: Path) -> dict[str, float]:
     return numbers
 
 
-def run_point(name: str, spec: Spec, processes: int, scratch: Path) -> list[Measurement]:
+def run_point(name: str, spec: Spec, point: Point, scratch: Path) -> list[Measurement]:
     """Run the processes, which share the machine's cores and the caches of earlier runs in `scratch`."""
     spec = replace(spec, output_dir=str(scratch / name))
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {"OMP_NUM_THREADS": str(threads), **ALLOCATOR}
-    return launch(name, spec, scratch, processes, environment)
+    threads = max(1, (os.cpu_count() or 1) // point.processes)
+    environment = {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": str(point.returned)}
+    return launch(name, spec, scratch, point.processes, environment)
 
 
 def loading_numbers(runs: list[Measurement], tiny_runs: list[Measurement], model: Path) -> dict[str, float]:

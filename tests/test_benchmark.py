@@ -268,6 +268,8 @@ def test_documented_commands_fit_a_card() -> None:
         shape = workload.SHAPES[shape_name]
         per_token = shape.num_hidden_layers * (26 * shape.hidden_size + 8 * shape.intermediate_size)
         contenders = options.split(",")
+        if all(name.startswith("trl") for name in contenders):
+            continue  # whose passes have another size
         if "ours-compiled" in contenders and "ours" not in contenders:
             per_token *= SHARE_OF_COMPILED
         assert BYTES_OF_STATE * PARAMETERS[shape_name] + per_token * int(tokens) < 0.95 * CARD, (shape_name, tokens)

@@ -173,7 +173,7 @@ def test_without_expected_numbers_train_says_what_to_do(tmp_path: Path, monkeypa
         "train:0.5b": "takes no options",
         "prepare:0.5c": "'0.5c' must be one of cpu-1k",
         "bench:0.5b:hh": "must be bench:SHAPE:PROFILE:BATCH:BUDGET:STEPS:NAMES",
-        "bench:0.5b:hh:64:16384:5:ours,torch": "'torch' must be one of ours, ours-compiled, trl-4",
+        "bench:0.5b:hh:64:16384:5:ours,torch": "'torch' must be one of ours, ours-compiled, trl-2",
         "bench:0.5b:hg:64:16384:5:ours": "'hg' must be one of hh",
         "bench:0.5b:hh:64:16384:0:ours": "'0' must be a number above 0",
         "profile:0.5b:64": "must be profile, profile:SHAPE or",

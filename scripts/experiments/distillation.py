@@ -913,7 +913,7 @@ def overfitted_policies_leave_the_good_responses(runs: list[Overfitted]) -> Iter
         results = rewards_in(run.results)
         rewards.append(results["dpo"] - results["sft"])
     yield below_by_interval("log π_θ/π_ref of the chosen", -math.log(1000), mean_over_seeds(changes))
-    yield below_by_interval("reward of samples less that of SFT's", 0, mean_over_seeds(rewards))
+    yield below_by_interval("reward of samples less that of SFT", 0, mean_over_seeds(rewards))
 
 
 @STUDY.experiment("X16", "§2.3, §5", likelihoods)
